@@ -1,0 +1,87 @@
+"""Which backend a call would run on each platform, and why not the others."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+from ._api import ragged_decode_attention
+from ._check import check
+from ._problem import FwdParams, Problem
+from ._registry import KNOWN_PLATFORMS, registry
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What one platform would do with a call.
+
+    Attributes:
+        platform: JAX's name of it.
+        forward: name of the backend that computes the output, or None.
+        backward: name of the one that computes the gradients, or None.
+        fwd_params: the tuning hints it would use.
+        passed_over: reasons by backend, for those asked before the chosen one and for gradients.
+        error: what a call there would raise, or None.
+    """
+
+    platform: str
+    forward: str | None
+    backward: str | None
+    fwd_params: FwdParams
+    passed_over: dict[str, str]
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What every platform would do with a call; `str()` of it is for reading."""
+
+    problem: Problem
+    choices: dict[str, Choice]
+
+    def __getitem__(self, platform: str) -> Choice:
+        return self.choices[platform]
+
+    def __str__(self):
+        lines = [f"ragged_decode_attention of {self.problem}"]
+        for choice in self.choices.values():
+            if choice.forward is None:
+                lines.append(f"  {choice.platform:<5} error: {choice.error}")
+                continue
+            gradients = "" if choice.backward == choice.forward else f"; gradients by {choice.backward}"
+            lines.append(f"  {choice.platform:<5} {choice.forward}{gradients}")
+            lines += [f"        not {name}: {reason}" for name, reason in choice.passed_over.items()]
+        return "\n".join(lines)
+
+
+def explain(*args: Any, **kwargs: Any) -> Explanation:
+    """Which backend `ragged_decode_attention(*args, **kwargs)` would run on each platform, and why not the others.
+
+    Nothing is computed: arrays may be `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        ValueError, TypeError: as the call itself would.
+    """
+    call = inspect.signature(ragged_decode_attention).bind(*args, **kwargs)
+    call.apply_defaults()
+    del call.arguments["return_lse"]
+    settings, _ = check(*call.arguments.values())
+    problem = Problem.of(call.arguments["query"], call.arguments["key"], settings)
+    return Explanation(
+        problem, {platform: _choose(platform, problem, settings.backend) for platform in KNOWN_PLATFORMS}
+    )
+
+
+def _choose(platform, problem, backend) -> Choice:
+    try:
+        forward = registry.select(platform, problem, backend, "forward")
+    except ValueError as error:
+        return Choice(platform, None, None, problem.fwd_params, {}, str(error))
+    backward = registry.select(platform, problem, backend, "backward")
+    gradients = {name: f"for gradients, {why}" for name, why in backward.passed_over}
+    return Choice(
+        platform,
+        forward.backend.name,
+        backward.backend.name,
+        forward.problem.fwd_params,
+        gradients | dict(forward.passed_over),
+    )

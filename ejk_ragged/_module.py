@@ -1,0 +1,67 @@
+"""`RaggedDecodeAttention`: the function as an Equinox module, with sinks that learn."""
+
+import equinox as eqx
+from jaxtyping import Array, Float, Int
+
+from ._api import ragged_decode_attention
+from ._check import check_fwd_params, check_scale, check_soft_cap, check_window, Window
+from ._problem import FwdParams
+from ._registry import Backend
+
+
+class RaggedDecodeAttention(eqx.Module):
+    """Ragged decode attention with its settings, as a layer.
+
+    Everything but the sinks is static, so that the module passes through `jax.jit` and Equinox's filtered transformations.
+
+    Attributes:
+        sinks: learned sinks [num_q_heads, num_sinks], or None.
+        softmax_scale, sliding_window, logits_soft_cap, fwd_params, backend: as in `ragged_decode_attention`.
+
+    Raises:
+        ValueError, TypeError: on construction, for settings that no call would accept.
+    """
+
+    sinks: Float[Array, "num_q_heads num_sinks"] | None = None
+    softmax_scale: float | None = eqx.field(static=True, default=None)
+    sliding_window: Window | None = eqx.field(static=True, default=None)
+    logits_soft_cap: float | None = eqx.field(static=True, default=None)
+    fwd_params: FwdParams | None = eqx.field(static=True, default=None)
+    backend: str | Backend | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        check_window(self.sliding_window)
+        check_soft_cap(self.logits_soft_cap)
+        check_fwd_params(self.fwd_params)
+        if self.softmax_scale is not None:
+            check_scale(self.softmax_scale)
+        if self.sinks is not None and getattr(self.sinks, "ndim", None) != 2:
+            raise ValueError(f"sinks must be [num_q_heads, num_sinks] or None, got {self.sinks!r}.")
+
+    def __call__(
+        self,
+        query: Float[Array, "batch num_q_heads head_dim"],
+        key: Float[Array, "batch seq_len num_kv_heads head_dim"],
+        value: Float[Array, "batch seq_len num_kv_heads head_dim"],
+        sequence_start: Int[Array, " batch"] | None = None,
+        sequence_end: Int[Array, " batch"] | None = None,
+        *,
+        return_lse: bool = False,
+    ):
+        """`ragged_decode_attention` of these arrays with the module's settings and sinks."""
+        if self.sinks is not None and self.sinks.shape[0] != query.shape[1]:
+            raise ValueError(f"query must have the sinks' {self.sinks.shape[0]} heads, got shape {query.shape}.")
+        return ragged_decode_attention(
+            query,
+            key,
+            value,
+            sequence_start,
+            sequence_end,
+            self.softmax_scale,
+            self.fwd_params,
+            self.sliding_window,
+            self.logits_soft_cap,
+            self.sinks,
+            backend=self.backend,
+            return_lse=return_lse,
+        )

@@ -1,0 +1,201 @@
+"""The waist: one forward and one backward operation on canonical arguments, and how JAX's transformations meet them.
+
+From the outside in: `custom_vjp` (both directions are backend operations with the same residuals), `custom_vmap` (mapped axes are
+folded into the batch or into the heads), and a primitive of our own whose lowering asks the registry, platform by platform.
+
+Canonical arguments, B sequences, Hq query heads on Hkv kv heads, S rows of cache:
+    query [B, Hq, D]; key, value [B, S, Hkv, D]; start, end int32 [B], 0 <= start and end <= S, empty when start >= end;
+    sink [B, Hq], one logit in the softmax's denominator, -inf for none.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from . import _registry
+from ._problem import accum_dtype, Problem, Settings
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which gradients are asked for: d_query, and d_key with d_value."""
+
+    query: bool = True
+    key_value: bool = True
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The primitives
+
+
+def _primitive(name, direction, abstract_eval) -> Primitive:
+    """A primitive that each platform lowers through the backend selected for it."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(abstract_eval)
+
+    def run(platform, *args, settings, **params):
+        problem = Problem.of(args[0], args[1], settings)
+        chosen = _registry.select(platform, problem, settings.backend, direction)
+        return getattr(chosen.backend, direction)(chosen.problem, chosen.target, *args, **params)
+
+    def lower(ctx, *args, platform=None, **params):
+        platform = platform or ctx.module_context.platforms[0]
+        return mlir.lower_fun(functools.partial(run, platform), multiple_results=True)(ctx, *args, **params)
+
+    mlir.register_lowering(primitive, lower)
+    for (
+        platform
+    ) in _registry.KNOWN_PLATFORMS:  # one rule each, so that an artifact for several holds each one's own backend
+        mlir.register_lowering(primitive, functools.partial(lower, platform=platform), platform=platform)
+
+    @primitive.def_impl
+    def _(*args, **params):  # only reached under jax.disable_jit: the backend, operation by operation
+        (device,) = args[0].devices()
+        return run(_registry.platform_of(device), *args, **params)
+
+    return primitive
+
+
+def _forward_aval(query, key, value, start, end, sink, *, settings):
+    del key, value, start, end, sink, settings
+    per_head = NamedSharding(query.sharding.mesh, PartitionSpec(*query.sharding.spec[:2]))
+    lse = query.update(shape=query.shape[:2], dtype=accum_dtype(query.dtype), sharding=per_head, weak_type=False)
+    return [query, lse]
+
+
+def _backward_aval(query, key, value, start, end, lse, d_out, delta, *, settings, wanted):
+    del start, end, lse, d_out, delta, settings
+    return [query] * wanted.query + [key, value] * wanted.key_value
+
+
+forward_p = _primitive("ragged_decode_forward", "forward", _forward_aval)
+backward_p = _primitive("ragged_decode_backward", "backward", _backward_aval)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Mapped axes
+
+# Both operations take (query, key, value, start, end, *per_head): positions of what belongs to the cache, [B, ...].
+_CACHE = range(1, 5)
+
+
+def _forward(settings: Settings, *args):
+    return _batched(functools.partial(forward_p.bind, settings=settings), 2, 0)(*args)
+
+
+def _backward(settings: Settings, wanted: Wanted, *args):
+    bind = functools.partial(backward_p.bind, settings=settings, wanted=wanted)
+    return _batched(bind, wanted.query, 2 * wanted.key_value)(*args)
+
+
+def _batched(op, num_per_head, num_cache):
+    """`op`, whose first `num_per_head` results are [B, Hq, ...] and last `num_cache` like the cache, with a rule for vmap.
+
+    A mapped cache is folded into the batch. Where only queries are mapped they become more heads of each group, so that a shared
+    cache is read once and never copied; what remains (mapped lengths on a shared cache, say) is done one after another.
+    """
+    op = jax.custom_batching.custom_vmap(op)
+
+    @op.def_vmap
+    def rule(size, mapped, *args):
+        cache = [mapped[i] for i in _CACHE]
+        if cache[0] and cache[1]:  # key and value
+            results = _fold_into_batch(op, size, mapped, args)
+        elif not any(cache) and not num_cache:
+            results = _fold_into_heads(op, size, mapped, args)
+        else:
+            results = _one_by_one(op, mapped, args)
+        return results, [True] * (num_per_head + num_cache)
+
+    return op
+
+
+def _broadcast(size, mapped, x):
+    return x if mapped else jnp.broadcast_to(x, (size, *x.shape))
+
+
+def _fold_into_batch(op, size, mapped, args):
+    folded = [_broadcast(size, m, x) for m, x in zip(mapped, args, strict=True)]
+    results = op(*(x.reshape(size * x.shape[1], *x.shape[2:]) for x in folded))
+    return [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results]
+
+
+def _fold_into_heads(op, size, mapped, args):
+    kv_heads = args[1].shape[2]
+
+    def fold(m, x):  # [M, B, Hkv * G, ...] -> [B, Hkv * M * G, ...]
+        x = _broadcast(size, m, x)
+        x = x.reshape(size, x.shape[1], kv_heads, x.shape[2] // kv_heads, *x.shape[3:])
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(x.shape[0], kv_heads * size * x.shape[3], *x.shape[4:])
+
+    def unfold(x):
+        x = x.reshape(x.shape[0], kv_heads, size, x.shape[1] // (kv_heads * size), *x.shape[2:])
+        x = jnp.moveaxis(x, 2, 0)
+        return x.reshape(size, x.shape[1], kv_heads * x.shape[3], *x.shape[4:])
+
+    query, *per_head = (fold(m, x) for i, (m, x) in enumerate(zip(mapped, args, strict=True)) if i not in _CACHE)
+    return [unfold(x) for x in op(query, *(args[i] for i in _CACHE), *per_head)]
+
+
+def _one_by_one(op, mapped, args):
+    def one(mapped_args):
+        remaining = iter(mapped_args)
+        return op(*(next(remaining) if m else x for m, x in zip(mapped, args, strict=True)))
+
+    return jax.lax.map(one, [x for m, x in zip(mapped, args, strict=True) if m])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def decode(
+    settings: Settings,
+    query: Float[Array, "batch num_q_heads head_dim"],
+    key: Float[Array, "batch seq_len num_kv_heads head_dim"],
+    value: Float[Array, "batch seq_len num_kv_heads head_dim"],
+    start: Int32[Array, " batch"],
+    end: Int32[Array, " batch"],
+    sink: Float[Array, "batch num_q_heads"],
+) -> tuple[Float[Array, "batch num_q_heads head_dim"], Float[Array, "batch num_q_heads"]]:
+    """Output and log-sum-exp of one decode step on canonical arguments; differentiable in all but the lengths."""
+    out, lse = _forward(settings, query, key, value, start, end, sink)
+    return out, lse
+
+
+def _decode_fwd(settings, query, key, value, start, end, sink):
+    wanted = Wanted(query.perturbed, key.perturbed or value.perturbed)
+    args = [x.value for x in (query, key, value, start, end, sink)]
+    out, lse = _forward(settings, *args)
+    return (out, lse), (wanted, *args, out, lse)
+
+
+def _decode_bwd(settings, residuals, cotangents):
+    wanted, query, key, value, start, end, sink, out, lse = residuals
+    d_out, d_lse = (
+        jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents
+    )
+    # With p_j the probability of key j: d_logit_j = p_j (d_out . v_j - delta), and the sink is a key without a value.
+    delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - d_lse
+    d_sink = jnp.where(sink > -jnp.inf, -jnp.exp(sink - jnp.maximum(lse, sink)) * delta, 0)
+    d_query = d_key = d_value = None
+    if wanted.query or wanted.key_value:
+        gradients = _backward(settings, wanted, query, key, value, start, end, lse, d_out, delta)
+        if wanted.query:
+            d_query, *gradients = gradients
+        if wanted.key_value:
+            d_key, d_value = gradients
+    return d_query, d_key, d_value, None, None, d_sink
+
+
+decode.defvjp(_decode_fwd, _decode_bwd, symbolic_zeros=True)
