@@ -54,9 +54,7 @@ def check_cache(query, key, value):
         if array.ndim != len(axes.split(",")):
             raise ValueError(f"{name} must be [{axes}], got shape {array.shape}.")
         if array.dtype.name not in FLOATING_DTYPES:
-            raise ValueError(
-                f"{name} must have one of the dtypes {', '.join(FLOATING_DTYPES)}; got {array.dtype.name}."
-            )
+            raise ValueError(f"{name} must have one of the dtypes {', '.join(FLOATING_DTYPES)}; got {array.dtype.name}.")
     if key.shape != value.shape:
         raise ValueError(f"key and value must have the same shape, got key {key.shape} and value {value.shape}.")
     if not query.dtype == key.dtype == value.dtype:

@@ -66,9 +66,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     del call.arguments["return_lse"]
     settings, _ = check(*call.arguments.values())
     problem = Problem.of(call.arguments["query"], call.arguments["key"], settings)
-    return Explanation(
-        problem, {platform: _choose(platform, problem, settings.backend) for platform in KNOWN_PLATFORMS}
-    )
+    return Explanation(problem, {platform: _choose(platform, problem, settings.backend) for platform in KNOWN_PLATFORMS})
 
 
 def _choose(platform, problem, backend) -> Choice:

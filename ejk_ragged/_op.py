@@ -51,9 +51,7 @@ def _primitive(name, direction, abstract_eval) -> Primitive:
         return mlir.lower_fun(functools.partial(run, platform), multiple_results=True)(ctx, *args, **params)
 
     mlir.register_lowering(primitive, lower)
-    for (
-        platform
-    ) in _registry.KNOWN_PLATFORMS:  # one rule each, so that an artifact for several holds each one's own backend
+    for platform in _registry.KNOWN_PLATFORMS:  # one rule each, so that an artifact for several holds each one's own backend
         mlir.register_lowering(primitive, functools.partial(lower, platform=platform), platform=platform)
 
     @primitive.def_impl

@@ -190,9 +190,7 @@ class Registry:
             RuntimeError: it is installed but cannot be loaded; chained to the reason.
         """
         if name not in self.entries():
-            raise ValueError(
-                f"backend must be None, 'auto', a Backend or one of {', '.join(self.names())}; got {name!r}."
-            )
+            raise ValueError(f"backend must be None, 'auto', a Backend or one of {', '.join(self.names())}; got {name!r}.")
         backend = self._load(name)
         if isinstance(backend, Exception):
             entry = self.entries()[name]
@@ -242,9 +240,7 @@ class Registry:
                 )
         return sorted(loaded, key=lambda backend: (-backend.priority, backend.name))
 
-    def refusal(
-        self, backend: Backend, problem: Problem, target: Target, direction: Direction = "forward"
-    ) -> str | None:
+    def refusal(self, backend: Backend, problem: Problem, target: Target, direction: Direction = "forward") -> str | None:
         """Why `backend` cannot do it, or None."""
         if backend.platforms is not None and target.platform not in backend.platforms:
             return f"it runs on {', '.join(sorted(backend.platforms))}, not on {target.platform}"
