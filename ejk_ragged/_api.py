@@ -96,8 +96,7 @@ def ragged_decode_attention(
         TypeError: an argument of the wrong type.
     """
     query, key, value, sequence_start, sequence_end, softmax_aux = (
-        jnp.asarray(x) if isinstance(x, np.ndarray) else x
-        for x in (query, key, value, sequence_start, sequence_end, softmax_aux)
+        jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in (query, key, value, sequence_start, sequence_end, softmax_aux)
     )
     settings, left = check(
         query,

@@ -85,9 +85,7 @@ def check_lengths(name, lengths, batch):
     """Lengths are one integer a sequence."""
     _check_array(name, lengths)
     if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
-        raise ValueError(
-            f"{name} must be None or integers of shape ({batch},), got {lengths.dtype.name} of shape {lengths.shape}."
-        )
+        raise ValueError(f"{name} must be None or integers of shape ({batch},), got {lengths.dtype.name} of shape {lengths.shape}.")
 
 
 def check_sinks(aux, num_q_heads, num_kv_heads):

@@ -180,9 +180,7 @@ def _decode_fwd(settings, query, key, value, start, end, sink):
 
 def _decode_bwd(settings, residuals, cotangents):
     wanted, query, key, value, start, end, sink, out, lse = residuals
-    d_out, d_lse = (
-        jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents
-    )
+    d_out, d_lse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
     # With p_j the probability of key j: d_logit_j = p_j (d_out . v_j - delta), and the sink is a key without a value.
     delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - d_lse
     d_sink = jnp.where(sink > -jnp.inf, -jnp.exp(sink - jnp.maximum(lse, sink)) * delta, 0)

@@ -194,9 +194,7 @@ class Registry:
         backend = self._load(name)
         if isinstance(backend, Exception):
             entry = self.entries()[name]
-            raise RuntimeError(
-                f"The backend {name!r} of {_distribution(entry)} cannot be loaded: {_reason(backend)}."
-            ) from backend
+            raise RuntimeError(f"The backend {name!r} of {_distribution(entry)} cannot be loaded: {_reason(backend)}.") from backend
         return backend
 
     def resolve(self, backend: "str | Backend | None") -> Backend | None:

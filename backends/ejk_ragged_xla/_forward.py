@@ -29,7 +29,5 @@ def forward(problem, query, key, value, start, end, sink):
     x = jnp.where(m[:, None, None], x, -jnp.inf).reshape(B, Hq, -1)
     lse = jax.nn.logsumexp(jnp.concatenate([x, sink[..., None]], -1), axis=-1)
     p = jnp.where(x > -jnp.inf, jnp.exp(x - lse[..., None]), 0)
-    out = jnp.einsum(
-        "bhgs,bshd->bhgd", p.reshape(B, problem.num_kv_heads, -1, p.shape[-1]), value.astype(acc), precision="highest"
-    )
+    out = jnp.einsum("bhgs,bshd->bhgd", p.reshape(B, problem.num_kv_heads, -1, p.shape[-1]), value.astype(acc), precision="highest")
     return out.reshape(B, Hq, D).astype(query.dtype), lse
