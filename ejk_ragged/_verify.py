@@ -1,0 +1,85 @@
+"""Is a call right? Its output, lse and gradients beside the oracle's, as errors and the tolerances that they must keep."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._oracle import live_rows, oracle, oracle_gradients, relative_error, tolerance
+
+
+class Verdict(NamedTuple):
+    """One comparison. `what` is "out", "lse", "d_query"...; "dead d_key" and "dead d_value" count the elements outside the live
+    ranges that are not exactly 0."""
+
+    what: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+    def __str__(self):
+        return f"{self.what}: error {self.error:.2g}, tolerance {self.tolerance:.2g}"
+
+
+def verify(call: Callable, arguments: dict, gradients: bool = True, seed: int = 0) -> tuple[Verdict, ...]:
+    """`call(**arguments, return_lse=True)`, and its gradients for random cotangents, beside the oracle.
+
+    Args:
+        call: `ragged_decode_attention`, perhaps with a `backend`, or something with its meaning.
+        arguments: what `Case.draw` gives.
+        gradients: also compare the gradients.
+        seed: of the cotangents.
+    """
+    exact = {name: np.asarray(x) if isinstance(x, jax.Array) else x for name, x in arguments.items()}
+    arguments = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+    dtype = arguments["query"].dtype
+    names = [name for name in ("query", "key", "value", "softmax_aux") if name in arguments]
+
+    def function(*differentiated):
+        return call(**arguments | dict(zip(names, differentiated, strict=True)), return_lse=True)
+
+    differentiated = [arguments[name] for name in names]
+    if gradients:
+        (out, lse), pullback = jax.vjp(function, *differentiated)
+    else:
+        out, lse = function(*differentiated)
+    want_out, want_lse = oracle(**exact)
+    verdicts = [
+        Verdict("out", relative_error(out, want_out) if out.dtype == dtype else np.inf, tolerance(dtype, out.size)),
+        Verdict("lse", _lse_error(lse, want_lse) if lse.dtype == jnp.float32 else np.inf, tolerance("float32", lse.size)),
+    ]
+    if not gradients:
+        return tuple(verdicts)
+
+    rng = np.random.default_rng(seed)
+    d_out = jnp.asarray(rng.standard_normal(out.shape), out.dtype)
+    d_lse = jnp.asarray(rng.standard_normal(lse.shape), lse.dtype)
+    want = oracle_gradients(**exact, d_out=d_out, d_lse=d_lse)
+    for name, got in zip(names, pullback((d_out, d_lse)), strict=True):
+        same_type = got.dtype == arguments[name].dtype
+        error = relative_error(got, getattr(want, name), want.size[name]) if same_type else np.inf
+        verdicts.append(Verdict(f"d_{name}", error, tolerance(dtype, got.size, gradient=True)))
+        if name in ("key", "value"):
+            verdicts.append(Verdict(f"dead d_{name}", _nonzero_outside(got, exact), 0))
+    return tuple(verdicts)
+
+
+def _lse_error(got, want):
+    """Largest error, relative to max(1, |lse|): log-probabilities near 0 are as good as any."""
+    got = np.asarray(got).astype(np.float64)
+    if got.shape != want.shape:
+        return np.inf
+    other = got != want  # so that -inf is right where -inf is wanted
+    error = np.abs(got[other] - want[other]) / np.maximum(1, np.abs(want[other]))
+    return np.inf if np.isnan(error).any() else float(error.max(initial=0))
+
+
+def _nonzero_outside(gradient, arguments):
+    lengths = [arguments.get(name) for name in ("sequence_start", "sequence_end", "sliding_window")]
+    dead = [np.delete(rows, live_rows(b, len(rows), *lengths), axis=0) for b, rows in enumerate(np.asarray(gradient))]
+    return sum(int(np.count_nonzero(rows)) for rows in dead)  # NaN counts
