@@ -41,23 +41,25 @@ def _primitive(name, direction, abstract_eval) -> Primitive:
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract_eval)
 
-    def run(platform, *args, settings, **params):
-        problem = Problem.of(args[0], args[1], settings)
-        chosen = _registry.select(platform, problem, settings.backend, direction)
-        return getattr(chosen.backend, direction)(chosen.problem, chosen.target, *args, **params)
+    def select(platform, query, key, settings):
+        return _registry.select(platform, Problem.of(query, key, settings), settings.backend, direction)
 
-    def lower(ctx, *args, platform=None, **params):
+    def lower(ctx, *args, platform=None, settings, **params):
         platform = platform or ctx.module_context.platforms[0]
-        return mlir.lower_fun(functools.partial(run, platform), multiple_results=True)(ctx, *args, **params)
+        chosen = select(platform, *ctx.avals_in[:2], settings)
+        with chosen.backend.lowering(chosen.target):
+            run = functools.partial(getattr(chosen.backend, direction), chosen.problem, chosen.target, **params)
+            return mlir.lower_fun(run, multiple_results=True)(ctx, *args)
 
     mlir.register_lowering(primitive, lower)
     for platform in _registry.KNOWN_PLATFORMS:  # one rule each, so that an artifact for several holds each one's own backend
         mlir.register_lowering(primitive, functools.partial(lower, platform=platform), platform=platform)
 
     @primitive.def_impl
-    def _(*args, **params):  # only reached under jax.disable_jit: the backend, operation by operation
+    def _(*args, settings, **params):  # only reached under jax.disable_jit: the backend, operation by operation
         (device,) = args[0].devices()
-        return run(_registry.platform_of(device), *args, **params)
+        chosen = select(_registry.platform_of(device), *args[:2], settings)
+        return getattr(chosen.backend, direction)(chosen.problem, chosen.target, *args, **params)
 
     return primitive
 

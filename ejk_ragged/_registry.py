@@ -5,6 +5,7 @@ Distributions announce backends in the entry-point group `ejk_ragged.backends`; 
 """
 
 import abc
+import contextlib
 import dataclasses
 import importlib.metadata
 import warnings
@@ -75,6 +76,11 @@ class Backend(abc.ABC):
         """
         del target
         return problem.fwd_params
+
+    def lowering(self, target: Target) -> contextlib.AbstractContextManager:
+        """What must surround the lowering of its operations for `target`: a device to assume, warnings to keep from users."""
+        del target
+        return contextlib.nullcontext()
 
     @abc.abstractmethod
     def forward(self, problem: Problem, target: Target, query, key, value, start, end, sink):
