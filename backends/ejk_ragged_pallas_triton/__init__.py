@@ -1,0 +1,64 @@
+"""The Pallas-Triton backend: NVIDIA GPUs. Nothing of Pallas is imported before a call is lowered for one."""
+
+import dataclasses
+import importlib.util
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from ejk_ragged import Backend, FwdParams, Problem, Target
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasTritonBackend(Backend):
+    """Decode attention as two Pallas kernels that Triton compiles.
+
+    Attributes:
+        interpret: run the kernels in Pallas' interpreter, on any platform; slow, for tests.
+    """
+
+    interpret: bool = False
+
+    name: ClassVar[str] = "pallas_triton"
+    priority: ClassVar[int] = 100
+
+    @property
+    def platforms(self):
+        return None if self.interpret else frozenset({"cuda"})
+
+    def unavailable(self) -> str | None:
+        # JAX has deprecated its Triton backend; the day it goes, this backend goes with it.
+        if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+            return "this JAX has no jax.experimental.pallas.triton"
+        return None
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        if not all(isinstance(n, int) for n in (problem.batch, problem.seq_len)):
+            return "its kernels need sizes known when they are lowered, not symbolic ones"
+        if problem.dtype == jnp.float64:
+            return "its kernels have no float64"
+        if problem.head_dim > 256:
+            return f"its kernels hold a head_dim of up to 256, not {problem.head_dim}"
+        capability = getattr(target.device, "compute_capability", None)
+        if capability is not None and float(capability) < 8.0:
+            return f"it needs a GPU of compute capability 8.0 or newer, not {capability}"
+        return None
+
+    def supports_backward(self, problem: Problem, target: Target) -> str | None:
+        del problem, target
+        return "it has no backward operation yet"
+
+    def fwd_params(self, problem: Problem, target: Target) -> FwdParams:
+        from ._tuning import resolve
+
+        return resolve(problem, target)
+
+    def lowering(self, target: Target):
+        from ._jax import lowering
+
+        return lowering(target)
+
+    def forward(self, problem, target, query, key, value, start, end, sink):
+        from ._forward import forward
+
+        return forward(problem, target, query, key, value, start, end, sink, interpret=self.interpret)

@@ -1,0 +1,169 @@
+"""The forward operation in two kernels: `split` works through pieces of the live ranges, `combine` merges each sequence's pieces.
+
+Logits live in base 2 (`exp2` is one instruction, and log2(e) rides on the scale for free); what the kernels exchange, and lse, is natural.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from ._jax import compiler_params
+from ._schedule import Schedule
+from ._tuning import Tiles, tiles
+
+
+LOG2_E = math.log2(math.e)
+COMBINE_SLOTS = 16  # partials merged at a time; fixed, since the order of sums depends on it
+
+
+def forward(problem, target, query, key, value, start, end, sink, *, interpret):
+    """Output and log-sum-exp; shapes as in `ejk_ragged.Backend.forward`."""
+    plan = tiles(problem, target)
+    schedule = plan.schedule
+    accum = problem.accum_dtype
+    batch, num_q_heads, head_dim = query.shape
+    any_spec = pl.BlockSpec(memory_space=pl.ANY)
+
+    parts, part_lse, pieces = pl.pallas_call(
+        functools.partial(_split_kernel, problem=problem, plan=plan),
+        name="ragged_decode_split",
+        grid=(problem.num_kv_heads * plan.head_blocks, schedule.programs),
+        in_specs=[any_spec] * 5,
+        out_specs=[any_spec] * 3,
+        out_shape=[
+            jax.ShapeDtypeStruct((schedule.slots, num_q_heads, head_dim), accum),
+            jax.ShapeDtypeStruct((schedule.slots, num_q_heads), accum),
+            jax.ShapeDtypeStruct((2, batch), jnp.int32),
+        ],
+        compiler_params=compiler_params(problem.fwd_params),
+        interpret=interpret,
+    )(query, key, value, start, end)
+
+    out, lse = pl.pallas_call(
+        functools.partial(_combine_kernel, plan=plan),
+        name="ragged_decode_combine",
+        grid=(batch, pl.cdiv(num_q_heads, plan.combine_heads)),
+        in_specs=[any_spec] * 4,
+        out_specs=[any_spec] * 2,
+        out_shape=[
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct(query.shape[:2], accum),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+    )(parts, part_lse, pieces, sink)
+    return out, lse
+
+
+def _split_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, parts_ref, part_lse_ref, pieces_ref, *, problem, plan: Tiles):
+    """One program: some pieces, for one block of the query heads that share a kv head."""
+    schedule: Schedule = plan.schedule
+    kv_head, head_block = pl.program_id(0) // plan.head_blocks, pl.program_id(0) % plan.head_blocks
+    program = pl.program_id(1)
+    in_group = head_block * plan.block_heads + jnp.arange(plan.block_heads, dtype=jnp.int32)
+    heads = kv_head * problem.group + in_group
+    heads_ok = in_group < problem.group
+    dims = jnp.arange(plan.block_dim, dtype=jnp.int32)
+    dims_ok = dims < problem.head_dim
+    block = (heads_ok[:, None] & dims_ok[None, :])
+
+    @pl.when((pl.program_id(0) == 0) & (program == 0))
+    def _():
+        index, units, line = schedule.line(start_ref, end_ref)
+        first, count = schedule.pieces(index, units, line)
+        here = index < schedule.batch
+        plgpu.store(pieces_ref.at[0, index], first, mask=here)
+        plgpu.store(pieces_ref.at[1, index], count, mask=here)
+
+    def do(b, key_lo, key_hi, slot):
+        q = plgpu.load(q_ref.at[b, heads[:, None], dims[None, :]], mask=block, other=0.0)
+
+        def tile(i, carry):
+            acc, high, total = carry
+            rows = key_lo + i * plan.block_keys + jnp.arange(plan.block_keys, dtype=jnp.int32)
+            live = rows < key_hi
+            # Rows outside the piece are not even read, so that what they hold can't matter.
+            mask = (live[:, None] & dims_ok[None, :]) if plan.ragged_dim else live[:, None]
+            k = plgpu.load(k_ref.at[b, rows[:, None], kv_head, dims[None, :]], mask=mask, other=0.0)
+            v = plgpu.load(v_ref.at[b, rows[:, None], kv_head, dims[None, :]], mask=mask, other=0.0)
+            x = _logits(problem, _dot(problem, q, k.T))
+            x = jnp.where(live[None, :], x, -jnp.inf)
+            new_high = jnp.maximum(high, jnp.max(x, axis=1))
+            p = jnp.exp2(x - new_high[:, None])
+            fade = jnp.exp2(high - new_high)
+            total = total * fade + jnp.sum(p, axis=1)
+            acc = acc * fade[:, None] + _dot(problem, p.astype(v.dtype), v)
+            return acc, new_high, total
+
+        init = (
+            jnp.zeros((plan.block_heads, plan.block_dim), jnp.float32),
+            jnp.full(plan.block_heads, -jnp.inf, jnp.float32),
+            jnp.zeros(plan.block_heads, jnp.float32),
+        )
+        acc, high, total = jax.lax.fori_loop(0, pl.cdiv(key_hi - key_lo, plan.block_keys), tile, init)
+        plgpu.store(parts_ref.at[slot, heads[:, None], dims[None, :]], acc / total[:, None], mask=block)
+        plgpu.store(part_lse_ref.at[slot, heads], high / LOG2_E + jnp.log(total), mask=heads_ok)
+
+    schedule.for_each_piece(program, start_ref, end_ref, do)
+
+
+def _logits(problem, dots):
+    """Base-2 logits of the dot products: scaled, then capped."""
+    if problem.logits_soft_cap is None:
+        return dots * (problem.softmax_scale * LOG2_E)
+    return jnp.tanh(dots * (problem.softmax_scale / problem.logits_soft_cap)) * (problem.logits_soft_cap * LOG2_E)
+
+
+def _dot(problem, a, b):
+    """a @ b, summed in float32; float32 operands are not rounded to tf32 unless `jax.default_matmul_precision` allows it."""
+    exact = problem.matmul_precision in (None, "highest", "float32")
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, sink_ref, out_ref, lse_ref, *, plan: Tiles):
+    """One program: some heads of one sequence. Weights its partial outputs by their softmax denominators, the sink's too."""
+    num_q_heads, head_dim = out_ref.shape[1:]
+    b = pl.program_id(0)
+    heads = pl.program_id(1) * plan.combine_heads + jnp.arange(plan.combine_heads, dtype=jnp.int32)
+    heads_ok = heads < num_q_heads
+    dims = jnp.arange(plan.block_dim, dtype=jnp.int32)
+    dims_ok = dims < head_dim
+    first, count = pieces_ref[0, b], pieces_ref[1, b]
+
+    def merge(i, carry):
+        acc, high, total = carry
+        piece = i * COMBINE_SLOTS + jnp.arange(COMBINE_SLOTS, dtype=jnp.int32)
+        mask = (piece < count)[:, None] & heads_ok[None, :]
+        slots = first + piece
+        lse = plgpu.load(part_lse_ref.at[slots[:, None], heads[None, :]], mask=mask, other=-jnp.inf)
+        part = plgpu.load(
+            parts_ref.at[slots[:, None, None], heads[None, :, None], dims[None, None, :]],
+            mask=mask[:, :, None] & dims_ok[None, None, :],
+            other=0.0,
+        )
+        new_high = jnp.maximum(high, jnp.max(lse, axis=0))
+        weight = jnp.exp(lse - new_high[None, :])
+        fade = jnp.exp(high - new_high)
+        total = total * fade + jnp.sum(weight, axis=0)
+        acc = acc * fade[:, None] + jnp.sum(part * weight[:, :, None], axis=0)
+        return acc, new_high, total
+
+    sink = plgpu.load(sink_ref.at[b, heads], mask=heads_ok, other=-jnp.inf)
+    low = jnp.finfo(jnp.float32).min  # finite, so that no sink and no key make no NaN
+    init = (
+        jnp.zeros((plan.combine_heads, plan.block_dim), jnp.float32),
+        jnp.maximum(sink, low),
+        jnp.where(sink > -jnp.inf, 1.0, 0.0),
+    )
+    acc, high, total = jax.lax.fori_loop(0, pl.cdiv(count, COMBINE_SLOTS), merge, init)
+    empty = total == 0
+    out = acc / jnp.where(empty, 1.0, total)[:, None]
+    lse = jnp.where(empty, -jnp.inf, high + jnp.log(jnp.where(empty, 1.0, total)))
+    plgpu.store(out_ref.at[b, heads[:, None], dims[None, :]], out.astype(out_ref.dtype), mask=heads_ok[:, None] & dims_ok[None, :])
+    plgpu.store(lse_ref.at[b, heads], lse, mask=heads_ok)

@@ -1,0 +1,28 @@
+"""What JAX's Pallas-Triton backend needs handled with care, in one place."""
+
+import contextlib
+import warnings
+
+import jax
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
+
+
+@contextlib.contextmanager
+def lowering(target):
+    """Around every lowering of a kernel for `target`."""
+    with contextlib.ExitStack() as stack:
+        # JAX 0.11 deprecates this lowering with a warning at each call. Users can do nothing about it.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+        if target.device is None:
+            # Lowering for cuda without a GPU (export): Pallas asks for a device. What it learns of it, the compute
+            # capability, does not enter the kernel's code, which is compiled for the real device when it is loaded.
+            device = AbstractDevice("NVIDIA H100", None, "gpu")
+            stack.enter_context(jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)))
+        yield
+
+
+def compiler_params(hints):
+    # Always given: which compiler None means has changed between versions of JAX.
+    return plgpu.CompilerParams(num_warps=hints.num_warps, num_stages=hints.num_stages)
