@@ -1,33 +1,39 @@
-import jax
+"""The output and the log-sum-exp: an online softmax over chunks."""
+
 import jax.numpy as jnp
+from jax import lax
+
+from ._chunks import Arithmetic, by_sequences, chunk_rows, Chunks
 
 
-def logits(problem, query, key):
-    B, Hq, D = query.shape
-    acc = problem.accum_dtype
-    q = query.reshape(B, problem.num_kv_heads, -1, D).astype(acc)
-    x = jnp.einsum("bhgd,bshd->bhgs", q, key.astype(acc), precision="highest") * problem.softmax_scale
-    t = None
-    if problem.logits_soft_cap:
-        t = jnp.tanh(x / problem.logits_soft_cap)
-        x = problem.logits_soft_cap * t
-    return x, t
+def forward(problem, target, query, key, value, start, end, sink):
+    """`Backend.forward`, hints resolved."""
+    arithmetic = Arithmetic(problem, target)
+    heads, accum = problem.num_kv_heads, problem.accum_dtype
 
+    def some(first, carry, query, start, end, sink):
+        chunks = Chunks(first, start, end, chunk_rows(problem), problem.seq_len)
+        q = arithmetic.heads(query, heads)
 
-def valid(key, start, end):
-    j = jnp.arange(key.shape[1])
-    return (j >= start[:, None]) & (j < end[:, None])
+        def step(i, state):
+            top, total, weighted = state
+            _, new = chunks.live(i)
+            k = chunks.load(key, i).astype(accum)
+            v = jnp.where(new[:, :, None, None], chunks.load(value, i), 0).astype(accum)  # 0 * NaN is NaN
+            x, _ = arithmetic.logits(q, k)
+            x = jnp.where(new[:, :, None, None], x, -jnp.inf)
+            new_top = jnp.maximum(top, jnp.max(x, axis=1))
+            base = jnp.where(new_top == -jnp.inf, 0, new_top)  # no key yet: -inf - -inf is NaN
+            kept = jnp.exp(top - base)
+            p = jnp.exp(x - base[:, None])
+            return new_top, total * kept + jnp.sum(p, axis=1), weighted * kept[..., None] + arithmetic.weighted(p, v)
 
+        # A sink is a key without a value that every query has seen before the first chunk.
+        top = arithmetic.heads(sink, heads)
+        state = top, jnp.where(top == -jnp.inf, 0, jnp.ones_like(top)), jnp.zeros_like(q)
+        top, total, weighted = lax.fori_loop(jnp.int32(0), chunks.count, step, state)
+        out = weighted / jnp.where(total == 0, 1, total)[..., None]
+        return carry, [out.reshape(query.shape).astype(query.dtype), (top + jnp.log(total)).reshape(sink.shape)]
 
-def forward(problem, query, key, value, start, end, sink):
-    B, Hq, D = query.shape
-    acc = problem.accum_dtype
-    m = valid(key, start, end)
-    key = jnp.where(m[:, :, None, None], key, 0)
-    value = jnp.where(m[:, :, None, None], value, 0)
-    x, _ = logits(problem, query, key)
-    x = jnp.where(m[:, None, None], x, -jnp.inf).reshape(B, Hq, -1)
-    lse = jax.nn.logsumexp(jnp.concatenate([x, sink[..., None]], -1), axis=-1)
-    p = jnp.where(x > -jnp.inf, jnp.exp(x - lse[..., None]), 0)
-    out = jnp.einsum("bhgs,bshd->bhgd", p.reshape(B, problem.num_kv_heads, -1, p.shape[-1]), value.astype(acc), precision="highest")
-    return out.reshape(B, Hq, D).astype(query.dtype), lse
+    _, (out, lse) = by_sequences(target, some, (), (query, start, end, sink))
+    return out, lse
