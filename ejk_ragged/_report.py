@@ -1,0 +1,240 @@
+"""The quick report of `python -m ejk_ragged`: what is installed, what would run where, whether it is right, and how fast a step is.
+
+Each section is gathered as plain data, which `--json` prints, and shown as text by a function of that data.
+"""
+
+import importlib.metadata
+import math
+import platform
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._api import ragged_decode_attention
+from ._cases import Case, CHECKS, CPU_STEP, ROWS
+from ._explain import explain
+from ._registry import backends, platform_of
+from ._verify import verify
+
+
+PACKAGES = ("ejk-ragged", "jax", "jaxlib", "equinox", "jaxtyping", "numpy")
+
+
+def here() -> str:
+    """The platform on which arrays are computed unless told otherwise."""
+    return platform_of(jax.devices()[0])
+
+
+def realistic() -> Case:
+    """The decode step that is explained and timed; a CPU's takes an accelerator less time than a launch does."""
+    return CPU_STEP if here() == "cpu" else next(row for row in ROWS if row.name == "llama-3-8b")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Gathering
+
+
+def installation() -> dict[str, Any]:
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    devices = Counter((platform_of(device), device.device_kind) for device in jax.devices())
+    infos = [
+        {
+            "name": info.name,
+            "distribution": info.distribution,
+            "platforms": None if info.platforms is None else sorted(info.platforms),
+            "broken": info.broken,
+        }
+        for info in backends()
+    ]
+    return {
+        "versions": versions,
+        "devices": [{"platform": name, "kind": kind, "count": count} for (name, kind), count in devices.items()],
+        "backends": infos,
+    }
+
+
+def dispatch(case: Case) -> dict[str, Any]:
+    """Which backend does `case` on each platform, and why not the others."""
+    explanation = explain(**case.draw())
+    choices = {
+        name: {
+            "forward": choice.forward,
+            "backward": choice.backward,
+            "passed_over": choice.passed_over,
+            "error": choice.error,
+        }
+        for name, choice in explanation.choices.items()
+    }
+    return {"problem": str(explanation.problem), "here": here(), "platforms": choices}
+
+
+def checks(cases: Sequence[Case] = CHECKS, progress=lambda text: None) -> list[dict[str, Any]]:
+    """Every backend that can run here beside the oracle, forward and gradients, the cache full of NaN outside the live ranges.
+
+    Errors and tolerances are relative; an error of None is infinite or not a number.
+    """
+    able = [info.name for info in backends() if info.broken is None and (info.platforms is None or here() in info.platforms)]
+    results = []
+    for name in able:
+        for case in cases:
+            progress(f"{name}: {case.name}")
+            results.append({"backend": name, "case": case.name} | _check(name, case))
+    progress("")
+    return results
+
+
+def _check(backend, case) -> dict[str, Any]:
+    arguments = case.draw(poison=True)
+    try:
+        refused = explain(**arguments, backend=backend)[here()].error
+    except ValueError as error:
+        refused = str(error)
+    if refused is not None:
+        return {"ok": None, "refused": refused}
+
+    def call(**arguments):
+        return ragged_decode_attention(**arguments, backend=backend)
+
+    try:
+        verdicts = verify(call, arguments)
+    except Exception as error:  # whatever a backend raises is a finding about it
+        return {"ok": False, "raised": f"{type(error).__name__}: {error}"}
+    compared = [
+        {"what": v.what, "ok": v.ok, "error": v.error if math.isfinite(v.error) else None, "tolerance": v.tolerance}
+        for v in verdicts
+    ]
+    return {"ok": all(v.ok for v in verdicts), "compared": compared}
+
+
+def step(case: Case, runs: int = 7) -> dict[str, Any]:
+    """Seconds of one decode step, warm, beside `jax.nn.dot_product_attention` on the same arrays: medians of `runs`.
+
+    Bytes are those of the live K and V rows, which is what a step has to read.
+    """
+    arguments = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in case.draw().items()}
+
+    @jax.jit
+    def peer(query, key, value, sequence_end):
+        return jax.nn.dot_product_attention(query[:, None], key, value, key_value_seq_lengths=sequence_end)[:, 0]
+
+    calls = {
+        "ejk-ragged": lambda: ragged_decode_attention(**arguments),
+        "jax.nn.dot_product_attention": lambda: peer(**arguments),
+    }
+    seconds = {name: [] for name in calls}
+    for run in range(runs + 1):
+        for name, call in calls.items():  # in turn, so that a busy moment meets both
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            if run > 0:
+                seconds[name].append(time.perf_counter() - begin)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    ours, theirs = medians.values()
+    return {
+        "problem": str(explain(**arguments).problem),
+        "live_tokens": case.live_tokens(),
+        "live_bytes": case.live_bytes(),
+        "seconds": medians,
+        "live_gb_per_s": {name: case.live_bytes() / median / 1e9 for name, median in medians.items()},
+        "speedup": theirs / ours,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Showing
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
+    """Left-aligned columns, as wide as they must be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join((indent + line).rstrip() for line in lines)
+
+
+def show_installation(data) -> str:
+    devices = [(d["platform"], f"{d['count']} x {d['kind']}") for d in data["devices"]]
+    infos = [
+        (
+            info["name"],
+            "every platform" if info["platforms"] is None else ", ".join(info["platforms"]),
+            f"from {info['distribution']}",
+            "" if info["broken"] is None else f"BROKEN: {info['broken']}",
+        )
+        for info in data["backends"]
+    ]
+    parts = ["Versions", table(list(data["versions"].items())), "Devices", table(devices), "Backends"]
+    return "\n".join([*parts, table(infos) if infos else "  none is installed"])
+
+
+def show_dispatch(data) -> str:
+    lines = [f"What would run ({data['problem']})"]
+    rows = []
+    for name, choice in data["platforms"].items():
+        chosen = choice["forward"] or "nothing"
+        if choice["backward"] != choice["forward"]:
+            chosen += f", gradients by {choice['backward']}"
+        why = [f"not {other}: {reason}" for other, reason in choice["passed_over"].items()]
+        why += [choice["error"]] if choice["error"] else []
+        rows.append((name + (" (here)" if name == data["here"] else ""), chosen, "; ".join(why)))
+    return "\n".join([*lines, table(rows)])
+
+
+def show_checks(data) -> str:
+    title = "Checks against a float64 oracle, forward and gradients (the worst error, as a part of what is tolerated)"
+    names = list(dict.fromkeys(result["backend"] for result in data))
+    cases = list(dict.fromkeys(result["case"] for result in data))
+    cells = {(result["case"], result["backend"]): _cell(result) for result in data}
+    rows = [("", *names), *((case, *(cells[case, name] for name in names)) for case in cases)]
+    details = [f"  {r['backend']}, {r['case']}: {why}" for r in data for why in _details(r)]
+    return "\n".join([title, table(rows), *details])
+
+
+def _cell(result) -> str:
+    if result["ok"] is None:
+        return "refused"
+    if "raised" in result:
+        return "RAISED"
+    worst = max(_part(comparison) for comparison in result["compared"])
+    return f"ok {worst:.0%}" if result["ok"] else "WRONG"
+
+
+def _part(comparison) -> float:
+    error, tolerance = comparison["error"], comparison["tolerance"]
+    if error is None:
+        return math.inf
+    return error / tolerance if tolerance else error
+
+
+def _details(result) -> list[str]:
+    if result["ok"] is None:
+        return [result["refused"]]
+    if "raised" in result:
+        return [result["raised"]]
+    return [
+        f"{c['what']} is wrong, error {'not finite' if c['error'] is None else format(c['error'], '.2g')}, "
+        f"tolerance {c['tolerance']:.2g}"
+        for c in result["compared"]
+        if not c["ok"]
+    ]
+
+
+def show_step(data) -> str:
+    rows = [
+        (name, f"{seconds * 1e3:.2f} ms", f"{data['live_gb_per_s'][name]:.2f} GB/s of live K and V")
+        for name, seconds in data["seconds"].items()
+    ]
+    title = f"One decode step ({data['problem']}; {data['live_tokens']} live tokens, {data['live_bytes'] / 1e6:.0f} MB)"
+    return "\n".join([title, table(rows), f"  {data['speedup']:.1f} times as fast"])
+
+
+def show_progress(text: str) -> None:
+    """`text` in place of the last, on a terminal's error stream."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

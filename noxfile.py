@@ -1,0 +1,116 @@
+#!/usr/bin/env -S python3
+# /// script
+# dependencies = ["nox>=2025.2.9"]
+# ///
+"""What is checked before a change lands. `python -m nox` runs all, `nox -l` lists it, `nox -s "tests(xla)" -- -x` runs a part of it.
+
+Data comes from `pyproject.toml`: a backend that is registered there is tested without a word here. What follows `--` goes to the
+session's tool.
+"""
+
+import pathlib
+import re
+import sys
+import zipfile
+
+import nox
+
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+PROJECT = PYPROJECT["project"]
+BACKENDS = list(PROJECT["entry-points"]["ejk_ragged.backends"])
+PACKAGES = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+
+# Python 3.11 ends with JAX 0.10.2 and the last one takes the newest JAX, so the one between holds the release between.
+CONSTRAINTS = {"3.12": ["jax==0.11.2"]}
+THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+OTHER_PYTHONS = [python for python in nox.project.python_versions(PYPROJECT) if python != THIS_PYTHON]
+
+nox.needs_version = ">=2025.2.9"
+nox.options.error_on_missing_interpreters = False
+nox.options.reuse_existing_virtualenvs = True
+
+
+def group(name):
+    return nox.project.dependency_groups(PYPROJECT, name)
+
+
+@nox.session
+def lint(session):
+    """Ruff: rules and format."""
+    session.install(*group("lint"))
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check", *session.posargs)
+
+
+@nox.session
+def types(session):
+    """Pyright."""
+    session.install(".", *group("types"))
+    session.run("pyright", "--pythonpath", session.bin + "/python", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("part", [nox.param(part, id=part) for part in ["core", *BACKENDS]])
+def tests(session, part):
+    """The tests of one backend, or those that need none in particular (core), on the Python that runs nox."""
+    session.install("-e", ".", *group("test"))
+    marks = part if part in BACKENDS else " and ".join(f"not {backend}" for backend in BACKENDS)
+    coverage = {"COVERAGE_FILE": f".coverage.{part}"}
+    session.run("pytest", "-n", "2", "-m", marks, "--cov", "--cov-report=", *session.posargs, env=coverage)
+
+
+@nox.session
+def coverage(session):
+    """Line coverage of the sessions `tests` that ran before, together."""
+    session.install(*group("test"))
+    session.run("coverage", "combine", "--keep", *[f".coverage.{part}" for part in ["core", *BACKENDS]])
+    session.run("coverage", "report", *session.posargs)
+
+
+@nox.session(python=OTHER_PYTHONS)
+def pythons(session):
+    """All tests on the other Pythons that this machine has, each with a JAX release of its own."""
+    session.install("-e", ".", *CONSTRAINTS.get(session.python, []), *group("test"))
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session
+def docs(session):
+    """The documentation, built strict into site/."""
+    session.install(*group("docs"))
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
+def wheel(session):
+    """The wheel: built, its contents compared with the sources, installed alone, and tried from an empty folder."""
+    folder = pathlib.Path(session.create_tmp())
+    for old in folder.glob("*.whl"):
+        old.unlink()
+    session.run("python", "-m", "pip", "wheel", ".", "--no-deps", "--quiet", "--wheel-dir", folder)
+    (built,) = folder.glob("*.whl")
+
+    in_wheel = {name for name in zipfile.ZipFile(built).namelist() if ".dist-info/" not in name}
+    roots = [pathlib.Path(package) for package in PACKAGES]
+    in_tree = {str(path.relative_to(root.parent)) for root in roots for path in root.rglob("*") if path.suffix in (".py", ".typed")}
+    if in_wheel != in_tree or not all(f"{root.name}/py.typed" in in_wheel for root in roots):
+        session.error(f"the wheel has too much: {sorted(in_wheel - in_tree)}, too little: {sorted(in_tree - in_wheel)}")
+
+    session.install("--force-reinstall", "--no-deps", built)
+    session.install(built)
+    session.chdir(folder)
+    session.run("ejk-ragged", "--help", silent=True)
+    session.run("python", "-I", "-m", "ejk_ragged", *session.posargs)
+
+
+@nox.session(default=False, python="3.11")
+def minimums(session):
+    """All tests with the oldest dependencies that pyproject.toml allows."""
+    oldest = [re.sub(">=", "==", requirement) for requirement in PROJECT["dependencies"]]
+    session.install("-e", ".", *oldest, *group("test"))
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+if __name__ == "__main__":
+    nox.main()

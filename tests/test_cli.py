@@ -1,0 +1,158 @@
+"""The command line: the report as text and as JSON, its exit status, and what it says of a backend that fails."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ejk_ragged import _registry, _report, Backend
+from ejk_ragged.__main__ import main
+from ejk_ragged._cases import Case
+from ejk_ragged._verify import Verdict
+
+
+TINY = Case("tiny", 2, 64, 4, 2, 8, lengths=("skew", 3, 9))
+
+
+class Wrong(Backend):
+    """Zeros for an answer, for heads of 32, and no gradients."""
+
+    name = "wrong"
+    platforms = frozenset({"cpu", "cuda"})
+
+    def supports(self, problem, target):
+        return "its heads are 32 wide" if problem.head_dim != 32 else None
+
+    def forward(self, problem, target, query, key, value, start, end, sink):
+        return query * 0, sink
+
+
+class Raises(Backend):
+    name = "raises"
+    platforms = frozenset({"cpu"})
+
+    def supports(self, problem, target):
+        return None
+
+    def forward(self, problem, target, *arrays):
+        raise ArithmeticError("not today")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(_report, "realistic", lambda: TINY)
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Installs made-up backends, `name="module:attribute"`, beside the real ones."""
+
+    def install(**values):
+        group = _registry.GROUP
+        made_up = [importlib.metadata.EntryPoint(name, value, group) for name, value in values.items()]
+        monkeypatch.setattr(_registry.registry, "_given", [*importlib.metadata.entry_points(group=group), *made_up])
+        _registry.registry.clear()
+
+    yield install
+    monkeypatch.undo()
+    _registry.registry.clear()
+
+
+def run_json(capsys, *arguments):
+    status = main(["--json", "--checks", *arguments])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_text(capsys):
+    assert main(["--checks", "window", "cap"]) == 0
+    out = capsys.readouterr().out
+    for title in ("Versions", "Devices", "Backends", "What would run", "Checks against", "One decode step"):
+        assert title in out
+    assert "cpu (here)" in out
+    assert "checks passed." in out
+
+
+def test_json(capsys):
+    status, data = run_json(capsys, "window", "all")
+    assert status == 0
+    assert data["ok"]
+    assert data["dispatch"]["platforms"]["cpu"]["forward"] == "xla"
+    assert set(data["dispatch"]["platforms"]) == set(_registry.KNOWN_PLATFORMS)
+    (xla,) = (info for info in data["installation"]["backends"] if info["name"] == "xla")
+    assert xla == {"name": "xla", "distribution": "ejk-ragged", "platforms": None, "broken": None}
+    assert {check["case"] for check in data["checks"]} == {"window", "all"}
+    compared = {c["what"] for check in data["checks"] if check["case"] == "all" for c in check["compared"]}
+    assert compared >= {"out", "lse", "d_query", "d_key", "d_value", "d_softmax_aux", "dead d_key", "dead d_value"}
+    assert data["step"]["live_bytes"] == TINY.live_bytes()
+    assert data["step"]["speedup"] > 0
+
+
+def test_every_case_is_checked_by_default():
+    results = _report.checks()
+    assert [result["case"] for result in results if result["backend"] == "xla"] == [case.name for case in _report.CHECKS]
+    assert all(result["ok"] for result in results)
+
+
+def test_wrong_backend(capsys, install):
+    install(wrong=f"{__name__}:Wrong")
+    status, data = run_json(capsys, "mha", "mqa")
+    assert status == 1
+    assert not data["ok"]
+    found = {check["case"]: check for check in data["checks"] if check["backend"] == "wrong"}
+    assert found["mha"]["ok"] is False
+    assert not found["mha"]["compared"][0]["ok"]
+    assert found["mqa"]["ok"] is None
+    assert "its heads are 32 wide" in found["mqa"]["refused"]
+    assert data["dispatch"]["platforms"]["cpu"]["passed_over"]["wrong"] == "its heads are 32 wide"
+
+    assert main(["--checks", "mha", "mqa"]) == 1
+    out = capsys.readouterr().out
+    assert "WRONG" in out
+    assert "wrong, mha: out is wrong" in out
+    assert "refused" in out
+    assert "1 of " in out
+
+
+def test_backend_that_raises(install):
+    install(raises=f"{__name__}:Raises")
+    # It would be chosen for the timed step too, so only the checks are asked for.
+    results = _report.checks([case for case in _report.CHECKS if case.name == "mha"])
+    (found,) = (result for result in results if result["backend"] == "raises")
+    assert found == {"backend": "raises", "case": "mha", "ok": False, "raised": "ArithmeticError: not today"}
+    text = _report.show_checks(results)
+    assert "RAISED" in text
+    assert "raises, mha: ArithmeticError: not today" in text
+
+
+@pytest.mark.filterwarnings("ignore:The backend 'broken':RuntimeWarning")
+def test_broken_backend(capsys, install):
+    install(broken="no_such_module:Backend")
+    status, data = run_json(capsys, "mha")
+    assert status == 0  # it is not used, and the report says so
+    (broken,) = (info for info in data["installation"]["backends"] if info["name"] == "broken")
+    assert "No module named 'no_such_module'" in broken["broken"]
+    assert "BROKEN: ModuleNotFoundError" in _report.show_installation(data["installation"])
+    assert "broken" not in {check["backend"] for check in data["checks"]}
+
+
+def test_not_finite_is_still_json(monkeypatch, capsys):
+    monkeypatch.setattr(_report, "verify", lambda call, arguments: (Verdict("out", float("nan"), 1e-6),))
+    status, data = run_json(capsys, "mha")
+    assert status == 1
+    assert data["checks"][0]["compared"] == [{"what": "out", "ok": False, "error": None, "tolerance": 1e-6}]
+    assert "error not finite" in _report.show_checks(data["checks"])
+
+
+def test_unknown_check(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--checks", "window", "nonsense"])
+    assert exit.value.code == 2
+    assert "nonsense not known; choose from mha," in capsys.readouterr().err
+
+
+def test_help_does_not_import_jax():
+    code = "import sys; from ejk_ragged.__main__ import main\ntry: main(['--help'])\nfinally: print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "examples:" in done.stdout
