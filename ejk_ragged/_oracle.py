@@ -11,7 +11,7 @@ import numpy as np
 class Gradients(NamedTuple):
     """Gradients in float64, shaped like what they belong to; `softmax_aux` is None where none was given.
 
-    `size` says, by name, how large the terms are that each gradient sums (their root sum square, one number a gradient): what
+    `size` says, by name, how large the products are that each gradient sums (their root sum square, one number a gradient): what
     rounding errors are relative to where the sum itself cancels, such as d_query of a range of one key.
     """
 
@@ -91,11 +91,13 @@ def oracle_gradients(
             d_key[b, live, kv] += np.outer(d_x, q)
             d_value[b, live, kv] += np.outer(p, d_out[b, h])
             d_sinks[h] -= s * delta
-            x_squared = (scale * slope * p) ** 2 * (from_value**2 + (p @ from_value) ** 2 + d_lse[b, h] ** 2)
-            squares["query"] += x_squared @ np.sum(k * k, axis=1)
+
+            delta_squared = np.sum((d_out[b, h] * (p @ v)) ** 2) + d_lse[b, h] ** 2
+            x_squared = (scale * slope * p) ** 2 * (v**2 @ d_out[b, h] ** 2 + delta_squared)
+            squares["query"] += x_squared @ np.sum(k**2, axis=1)
             squares["key"] += np.sum(x_squared) * (q @ q)
             squares["value"] += (p @ p) * (d_out[b, h] @ d_out[b, h])
-            squares["softmax_aux"] += (s @ s) * ((p @ from_value) ** 2 + d_lse[b, h] ** 2)
+            squares["softmax_aux"] += (s @ s) * delta_squared
     return Gradients(d_query, d_key, d_value, _like_aux(d_sinks, aux), {name: x**0.5 for name, x in squares.items()})
 
 

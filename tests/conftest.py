@@ -1,0 +1,43 @@
+"""Backends as a parameter, a marker each (`pytest -m xla`), and the settings under which everything is tested."""
+
+import os
+
+import hypothesis
+import jax
+import pytest
+from support import subject
+
+from ejk_ragged._registry import registry
+
+
+# Nobody's arrays should be promoted behind their back.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# HYPOTHESIS_PROFILE=thorough looks further.
+hypothesis.settings.register_profile("default", max_examples=20, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure(config):
+    for name in registry.names():
+        config.addinivalue_line("markers", f"{name}: the shared suite's share of the backend {name}")
+
+
+def pytest_generate_tests(metafunc):
+    if "subject" in metafunc.fixturenames:
+        names = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in registry.names()]
+        metafunc.parametrize("subject", names, indirect=True)
+
+
+@pytest.fixture(name="subject")
+def subject_fixture(request):
+    """A backend as `support.Subject`; a test that takes it runs once for each."""
+    return subject(request.param)
+
+
+@pytest.fixture
+def x64():
+    """float64 inside the test."""
+    with jax.enable_x64(True):
+        yield

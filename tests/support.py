@@ -1,0 +1,77 @@
+"""How the suite runs each backend, and what it holds against it; the faulty calls of test_mutations.py meet the same assertions."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ejk_ragged import Backend, FwdParams, ragged_decode_attention
+from ejk_ragged._verify import verify
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A backend under test. `make` gives what is passed as `backend=`: its name, or an instance that runs on this machine."""
+
+    name: str
+    make: Callable[[], str | Backend]
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+
+    @functools.cached_property
+    def backend(self) -> str | Backend:
+        return self.make()
+
+    @functools.cached_property
+    def call(self) -> Callable:
+        return functools.partial(ragged_decode_attention, backend=self.backend)
+
+
+# A line for each backend that needs one; the others are named and run as they are.
+SUBJECTS = {
+    "xla": Subject("xla", lambda: "xla", ("float32", "bfloat16", "float16", "float64")),
+}
+
+
+def subject(name: str) -> Subject:
+    return SUBJECTS.get(name) or Subject(name, lambda: name)
+
+
+def assert_right(call, arguments, **options):
+    """Output, lse, gradients and their exact zeros are the oracle's."""
+    wrong = [str(verdict) for verdict in verify(call, arguments, **options) if not verdict.ok]
+    assert not wrong, "; ".join(wrong)
+
+
+def assert_repeatable(call, arguments):
+    """Two runs give the same bits, forward and backward."""
+    first, second = ([np.asarray(x) for x in _everything(call, arguments)] for _ in range(2))
+    for x, y in zip(first, second, strict=True):
+        np.testing.assert_array_equal(_bits(x), _bits(y))
+
+
+def assert_batch_invariant(call, arguments):
+    """With `num_key_splits` given, the first sequence's output and lse keep their bits, whatever stands beside it."""
+    call = functools.partial(call, fwd_params=FwdParams(num_key_splits=3))
+    array = functools.partial(jax.tree.map, lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x)
+    per_sequence = ("query", "key", "value", "sequence_start", "sequence_end")
+    alone = arguments | {name: arguments[name][:1] for name in per_sequence if name in arguments}
+    others = arguments | {"sequence_end": np.concatenate([arguments["sequence_end"][:1], arguments["sequence_end"][:0:-1] // 2])}
+    others["query"] = np.concatenate([arguments["query"][:1], -arguments["query"][1:]])
+    results = [[_bits(np.asarray(x[0])) for x in call(**array(a), return_lse=True)] for a in (arguments, alone, others)]
+    for result in results[1:]:
+        for x, y in zip(results[0], result, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def _everything(call, arguments):
+    names = [name for name in ("query", "key", "value", "softmax_aux") if name in arguments]
+    function = lambda *args: call(**arguments | dict(zip(names, args, strict=True)), return_lse=True)
+    results, pullback = jax.vjp(function, *[jnp.asarray(arguments[name]) for name in names])
+    return *results, *pullback(jax.tree.map(jnp.ones_like, results))
+
+
+def _bits(x):
+    return np.atleast_1d(x).view(np.uint8)

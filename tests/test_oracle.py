@@ -1,0 +1,89 @@
+"""The oracle itself: against values worked out by hand, and its gradients against finite differences."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ejk_ragged._cases import CHECKS, CPU_STEP, ROWS
+from ejk_ragged._oracle import oracle, oracle_gradients, relative_error, tolerance
+
+
+def test_worked_by_hand():
+    """Two query heads on one kv head, D 1; keys 0 and ln 2 with scale 1 weigh 1 and 2; a sink of 0 weighs 1."""
+    query = np.array([[[1.0], [2.0]]])
+    key = np.array([[[[9.0]], [[0.0]], [[np.log(2)]], [[9.0]]]])
+    value = np.array([[[[9.0]], [[4.0]], [[8.0]], [[9.0]]]])
+    out, lse = oracle(query, key, value, [1], [3], softmax_scale=1.0)
+    np.testing.assert_allclose(out, [[[20 / 3], [36 / 5]]])
+    np.testing.assert_allclose(lse, [[np.log(3), np.log(5)]])
+    out, lse = oracle(query, key, value, [1], [3], softmax_scale=1.0, softmax_aux=np.array([[0.0], [0.0]]))
+    np.testing.assert_allclose(out, [[[20 / 4], [36 / 6]]])
+    out, lse = oracle(query, key, value, [0], [3], softmax_scale=1.0, sliding_window=(0, 0), logits_soft_cap=2.0)
+    np.testing.assert_allclose(out, [[[8.0], [8.0]]])
+    np.testing.assert_allclose(lse, [[2 * np.tanh(np.log(2) / 2), 2 * np.tanh(np.log(2))]])
+
+
+def test_empty_by_hand():
+    query, cache = np.ones((1, 2, 1)), np.full((1, 3, 1, 1), np.nan)
+    out, lse = oracle(query, cache, cache, [2], [2])
+    assert np.all(out == 0)
+    assert np.all(lse == -np.inf)
+    out, lse = oracle(query, cache, cache, [2], [1], softmax_aux=np.array([0.0, 0.0]))
+    assert np.all(out == 0)
+    np.testing.assert_allclose(lse, np.log(2))
+
+
+@pytest.mark.parametrize("case", CHECKS, ids=lambda case: case.name)
+def test_gradients_by_finite_differences(case):
+    arguments = dataclasses.replace(case, dtype="float64").draw(1)
+    rng = np.random.default_rng(0)
+    out, lse = oracle(**arguments)
+    d_out = rng.standard_normal(out.shape)
+    d_lse = np.where(np.isfinite(lse), rng.standard_normal(lse.shape), 0)
+    gradients = oracle_gradients(**arguments, d_out=d_out, d_lse=d_lse)
+
+    def loss(**changed):
+        out, lse = oracle(**arguments | changed)
+        return np.sum(out * d_out) + np.sum(np.where(np.isfinite(lse), lse, 0) * d_lse)
+
+    for name in {"query", "key", "value", "softmax_aux"} & set(arguments):
+        direction = rng.standard_normal(arguments[name].shape)
+        step = 1e-5 * direction
+        slope = (loss(**{name: arguments[name] + step}) - loss(**{name: arguments[name] - step})) / 2e-5
+        np.testing.assert_allclose(np.sum(getattr(gradients, name) * direction), slope, rtol=1e-6, atol=1e-7)
+
+
+def test_relative_error():
+    assert relative_error([3.0, 4.4], [3.0, 4.0]) == pytest.approx(0.08)
+    assert relative_error([-np.inf, 1.0], [-np.inf, 1.0]) == 0
+    assert relative_error([0.0], [0.0]) == 0
+    assert relative_error([1e-9], [0.0]) == np.inf
+    assert relative_error([1e-9], [0.0], size=1.0) == pytest.approx(1e-9)
+    for got, want in (([np.nan], [1.0]), ([np.inf], [1.0]), ([1.0], [np.inf]), ([np.inf], [-np.inf]), ([1.0], [1.0, 1.0])):
+        assert relative_error(got, want) == np.inf
+
+
+def test_tolerance():
+    assert tolerance("bfloat16", 256) == 2.5e-3
+    assert tolerance(np.dtype("float16"), 255) == 8e-4
+    assert tolerance("float32", 256, gradient=True) == 4e-6
+
+
+@pytest.mark.parametrize("case", [*CHECKS, *ROWS, CPU_STEP], ids=lambda case: case.name)
+def test_cases_are_sound(case):
+    """Heads divide, the live part is neither nothing nor more than there is, and a name stands for one problem."""
+    assert case.num_q_heads % case.num_kv_heads == 0
+    assert 0 < case.live_tokens() <= case.batch * case.seq_len
+    assert case.live_bytes() == case.live_tokens() * 2 * case.num_kv_heads * case.head_dim * (4 if case.dtype == "float32" else 2)
+    group = CHECKS if case in CHECKS else ROWS
+    assert [other.name for other in group].count(case.name) == (case is not CPU_STEP)
+
+
+def test_poison_is_outside():
+    case = CHECKS[3]
+    assert case.name == "edges"
+    key = case.draw(poison=True)["key"]
+    assert np.isfinite(key).all(axis=(2, 3)).sum() == case.live_tokens()
+    assert not np.isfinite(key).any(axis=(2, 3))[0].any()
+    assert np.isfinite(key[3]).all()

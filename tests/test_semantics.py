@@ -1,0 +1,336 @@
+"""The meaning of a call, rule by rule, for every backend: by hand where that is possible, against the oracle for the rest."""
+
+import dataclasses
+import functools
+import math
+import warnings
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_batch_invariant, assert_repeatable, assert_right
+
+from ejk_ragged import FwdParams
+from ejk_ragged._cases import Case, CHECKS
+from ejk_ragged._oracle import oracle
+
+
+CASES = {case.name: case for case in CHECKS}
+
+
+@pytest.mark.parametrize("case", CHECKS, ids=lambda case: case.name)
+def test_named_cases(subject, case):
+    assert_right(subject.call, case.draw(poison=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# By hand. With a query of zeros every key weighs 1: out is the mean of the valid values, lse the log of their number.
+
+
+def counting(batch, heads=2, kv_heads=1, seq_len=40, dim=16, dtype=jnp.float32):
+    """A query of zeros, and values that say which row they are of."""
+    rows = jnp.broadcast_to(jnp.arange(seq_len, dtype=dtype)[None, :, None, None], (batch, seq_len, kv_heads, dim))
+    return {"query": jnp.zeros((batch, heads, dim), dtype), "key": jnp.ones_like(rows), "value": rows}
+
+
+def valid_rows(call, start, end, **options):
+    """What a call says of the ranges: number of valid keys and mean of their indices, one a sequence."""
+    lengths = {"sequence_start": start, "sequence_end": end}
+    lengths = {name: jnp.asarray(x, jnp.int32) for name, x in lengths.items() if x is not None}
+    batch = next((len(x) for x in lengths.values()), 1)
+    out, lse = call(**counting(batch), **lengths, **options, return_lse=True)
+    return np.exp(np.asarray(lse[:, 1])), np.asarray(out[:, 1, 3])
+
+
+def assert_rows(got, want):
+    count, mean = got
+    np.testing.assert_allclose(count, [len(rows) for rows in want], rtol=1e-5)
+    np.testing.assert_allclose(mean, [np.mean(rows) if len(rows) else 0 for rows in want], rtol=1e-5)
+
+
+def test_ranges_are_half_open(subject):
+    got = valid_rows(subject.call, [0, 3, 0, 39, 17], [40, 9, 1, 40, 18])
+    assert_rows(got, [range(40), range(3, 9), range(1), range(39, 40), range(17, 18)])
+
+
+def test_ranges_are_clipped(subject):
+    top = np.iinfo(np.int32).max
+    got = valid_rows(subject.call, [-7, 30, -top - 1, 41, top], [5, 90, top, 50, -1])
+    assert_rows(got, [range(5), range(30, 40), range(40), (), ()])
+
+
+def test_no_lengths_means_all(subject):
+    assert_rows(valid_rows(subject.call, None, None), [range(40)])
+    assert_rows(valid_rows(subject.call, [7], None), [range(7, 40)])
+    assert_rows(valid_rows(subject.call, None, [7]), [range(7)])
+
+
+@pytest.mark.parametrize(
+    ("window", "wants"),
+    [
+        ((0, 0), (range(39, 40), range(8, 9), range(29, 30), ())),
+        ((5, 0), (range(34, 40), range(3, 9), range(25, 30), ())),
+        ((5, -1), (range(34, 40), range(3, 9), range(25, 30), ())),
+        ((5, 3), (range(34, 40), range(3, 9), range(25, 30), ())),
+        ((100, 0), (range(40), range(3, 9), range(25, 30), ())),
+        ((-1, 0), (range(40), range(3, 9), range(25, 30), ())),
+        ((-1, -1), (range(40), range(3, 9), range(25, 30), ())),
+        ((2**40, 0), (range(40), range(3, 9), range(25, 30), ())),
+    ],
+)
+def test_window(subject, window, wants):
+    """The query stands at end - 1, whatever lies behind it in the cache."""
+    assert_rows(valid_rows(subject.call, [0, 3, 25, 9], [90, 9, 30, 4], sliding_window=window), wants)
+
+
+def test_heads_read_their_group(subject):
+    """Query head h reads kv head h // G."""
+    arguments = counting(1, heads=6, kv_heads=2)
+    arguments["value"] = jnp.broadcast_to(jnp.array([1.0, 2.0])[:, None], arguments["value"].shape)
+    np.testing.assert_allclose(subject.call(**arguments)[0, :, 0], [1, 1, 1, 2, 2, 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sinks", "weights"),
+    [
+        (np.array([0.0, math.log(5)]), [6, 6, 6, 6]),
+        (np.log([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0], [4.0, 4.0]]), [2, 4, 6, 8]),
+        (np.log([[10.0], [20.0]]), [10, 10, 20, 20]),
+        (np.array([-np.inf]), [0, 0, 0, 0]),
+    ],
+    ids=["shared", "query", "kv", "none by -inf"],
+)
+def test_sinks(subject, sinks, weights):
+    """exp(sink) is added to the denominator, once, neither scaled nor capped, without a value; lse knows it."""
+    arguments = counting(2, heads=4, kv_heads=2) | {"softmax_aux": jnp.asarray(sinks, jnp.float32)}
+    end = jnp.array([9, 0], jnp.int32)
+    out, lse = subject.call(**arguments, sequence_end=end, softmax_scale=0.1, logits_soft_cap=1.5, return_lse=True)
+    weights = np.array(weights)
+    np.testing.assert_allclose(np.exp(lse), [9 + weights, weights], rtol=1e-5)
+    np.testing.assert_allclose(out[..., 0], [36 / (9 + weights), np.zeros(4)], rtol=1e-5)
+
+
+def test_scale_then_cap(subject):
+    """One key, whose logit is the lse: cap * tanh(scale * q . k / cap)."""
+    query, key = jnp.full((1, 1, 16), 0.5), jnp.full((1, 1, 1, 16), 2.0)
+    for scale, cap, want in (
+        (None, None, 4.0),
+        (0.5, None, 8.0),
+        (None, 3.0, 3 * math.tanh(4 / 3)),
+        (0.5, 3.0, 3 * math.tanh(8 / 3)),
+    ):
+        _, lse = subject.call(query, key, key, softmax_scale=scale, logits_soft_cap=cap, return_lse=True)
+        np.testing.assert_allclose(lse, [[want]], rtol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scale_need_not_be_positive(subject, scale):
+    assert_right(subject.call, CASES["scale"].draw() | {"softmax_scale": scale})
+
+
+def test_large_logits(subject):
+    """Nothing overflows: one key outweighs all by e^1000 and more."""
+    arguments = counting(1) | {"query": jnp.ones((1, 2, 16))}
+    arguments["key"] = arguments["value"] * 16
+    out, lse = subject.call(**arguments, return_lse=True)
+    np.testing.assert_allclose(out, np.full(out.shape, 39), rtol=1e-6)
+    np.testing.assert_allclose(lse, np.full(lse.shape, 39 * 64), rtol=1e-6)
+    out, lse = subject.call(**arguments, softmax_aux=jnp.array([1e4]), return_lse=True)
+    np.testing.assert_array_equal(out, np.zeros(out.shape))
+    np.testing.assert_allclose(lse, np.full(lse.shape, 1e4), rtol=1e-6)
+
+
+def test_empty_range(subject):
+    """Output 0, lse -inf; every gradient 0, though the cache holds nothing but NaN."""
+    arguments = counting(2) | {"key": jnp.full((2, 40, 1, 16), jnp.nan), "value": jnp.full((2, 40, 1, 16), jnp.nan)}
+    lengths = {"sequence_start": jnp.array([5, 9], jnp.int32), "sequence_end": jnp.array([5, 2], jnp.int32)}
+
+    def function(query, key, value):
+        return subject.call(query, key, value, **lengths, return_lse=True)
+
+    (out, lse), pullback = jax.vjp(function, *arguments.values())
+    np.testing.assert_array_equal(out, np.zeros(out.shape))
+    np.testing.assert_array_equal(lse, np.full(lse.shape, -np.inf))
+    for gradient in pullback((jnp.ones_like(out), jnp.ones_like(lse))):
+        np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
+
+
+def test_empty_range_with_sinks(subject):
+    """lse is that of the sinks, and so is its gradient; through the output there is none."""
+    arguments = counting(1) | {"sequence_end": jnp.zeros(1, jnp.int32)}
+    sinks = jnp.array([[0.0, 1.0], [2.0, 2.0]])
+    (out, lse), pullback = jax.vjp(lambda aux: subject.call(**arguments, softmax_aux=aux, return_lse=True), sinks)
+    np.testing.assert_array_equal(out, np.zeros(out.shape))
+    np.testing.assert_allclose(lse, jax.nn.logsumexp(sinks, axis=-1)[None], rtol=1e-6)
+    np.testing.assert_array_equal(pullback((jnp.ones_like(out), jnp.zeros_like(lse)))[0], np.zeros((2, 2)))
+    np.testing.assert_allclose(pullback((jnp.zeros_like(out), jnp.ones_like(lse)))[0], jax.nn.softmax(sinks), rtol=1e-6)
+
+
+def test_dtypes_of_the_answer(subject):
+    for dtype in subject.dtypes:
+        with jax.enable_x64(dtype == "float64"):
+            out, lse = subject.call(**counting(1, dtype=jnp.dtype(dtype)), return_lse=True)
+            assert (out.dtype, lse.dtype) == (jnp.dtype(dtype), jnp.float32)
+            assert (out.shape, lse.shape) == ((1, 2, 16), (1, 2))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_dtypes_of_lengths(subject, dtype):
+    """Any integers, NumPy's too; 300 rows are more than int8 holds, and unsigned ones must not wrap."""
+    with jax.enable_x64(dtype.endswith("64")):
+        arguments = counting(2, seq_len=300)
+        start, end = np.array([3, 0], dtype), np.array([100, np.iinfo(dtype).max], dtype)
+        _, lse = subject.call(**arguments, sequence_start=start, sequence_end=end, return_lse=True)
+        np.testing.assert_allclose(np.exp(lse[:, 0]), [97, min(300, np.iinfo(dtype).max)], rtol=1e-5)
+
+
+def test_one_dimensional_sinks_of_query_heads_warn(subject):
+    arguments = counting(1, heads=4, kv_heads=2)
+    with pytest.warns(UserWarning, match=r"softmax_aux\[:, None\]") as caught:
+        subject.call(**arguments, softmax_aux=jnp.zeros(4))
+    assert caught[0].filename == __file__  # it points at the caller
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        subject.call(**arguments, softmax_aux=jnp.zeros(3))
+        subject.call(**arguments, softmax_aux=jnp.zeros((4, 1)))
+        subject.call(**counting(1, heads=1), softmax_aux=jnp.zeros(1))
+
+
+def test_numpy_arrays(subject):
+    arguments = CASES["sinks-query"].draw(poison=True)
+    out = subject.call(**arguments)
+    assert isinstance(out, jax.Array)
+    np.testing.assert_allclose(out, oracle(**arguments)[0], atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Sizes, hints, bits
+
+
+@pytest.mark.parametrize("dim", [8, 24, 80, 96, 112, 256])
+def test_head_dims(subject, dim):
+    assert_right(subject.call, Case("", 2, 33, 4, 2, dim, lengths=("uniform", 1, 33)).draw(poison=True))
+
+
+@pytest.mark.parametrize("group", [1, 5, 7, 16])
+def test_groups(subject, group):
+    assert_right(subject.call, Case("", 2, 33, 2 * group, 2, 32, lengths=("uniform", 1, 33)).draw(poison=True))
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 127, 600])
+def test_sequence_lengths(subject, seq_len):
+    assert_right(subject.call, Case("", 2, seq_len, 4, 2, 16, lengths=("skew", 1, seq_len)).draw(poison=True))
+
+
+@pytest.mark.parametrize(
+    "hints",
+    [
+        FwdParams(block_size_keys=16),
+        FwdParams(block_size_keys=128, num_key_splits=1),
+        FwdParams(num_key_splits=5),
+        FwdParams(block_size_heads=16, num_warps=4, num_stages=2),
+    ],
+    ids=str,
+)
+def test_hints_never_change_the_meaning(subject, hints):
+    call = functools.partial(subject.call, fwd_params=hints)
+    assert_right(call, dataclasses.replace(CASES["all"], dtype="float32").draw(poison=True))
+
+
+@pytest.mark.parametrize("name", ["edges", "all"])
+def test_repeatable(subject, name):
+    assert_repeatable(subject.call, CASES[name].draw(poison=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batch_invariant(subject, dtype):
+    """One sequence of 200 keys and more, beside others and alone."""
+    case = Case("", 4, 300, 8, 2, 32, dtype, lengths=("skew", 1, 300), sinks=("query", 1))
+    for seed in range(2):
+        assert_batch_invariant(subject.call, case.draw(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Everything together
+
+
+SHAPES = [  # few, since each is compiled: B, S, Hq, Hkv, D
+    (1, 1, 1, 1, 8),
+    (2, 33, 4, 4, 32),
+    (3, 64, 6, 2, 16),
+    (4, 50, 7, 1, 80),
+    (5, 37, 10, 2, 24),
+    (2, 300, 16, 1, 128),
+]
+
+
+@st.composite
+def ranges(draw, batch, seq_len):
+    """A range for each sequence: empty, of one key, full, out of bounds, reversed, or any."""
+    anywhere = st.integers(-3, seq_len + 3)
+    inside = st.integers(0, seq_len - 1)
+    kinds = [
+        inside.map(lambda i: (i, i)),
+        inside.map(lambda i: (i, i + 1)),
+        st.just((0, seq_len)),
+        st.tuples(st.integers(-(2**31), 0), st.integers(seq_len, 2**31 - 1)),
+        st.tuples(anywhere, anywhere),
+    ]
+    return ("ranges", *draw(st.lists(st.one_of(kinds), min_size=batch, max_size=batch)))
+
+
+@st.composite
+def cases(draw, dtypes):
+    batch, seq_len, num_q_heads, num_kv_heads, head_dim = draw(st.sampled_from(SHAPES))
+    return Case(
+        "drawn",
+        batch,
+        seq_len,
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        draw(st.sampled_from(dtypes)),
+        draw(ranges(batch, seq_len) | st.just(("full",))),
+        draw(st.sampled_from([None, 0.4])),
+        draw(st.none() | st.tuples(st.integers(-1, seq_len), st.integers(-1, 3))),
+        draw(st.sampled_from([None, 1.5, 50.0])),
+        draw(st.none() | st.tuples(st.sampled_from(["shared", "query", "kv"]), st.sampled_from([1, 3]))),
+    )
+
+
+@hypothesis.given(data=st.data())
+def test_any_problem(subject, data):
+    """Forward and gradients of anything that may be asked, with poison around the live ranges."""
+    case = data.draw(cases(subject.dtypes), "case")
+    hints = data.draw(st.sampled_from([None, FwdParams(block_size_keys=16), FwdParams(num_key_splits=3)]), "hints")
+    seed = data.draw(st.integers(0, 99), "seed")
+    with jax.enable_x64(case.dtype == "float64"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "softmax_aux of shape", UserWarning)  # N may equal Hq
+        assert_right(functools.partial(subject.call, fwd_params=hints), case.draw(seed, poison=True), seed=seed)
+
+
+@pytest.mark.parametrize("name", ["cap", "window", "sinks-shared", "sinks-kv"])
+def test_finite_differences(subject, name, x64):
+    """An oracle of no one's making: the slope of the call's own output, in float64."""
+    if "float64" not in subject.dtypes:
+        pytest.skip(f"{subject.name} has no float64")
+    arguments = {
+        k: jnp.asarray(v) if isinstance(v, np.ndarray) else v
+        for k, v in dataclasses.replace(CASES[name], dtype="float64").draw().items()
+    }
+    names = [k for k in ("query", "key", "value", "softmax_aux") if k in arguments]
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal(arguments["query"].shape)
+
+    @jax.jit
+    def loss(*args):
+        return jnp.sum(subject.call(**arguments | dict(zip(names, args, strict=True))) * weights)
+
+    args = [arguments[k] for k in names]
+    for i, gradient in enumerate(jax.grad(loss, range(len(args)))(*args)):
+        direction = rng.standard_normal(args[i].shape)
+        up, down = (loss(*args[:i], args[i] + step * direction, *args[i + 1 :]) for step in (1e-5, -1e-5))
+        np.testing.assert_allclose(np.sum(gradient * direction), (up - down) / 2e-5, rtol=1e-6, atol=1e-7)
