@@ -1,7 +1,4 @@
-"""How the cache is walked: which sequences together, and each one's live range chunk by chunk."""
-
-import dataclasses
-from typing import Any
+"""How the cache is walked: the live range of each sequence, chunk by chunk, in the order that suits the platform."""
 
 import jax
 import jax.numpy as jnp
@@ -17,126 +14,79 @@ def default_rows(target) -> int:
     return CHUNK_ROWS.get(target.platform, CHUNK_ROWS_ELSEWHERE)
 
 
-def chunk_rows(problem):
-    """Rows of a chunk: never more than the cache has, which may be a symbolic size."""
-    return jax.core.min_dim(problem.fwd_params.block_size_keys, problem.seq_len)
+def by_kv_head(problem, *arrays):
+    """Arrays [B, Hq, ...] as [B, Hkv, G, ...] in the accumulation dtype."""
+    heads = (problem.num_kv_heads, problem.group)
+    return [x.reshape(x.shape[0], *heads, *x.shape[2:]).astype(problem.accum_dtype) for x in arrays]
 
 
-def by_sequences(target, some, carry, per_sequence):
-    """Run `some(first, carry, *per_sequence) -> (carry, results)` over all sequences, each array [B, ...].
+def walk(problem, target, key, value, start, end, begin, step, per_sequence, written=()):
+    """Run `step` over the chunks of every sequence's live range, in order.
 
-    On a CPU one sequence after another, so that time follows the live tokens of the whole batch. Elsewhere all of them at once, as
-    one sequence would starve the device: time follows the longest live range.
+    Chunk i of a sequence holds `rows` rows from start + i * rows on, so what a sequence gives does not depend on the others. A
+    chunk that would pass the end of the cache is moved back; the rows that it shares with the one before are not `new`.
+
+    On a CPU one sequence is done after another: time follows the live tokens of the whole batch. Elsewhere that would starve the
+    device, and all sequences go together: time follows the longest live range.
 
     Args:
-        target: where it runs.
-        some: takes the index of its first sequence and arrays [n, ...].
-        carry: what is updated in place from call to call.
+        begin: `begin(*arrays) -> state`, for one sequence.
+        step: `step(arrays, state, k, v, live, new) -> (state, chunks)`, for one sequence. k, v: [rows, Hkv, D]; live, new: bool
+            [rows], which rows are in the live range, and which of these no chunk before held; chunks: what to write at these rows
+            of `written`.
         per_sequence: arrays [B, ...].
+        written: arrays like the cache, updated in place.
+
+    Returns:
+        The last states, stacked [B, ...], and `written`.
     """
-    if target.platform != "cpu":
-        return some(None, carry, *per_sequence)
+    seq_len = problem.seq_len
+    rows = jax.core.min_dim(problem.fwd_params.block_size_keys, seq_len)  # sizes may be symbolic
 
-    def one(carry, xs):
-        b, *arrays = xs
-        carry, results = some(b, carry, *(x[None] for x in arrays))
-        return carry, [x[0] for x in results]
+    def count(start, end):
+        return jnp.maximum(end - start + rows - 1, 0) // rows
 
-    batch = per_sequence[0].shape[0]
-    return lax.scan(one, carry, (jnp.arange(batch, dtype=jnp.int32), *per_sequence))
+    def first_row(i, start):
+        return jnp.clip(start + i * rows, 0, seq_len - rows)
 
+    def load(cache, b, row):
+        return lax.dynamic_slice(cache, (b, row, 0, 0), (1, rows, *cache.shape[2:]))[0]
 
-@dataclasses.dataclass(frozen=True)
-class Chunks:
-    """The chunks of the live ranges of n sequences: chunk i holds rows start + i * size and on, of each its own.
+    def store(cache, chunk, b, row):
+        return lax.dynamic_update_slice(cache, chunk[None], (b, row, 0, 0))
 
-    Near the end of the cache a chunk cannot be read whole; it is moved back, and the rows that earlier chunks had are masked.
+    def do(i, b, start, end, arrays, state):
+        row = first_row(i, start)
+        here = row + jnp.arange(rows, dtype=row.dtype)
+        live = (here >= start) & (here < end)
+        new = live & (here >= start + i * rows)
+        # Without the barrier XLA's CPU compiler in JAX 0.10 widens the whole bfloat16 cache before the loop.
+        row, k, v = lax.optimization_barrier((row, key, value))
+        return step(arrays, state, load(k, b, row), load(v, b, row), live, new)
 
-    Attributes:
-        first: index of the only sequence, or None for the whole batch.
-        start, end: [n].
-        size: rows of a chunk, at most `seq_len`.
-        seq_len: rows of the cache.
-    """
+    index = jnp.arange(problem.batch, dtype=jnp.int32)
+    if target.platform == "cpu":
 
-    first: Any
-    start: jax.Array
-    end: jax.Array
-    size: int
-    seq_len: int
+        def sequence(written, xs):
+            b, start, end, *arrays = xs
 
-    @property
-    def count(self):
-        """Chunks of the longest live range."""
-        return jnp.max(jnp.maximum(self.end - self.start + self.size - 1, 0) // self.size)
+            def chunk(i, carry):
+                state, written = carry
+                state, chunks = do(i, b, start, end, arrays, state)
+                return state, [store(x, c, b, first_row(i, start)) for x, c in zip(written, chunks, strict=True)]
 
-    def _begin(self, i):
-        begin = self.start + i * self.size
-        return begin, jnp.clip(begin, 0, self.seq_len - self.size)
+            state, written = lax.fori_loop(jnp.int32(0), count(start, end), chunk, (begin(*arrays), written))
+            return written, state
 
-    def live(self, i):
-        """[n, size]: which rows of chunk i are in the live range, and which of these no chunk before held."""
-        begin, row = self._begin(i)
-        rows = row[:, None] + jnp.arange(self.size, dtype=row.dtype)
-        live = (rows >= self.start[:, None]) & (rows < self.end[:, None])
-        return live, live & (rows >= begin[:, None])
+        written, states = lax.scan(sequence, list(written), (index, start, end, *per_sequence))
+        return states, written
 
-    def load(self, cache, i):
-        """Chunk i of `cache` [B, S, ...], as [n, size, ...]."""
-        _, row = self._begin(i)
-        if self.first is None:
-            return jax.vmap(lambda x, r: lax.dynamic_slice_in_dim(x, r, self.size))(cache, row)
-        zeros = (0,) * (cache.ndim - 2)
-        return lax.dynamic_slice(cache, (self.first, row[0], *zeros), (1, self.size, *cache.shape[2:]))
+    def chunk(i, carry):
+        states, written = carry
+        states, chunks = jax.vmap(do, (None, 0, 0, 0, 0, 0))(i, index, start, end, per_sequence, states)
+        row = first_row(i, start)
+        put = jax.vmap(lambda x, c, r: lax.dynamic_update_slice(x, c, (r, 0, 0)))
+        return states, [put(x, c, row) for x, c in zip(written, chunks, strict=True)]
 
-    def store(self, cache, i, chunk):
-        """`cache` with `chunk` at the rows of chunk i."""
-        _, row = self._begin(i)
-        if self.first is None:
-            return jax.vmap(lambda x, u, r: lax.dynamic_update_slice_in_dim(x, u, r, 0))(cache, chunk, row)
-        return lax.dynamic_update_slice(cache, chunk, (self.first, row[0], *(0,) * (cache.ndim - 2)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# The arithmetic of one chunk: n sequences, C rows, H kv heads of G query heads each
-
-
-class Arithmetic:
-    """Contractions, in the accumulation dtype, in the form that suits the target."""
-
-    def __init__(self, problem, target):
-        self.accum = problem.accum_dtype
-        self.scale = problem.softmax_scale
-        self.cap = problem.logits_soft_cap
-        self.precision = problem.matmul_precision or "highest"
-        self.on_cpu = target.platform == "cpu"
-
-    def heads(self, x, num_kv_heads):
-        """[n, Hq, ...] as [n, H, G, ...] in the accumulation dtype."""
-        return x.reshape(x.shape[0], num_kv_heads, -1, *x.shape[2:]).astype(self.accum)
-
-    def dots(self, q, rows):
-        """q [n, H, G, D] with every row of [n, C, H, D]: [n, C, H, G]."""
-        if self.on_cpu:
-            return jnp.sum(q[:, None] * rows[:, :, :, None], axis=-1)
-        return jnp.einsum("nhgd,nchd->nchg", q, rows, precision=self.precision)
-
-    def weighted(self, weights, rows):
-        """Rows [n, C, H, D] summed with weights [n, C, H, G]: [n, H, G, D]."""
-        if self.on_cpu:
-            return jnp.sum(weights[..., None] * rows[:, :, :, None], axis=1)
-        return jnp.einsum("nchg,nchd->nhgd", weights, rows, precision=self.precision)
-
-    def outer(self, weights, q):
-        """Weights [n, C, H, G] times q [n, H, G, D], summed over the group: [n, C, H, D]."""
-        if self.on_cpu:
-            return jnp.sum(weights[..., None] * q[:, None], axis=3)
-        return jnp.einsum("nchg,nhgd->nchd", weights, q, precision=self.precision)
-
-    def logits(self, q, k):
-        """Logits [n, C, H, G], scaled and capped, and their slope in the uncapped ones."""
-        x = self.scale * self.dots(q, k)
-        if self.cap is None:
-            return x, 1
-        bent = jnp.tanh(x / self.cap)
-        return self.cap * bent, 1 - bent * bent
+    states = jax.vmap(begin)(*per_sequence)
+    return lax.fori_loop(jnp.int32(0), jnp.max(count(start, end)), chunk, (states, list(written)))
