@@ -2,7 +2,7 @@
 # /// script
 # dependencies = ["nox>=2025.2.9"]
 # ///
-"""What is checked before a change lands. `python -m nox` runs all, `nox -l` lists it, `nox -s "tests(xla)" -- -x` runs a part of it.
+"""What is checked before a change lands: `python -m nox` runs all of it, `nox -l` lists it, `nox -s "tests(xla)" -- -x` one part.
 
 Data comes from `pyproject.toml`: a backend that is registered there is tested without a word here. What follows `--` goes to the
 session's tool.

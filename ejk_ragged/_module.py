@@ -16,7 +16,11 @@ class RaggedDecodeAttention(eqx.Module):
 
     Attributes:
         sinks: learned sinks [num_q_heads, num_sinks], or None.
-        softmax_scale, sliding_window, logits_soft_cap, fwd_params, backend: as in `ragged_decode_attention`.
+        softmax_scale: as in `ragged_decode_attention`, like the rest.
+        sliding_window: (left, right) or None.
+        logits_soft_cap: a positive number or None.
+        fwd_params: tuning hints or None.
+        backend: None, a name or a `Backend`.
 
     Raises:
         ValueError, TypeError: on construction, for settings that no call would accept.

@@ -1,0 +1,42 @@
+"""A backend for short caches: all logits at once, in a handful of operations."""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from ejk_ragged import Backend, Problem, Target
+
+
+class DenseBackend(Backend):
+    name: ClassVar[str] = "dense"
+    platforms: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
+    priority: ClassVar[int] = 10  # asked before XLA, which has -100
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        if not isinstance(problem.seq_len, int) or problem.seq_len > 512:
+            return f"it is for caches of up to 512 rows, not {problem.seq_len}"
+        return None
+
+    def forward(self, problem, target, query, key, value, start, end, sink):
+        accum = problem.accum_dtype
+        rows = jnp.arange(problem.seq_len, dtype=jnp.int32)
+        live = (rows >= start[:, None]) & (rows < end[:, None])  # [B, S]
+        # A masked probability is 0, and 0 times what a dead row holds may be NaN.
+        key, value = (jnp.where(live[:, :, None, None], x, 0).astype(accum) for x in (key, value))
+        grouped = (query.shape[0], problem.num_kv_heads, problem.group)
+
+        x = jnp.einsum("bhgd,bshd->bhgs", query.reshape(*grouped, -1).astype(accum), key, precision="highest")
+        x = problem.softmax_scale * x
+        if problem.logits_soft_cap is not None:
+            x = problem.logits_soft_cap * jnp.tanh(x / problem.logits_soft_cap)
+        x = jnp.where(live[:, None, None], x, -jnp.inf)
+
+        sink = sink.reshape(grouped)
+        top = jnp.maximum(x.max(axis=-1), sink)
+        top = jnp.where(top > -jnp.inf, top, 0)  # neither a key nor a sink
+        weights = jnp.exp(x - top[..., None])
+        total = weights.sum(axis=-1) + jnp.exp(sink - top)
+        out = jnp.einsum("bhgs,bshd->bhgd", weights, value, precision="highest")
+        out = out / jnp.where(total > 0, total, 1)[..., None]
+        lse = top + jnp.log(total)
+        return out.reshape(query.shape).astype(query.dtype), lse.reshape(sink.shape[0], -1)
