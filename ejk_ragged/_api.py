@@ -46,6 +46,25 @@ def ragged_decode_attention(
     backend: str | Backend | None = None,
     return_lse: Literal[True],
 ) -> tuple[Float[Array, "batch num_q_heads head_dim"], Float32[Array, "batch num_q_heads"]]: ...
+@overload
+def ragged_decode_attention(
+    query: Float[Array, "batch num_q_heads head_dim"],
+    key: Float[Array, "batch seq_len num_kv_heads head_dim"],
+    value: Float[Array, "batch seq_len num_kv_heads head_dim"],
+    sequence_start: Int[Array, " batch"] | None = None,
+    sequence_end: Int[Array, " batch"] | None = None,
+    softmax_scale: float | None = None,
+    fwd_params: FwdParams | None = None,
+    sliding_window: Window | None = None,
+    logits_soft_cap: float | None = None,
+    softmax_aux: Float[Array, " num_sinks"] | Float[Array, "heads num_sinks"] | None = None,
+    *,
+    backend: str | Backend | None = None,
+    return_lse: bool,
+) -> (
+    Float[Array, "batch num_q_heads head_dim"]
+    | tuple[Float[Array, "batch num_q_heads head_dim"], Float32[Array, "batch num_q_heads"]]
+): ...
 def ragged_decode_attention(
     query,
     key,
@@ -68,7 +87,7 @@ def ragged_decode_attention(
     `out = sum_j exp(x_j) v_j / (sum_j exp(x_j) + sum_n exp(s_n))`, accumulated in float32 (float64 for float64 inputs). An empty
     range gives 0. What the cache holds outside the valid range changes nothing. Differentiable in query, key, value and sinks.
 
-    The signature is that of ejkernel's `ragged_decode_attention` (its first ten arguments), with a meaning that every backend keeps.
+    The first ten arguments are those of ejkernel's `ragged_decode_attention`, with a meaning that every backend keeps.
 
     Args:
         query: [batch, num_q_heads, head_dim], one token per sequence; float16, bfloat16, float32 or float64.
@@ -88,8 +107,8 @@ def ragged_decode_attention(
         return_lse: also return the log of the softmax's denominator.
 
     Returns:
-        [batch, num_q_heads, head_dim] in the query's dtype; with `return_lse`, also float32 [batch, num_q_heads], natural log, sinks
-        included, -inf for an empty range without sinks.
+        [batch, num_q_heads, head_dim] in the query's dtype; with `return_lse`, also float32 [batch, num_q_heads], natural log,
+        sinks included, -inf for an empty range without sinks.
 
     Raises:
         ValueError: shapes, dtypes or values that do not fit, an unknown backend, or a named one that cannot do the call.
@@ -118,7 +137,7 @@ def ragged_decode_attention(
 @functools.partial(jax.jit, static_argnums=(6, 7))
 def _canonical(query, key, value, sequence_start, sequence_end, softmax_aux, settings: Settings, left: int | None):
     """The checked call as the canonical operation. Jitted, so that an eager call is one dispatch."""
-    batch, seq_len, num_kv_heads, _ = key.shape
+    batch, seq_len = key.shape[:2]
     num_q_heads = query.shape[1]
     start = jnp.zeros(batch, jnp.int32) if sequence_start is None else _clip(sequence_start, seq_len)
     end = jnp.full(batch, seq_len, jnp.int32) if sequence_end is None else _clip(sequence_end, seq_len)
@@ -131,7 +150,8 @@ def _canonical(query, key, value, sequence_start, sequence_end, softmax_aux, set
         aux = jnp.atleast_2d(softmax_aux.astype(accum))
         sink = jax.nn.logsumexp(aux, axis=-1)
         sink = jnp.repeat(sink, num_q_heads // sink.shape[0])
-    out, lse = _op.decode(settings, query, key, value, start, end, jnp.broadcast_to(sink, (batch, num_q_heads)))
+    sink = jnp.broadcast_to(sink, (batch, num_q_heads))
+    out, lse = _op.decode(settings, query, key, value, start, end, sink)  # pyright: ignore[reportGeneralTypeIssues]
     return out, lse.astype(jnp.float32)
 
 

@@ -36,7 +36,7 @@ def check(query, key, value, start, end, scale, fwd_params, window, cap, aux, ba
         softmax_scale=head_dim**-0.5 if scale is None else check_scale(scale),
         logits_soft_cap=check_soft_cap(cap),
         fwd_params=check_fwd_params(fwd_params),
-        matmul_precision=jax.config.jax_default_matmul_precision,
+        matmul_precision=jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
         backend=registry.resolve(backend),
     )
     registry.check_named(settings.backend, Problem.of(query, key, settings))
@@ -100,8 +100,8 @@ def check_sinks(aux, num_q_heads, num_kv_heads):
         )
     if aux.shape == (num_q_heads,) and num_q_heads > 1:
         warnings.warn(
-            f"softmax_aux of shape ({num_q_heads},) means {num_q_heads} sinks shared by all heads. If it is one sink for each of the "
-            f"{num_q_heads} query heads, pass softmax_aux[:, None].",
+            f"softmax_aux of shape ({num_q_heads},) means {num_q_heads} sinks shared by all heads. If it is one sink for each of "
+            f"the {num_q_heads} query heads, pass softmax_aux[:, None].",
             UserWarning,
             stacklevel=4,  # the caller of the public function
         )

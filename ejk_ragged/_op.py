@@ -46,7 +46,7 @@ def _primitive(name, direction, abstract_eval) -> Primitive:
 
     def lower(ctx, *args, platform=None, settings, **params):
         platform = platform or ctx.module_context.platforms[0]
-        chosen = select(platform, *ctx.avals_in[:2], settings)
+        chosen = select(platform, ctx.avals_in[0], ctx.avals_in[1], settings)
         with chosen.backend.lowering(chosen.target):
             run = functools.partial(getattr(chosen.backend, direction), chosen.problem, chosen.target, **params)
             return mlir.lower_fun(run, multiple_results=True)(ctx, *args)
@@ -58,7 +58,7 @@ def _primitive(name, direction, abstract_eval) -> Primitive:
     @primitive.def_impl
     def _(*args, settings, **params):  # only reached under jax.disable_jit: the backend, operation by operation
         (device,) = args[0].devices()
-        chosen = select(_registry.platform_of(device), *args[:2], settings)
+        chosen = select(_registry.platform_of(device), args[0], args[1], settings)
         return getattr(chosen.backend, direction)(chosen.problem, chosen.target, *args, **params)
 
     return primitive
@@ -182,7 +182,10 @@ def _decode_fwd(settings, query, key, value, start, end, sink):
 
 def _decode_bwd(settings, residuals, cotangents):
     wanted, query, key, value, start, end, sink, out, lse = residuals
-    d_out, d_lse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
+    d_out, d_lse = (
+        jnp.zeros_like(primal) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x
+        for primal, x in zip((out, lse), cotangents, strict=True)
+    )
     # With p_j the probability of key j: d_logit_j = p_j (d_out . v_j - delta), and the sink is a key without a value.
     delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - d_lse
     d_sink = jnp.where(sink > -jnp.inf, -jnp.exp(sink - jnp.maximum(lse, sink)) * delta, 0)

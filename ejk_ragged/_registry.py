@@ -83,7 +83,7 @@ class Backend(abc.ABC):
         return contextlib.nullcontext()
 
     @abc.abstractmethod
-    def forward(self, problem: Problem, target: Target, query, key, value, start, end, sink):
+    def forward(self, problem: Problem, target: Target, query, key, value, start, end, sink) -> tuple[jax.Array, jax.Array]:
         """Output and log-sum-exp.
 
         Args:
@@ -98,7 +98,9 @@ class Backend(abc.ABC):
             out [B, Hq, D] in the query's dtype, and lse [B, Hq] in the accumulation dtype.
         """
 
-    def backward(self, problem: Problem, target: Target, query, key, value, start, end, lse, d_out, delta, *, wanted):
+    def backward(
+        self, problem: Problem, target: Target, query, key, value, start, end, lse, d_out, delta, *, wanted
+    ) -> list[jax.Array]:
         """Gradients, from d_logit_j = p_j (d_out . v_j - delta) with p_j = exp(logit_j - lse).
 
         Args:
@@ -303,7 +305,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def platform_of(device: jax.Device) -> str:
+def platform_of(device: Any) -> str:
     """The name by which JAX lowers for `device`; its `platform` says "gpu" for both kinds of GPU."""
     if device.platform == "gpu":
         return "rocm" if "rocm" in getattr(device.client, "platform_version", "") else "cuda"

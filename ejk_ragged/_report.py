@@ -118,7 +118,7 @@ def step(case: Case, runs: int = 7) -> dict[str, Any]:
 
     Bytes are those of the live K and V rows, which is what a step has to read.
     """
-    arguments = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in case.draw().items()}
+    arguments: dict[str, Any] = {n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in case.draw().items()}
 
     @jax.jit
     def peer(query, key, value, sequence_end):

@@ -44,16 +44,13 @@ def verify(call: Callable, arguments: dict, gradients: bool = True, seed: int = 
         return call(**arguments | dict(zip(names, differentiated, strict=True)), return_lse=True)
 
     differentiated = [arguments[name] for name in names]
-    if gradients:
-        (out, lse), pullback = jax.vjp(function, *differentiated)
-    else:
-        out, lse = function(*differentiated)
+    (out, lse), pullback = jax.vjp(function, *differentiated) if gradients else (function(*differentiated), None)
     want_out, want_lse = oracle(**exact)
     verdicts = [
         Verdict("out", relative_error(out, want_out) if out.dtype == dtype else np.inf, tolerance(dtype, out.size)),
         Verdict("lse", _lse_error(lse, want_lse) if lse.dtype == jnp.float32 else np.inf, tolerance("float32", lse.size)),
     ]
-    if not gradients:
+    if pullback is None:
         return tuple(verdicts)
 
     rng = np.random.default_rng(seed)

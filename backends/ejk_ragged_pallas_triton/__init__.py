@@ -23,7 +23,7 @@ class PallasTritonBackend(Backend):
     priority: ClassVar[int] = 100
 
     @property
-    def platforms(self):
+    def platforms(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return None if self.interpret else frozenset({"cuda"})
 
     def unavailable(self) -> str | None:
