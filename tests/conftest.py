@@ -27,10 +27,10 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     if "subject" in metafunc.fixturenames:
         names = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in registry.names()]
-        metafunc.parametrize("subject", names, indirect=True)
+        metafunc.parametrize("subject", names, indirect=True, scope="session")
 
 
-@pytest.fixture(name="subject")
+@pytest.fixture(name="subject", scope="session")
 def subject_fixture(request):
     """A backend as `support.Subject`; a test that takes it runs once for each."""
     return subject(request.param)

@@ -75,3 +75,21 @@ def _everything(call, arguments):
 
 def _bits(x):
     return np.atleast_1d(x).view(np.uint8)
+
+
+ARRAYS = ("query", "key", "value", "sequence_start", "sequence_end", "softmax_aux")
+
+
+def draw(case, seed=0):
+    """A case's arrays, on the default device, and its settings."""
+    arguments = case.draw(seed)
+    arrays = {name: jnp.asarray(arguments.pop(name)) for name in ARRAYS if name in arguments}
+    return arrays, arguments
+
+
+def assert_close(got, want, tolerance=1e-5):
+    """Two trees of arrays agree; the same infinities are equal."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=tolerance, atol=tolerance)

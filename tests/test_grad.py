@@ -1,0 +1,147 @@
+"""Reverse differentiation: in all its forms, and no more of it than is asked for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense import DenseBackend
+from support import assert_close, draw
+
+from ejk_ragged import ragged_decode_attention, Wanted
+from ejk_ragged._cases import Case
+from ejk_ragged._oracle import oracle_gradients
+
+
+CASE = Case("grad", 3, 24, 4, 2, 16, lengths=("ranges", (2, 20), (0, 24), (5, 5)), sinks=("query", 2), logits_soft_cap=3.0)
+NAMES = ("query", "key", "value", "softmax_aux")
+
+
+def setting(call, case=CASE):
+    """The call as a function of its four differentiable arrays, and these."""
+    arrays, settings = draw(case)
+    floats = [arrays.pop(name) for name in NAMES]
+    return lambda *args, **kw: call(**dict(zip(NAMES, args, strict=True)), **arrays, **settings, **kw), floats
+
+
+def total(x):
+    """A scalar of a result, with another weight for each element."""
+    return jnp.sum(x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape))
+
+
+def assert_oracle(gradients, d_out, d_lse):
+    arguments = CASE.draw()
+    want = oracle_gradients(**arguments, d_out=d_out, d_lse=d_lse)
+    for name, got in zip(NAMES, gradients, strict=True):
+        np.testing.assert_allclose(got, getattr(want, name), rtol=1e-4, atol=1e-5)
+
+
+def test_grad_and_value_and_grad(subject):
+    function, floats = setting(subject.call)
+    loss = lambda *args: total(function(*args))
+    gradients = jax.grad(loss, range(4))(*floats)
+    assert_oracle(gradients, jax.grad(total)(jnp.zeros((3, 4, 16))), np.zeros((3, 4)))
+    value, again = jax.jit(jax.value_and_grad(loss, range(4)))(*floats)
+    assert_close((value, again), (loss(*floats), gradients))
+
+
+def test_vjp_through_lse(subject):
+    function, floats = setting(functools.partial(subject.call, return_lse=True))
+    (out, lse), pullback = jax.vjp(function, *floats)
+    d_lse = jnp.sin(jnp.arange(lse.size, dtype=jnp.float32)).reshape(lse.shape)
+    assert_oracle(pullback((jnp.zeros_like(out), d_lse)), np.zeros(out.shape), d_lse)
+    assert_oracle(jax.grad(lambda *args: jnp.sum(function(*args)[1] * d_lse), range(4))(*floats), np.zeros(out.shape), d_lse)
+
+
+def test_checkpoint():
+    function, floats = setting(ragged_decode_attention)
+    loss = lambda *args: total(jnp.tanh(function(*args)))
+    want = jax.grad(loss, range(4))(*floats)
+    assert_close(jax.grad(jax.checkpoint(loss), range(4))(*floats), want)
+    assert_close(jax.jit(jax.grad(jax.checkpoint(loss), range(4)))(*floats), want)
+
+
+def test_vmap_of_grad_and_grad_of_vmap(subject):
+    function, floats = setting(subject.call)
+    queries = jnp.stack([floats[0], 2 * floats[0]])
+    grad = jax.grad(lambda *args: total(function(*args)), range(4))
+    per_query = [grad(query, *floats[1:]) for query in queries]
+    want = jax.tree.map(lambda *x: jnp.stack(x), *per_query)
+    assert_close(jax.vmap(grad, in_axes=(0, None, None, None))(queries, *floats[1:]), want)
+    both = lambda queries, *rest: jnp.sum(jax.vmap(lambda query: total(function(query, *rest)))(queries))
+    want = want[0], *(jnp.sum(x, axis=0) for x in want[1:])
+    assert_close(jax.grad(both, range(4))(queries, *floats[1:]), want)
+
+
+def test_jacobian():
+    """jacrev maps the pullback alone: cotangents with an axis that nothing else has."""
+    function, floats = setting(ragged_decode_attention)
+    few = lambda query, value: function(query, floats[1], value, floats[3])[0, 1]
+    d_query, d_value = jax.jacrev(few, (0, 1))(floats[0], floats[2])
+    for i in (0, 7):
+        assert_close((d_query[i], d_value[i]), jax.grad(lambda q, v, i=i: few(q, v)[i], (0, 1))(floats[0], floats[2]))
+
+
+def test_lengths_have_no_gradients():
+    arrays, _ = draw(CASE)
+    out, pullback = jax.vjp(lambda *args: ragged_decode_attention(*args), *(arrays[k] for k in list(arrays)[:5]))
+    *_, d_start, d_end = pullback(out)
+    assert d_start.dtype == d_end.dtype == jax.dtypes.float0
+
+
+class Recorder(DenseBackend):
+    """Notes which gradients it is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def backward(self, *args, wanted):
+        self.asked.append(wanted)
+        return super().backward(*args, wanted=wanted)
+
+
+@pytest.mark.parametrize(
+    ("argnums", "wanted"),
+    [
+        ((0,), [Wanted(query=True, key_value=False)]),
+        ((1,), [Wanted(query=False, key_value=True)]),
+        ((2,), [Wanted(query=False, key_value=True)]),
+        ((0, 3), [Wanted(query=True, key_value=False)]),
+        ((3,), []),
+        ((0, 1, 2, 3), [Wanted(query=True, key_value=True)]),
+    ],
+)
+def test_only_what_is_wanted(argnums, wanted):
+    """The cache's gradients are as large as the cache: they are not computed for a query's sake."""
+    recorder = Recorder()
+    function, floats = setting(functools.partial(ragged_decode_attention, backend=recorder))
+    got = jax.jit(jax.grad(lambda *args: total(function(*args)), argnums))(*floats)
+    assert recorder.asked == wanted
+    every = jax.grad(lambda *args: total(function(*args)), range(4))(*floats)
+    assert_close(got, tuple(every[i] for i in argnums))
+
+
+@pytest.mark.parametrize("argnums", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
+def test_some_gradients(subject, argnums):
+    function, floats = setting(subject.call)
+    loss = lambda *args: total(function(*args))
+    every = jax.grad(loss, range(4))(*floats)
+    assert_close(jax.grad(loss, argnums)(*floats), tuple(every[i] for i in argnums))
+
+
+def test_partial_results_merge():
+    """Two halves of a range, merged by their lse, give the whole, and so do the gradients through them."""
+    arrays, _ = draw(Case("", 2, 30, 4, 2, 16))
+    middle, end = jnp.array([11, 20], jnp.int32), jnp.array([30, 20], jnp.int32)  # the second half of the second is empty
+
+    def merged(query, key, value):
+        first, lse_1 = ragged_decode_attention(query, key, value, None, middle, return_lse=True)
+        second, lse_2 = ragged_decode_attention(query, key, value, middle, end, return_lse=True)
+        weight = jax.nn.sigmoid(lse_1 - lse_2)[..., None]
+        return weight * first + (1 - weight) * second
+
+    whole = lambda query, key, value: ragged_decode_attention(query, key, value, None, end)
+    for function in (lambda f: f(*arrays.values()), lambda f: jax.grad(lambda *args: total(f(*args)), range(3))(*arrays.values())):
+        assert_close(function(merged), function(whole))

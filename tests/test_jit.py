@@ -1,0 +1,87 @@
+"""Under `jax.jit`, and without it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import assert_close, draw
+
+from ejk_ragged import _op, FwdParams, ragged_decode_attention
+from ejk_ragged._cases import Case
+from ejk_ragged._problem import Settings
+
+
+CASE = Case("jit", 3, 40, 4, 2, 16, lengths=("uniform", 1, 40), sinks=("query", 1))
+
+
+def test_jit_equals_eager(subject):
+    arrays, _ = draw(CASE)
+    call = functools.partial(subject.call, sliding_window=(9, 0), logits_soft_cap=2.0, return_lse=True)
+    assert_close(jax.jit(call)(**arrays), call(**arrays))
+
+
+def test_settings_as_static_arguments():
+    arrays, _ = draw(CASE)
+    settings = {
+        "softmax_scale": 0.3,
+        "fwd_params": FwdParams(block_size_keys=16),
+        "sliding_window": (9, 0),
+        "logits_soft_cap": 2.0,
+        "backend": "auto",
+        "return_lse": True,
+    }
+    jitted = jax.jit(ragged_decode_attention, static_argnames=tuple(settings))
+    assert_close(jitted(**arrays, **settings), ragged_decode_attention(**arrays, **settings))
+
+
+def test_one_trace_for_all_lengths():
+    """Lengths are data: a decode loop compiles once."""
+    arrays, _ = draw(CASE)
+    traces = []
+
+    @jax.jit
+    def step(end):
+        traces.append(end)
+        return ragged_decode_attention(**arrays | {"sequence_end": end})
+
+    for end in (1, 17, 40):
+        step(jnp.full(3, end, jnp.int32))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("constant", ["query", "key", "sequence_end", "softmax_aux"])
+def test_closed_over_constants(constant):
+    arrays, _ = draw(CASE)
+    want = ragged_decode_attention(**arrays)
+    value = arrays.pop(constant)
+    assert_close(jax.jit(lambda **kw: ragged_decode_attention(**kw, **{constant: value}))(**arrays), want)
+
+
+def test_no_jit(subject):
+    """`jax.disable_jit` runs the backend operation by operation."""
+    arrays, _ = draw(Case("", 2, 20, 2, 1, 8, lengths=("uniform", 0, 20)))
+    want = subject.call(**arrays, return_lse=True)
+    with jax.disable_jit():
+        got = subject.call(**arrays, return_lse=True)
+    assert_close(got, want)
+
+
+def test_no_jit_with_gradients():
+    arrays, _ = draw(Case("", 2, 20, 2, 1, 8, lengths=("uniform", 0, 20)))
+
+    def loss(query, key):
+        return jnp.sum(ragged_decode_attention(**arrays | {"query": query, "key": key}))
+
+    want = jax.grad(loss, (0, 1))(arrays["query"], arrays["key"])
+    with jax.disable_jit():
+        got = jax.grad(loss, (0, 1))(arrays["query"], arrays["key"])
+    assert_close(got, want)
+
+
+def test_shapes_are_checked_inside():
+    """pytest's import hook (`--jaxtyping-packages` in pyproject.toml) holds the waist to its annotations."""
+    arrays, _ = draw(CASE)
+    lengths = jnp.zeros(2, jnp.int32)  # of another batch
+    with pytest.raises(Exception, match="decode"):
+        _op.decode(Settings(1.0), arrays["query"], arrays["key"], arrays["value"], lengths, lengths, jnp.zeros((3, 4)))

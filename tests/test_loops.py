@@ -1,0 +1,98 @@
+"""Inside `lax.scan` and `while_loop`, with a cache that grows and is donated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from support import assert_close
+
+from ejk_ragged import ragged_decode_attention
+
+
+BATCH, SEQ_LEN, HEADS, KV_HEADS, DIM, STEPS = 2, 16, 4, 2, 8, 6
+START = jnp.array([0, 5], jnp.int32)
+
+
+def tokens():
+    """Queries and new keys and values of every step, and a cache that already holds something."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    steps = normal(STEPS, BATCH, HEADS, DIM), normal(STEPS, BATCH, KV_HEADS, DIM), normal(STEPS, BATCH, KV_HEADS, DIM)
+    cache = normal(BATCH, SEQ_LEN, KV_HEADS, DIM), normal(BATCH, SEQ_LEN, KV_HEADS, DIM)
+    return steps, cache
+
+
+def step(call, carry, token):
+    """Append one key and value to each sequence, then attend."""
+    key, value, end = carry
+    query, new_key, new_value = token
+    rows = jnp.arange(BATCH, dtype=jnp.int32)
+    key, value = key.at[rows, end].set(new_key), value.at[rows, end].set(new_value)
+    end = end + jnp.int32(1)
+    return (key, value, end), call(query, key, value, START, end, sliding_window=(4, 0))
+
+
+def by_hand(call=ragged_decode_attention):
+    steps, cache = tokens()
+    carry, outs = (*cache, START), []
+    for i in range(STEPS):
+        carry, out = step(call, carry, jax.tree.map(lambda x, i=i: x[i], steps))
+        outs.append(out)
+    return jnp.stack(outs)
+
+
+def test_scan(subject):
+    steps, cache = tokens()
+    _, outs = lax.scan(lambda carry, token: step(subject.call, carry, token), (*cache, START), steps)
+    assert_close(outs, by_hand(subject.call))
+
+
+def test_while_loop():
+    """As a generation that stops at a condition; each output becomes part of the next query."""
+    steps, cache = tokens()
+
+    def body(state):
+        i, carry, query = state
+        token = query, steps[1][i], steps[2][i]
+        carry, out = step(ragged_decode_attention, carry, token)
+        return i + jnp.int32(1), carry, out
+
+    state = (jnp.int32(0), (*cache, START), steps[0][0])
+    looped = lax.while_loop(lambda state: state[0] < STEPS, body, state)
+    for _ in range(STEPS):
+        state = body(state)
+    assert_close(looped, state)
+
+
+def test_gradients_through_a_scan():
+    """What comes earlier learns from what comes later, through the cache."""
+    steps, cache = tokens()
+
+    def loss(looped, steps):
+        if looped:
+            _, outs = lax.scan(lambda carry, token: step(ragged_decode_attention, carry, token), (*cache, START), steps)
+            return jnp.sum(outs**2)
+        carry, total = (*cache, START), jnp.float32(0)
+        for i in range(STEPS):
+            carry, out = step(ragged_decode_attention, carry, jax.tree.map(lambda x, i=i: x[i], steps))
+            total = total + jnp.sum(out**2)
+        return total
+
+    got = jax.grad(lambda steps: loss(True, steps))(steps)
+    assert_close(got, jax.grad(lambda steps: loss(False, steps))(steps), 1e-4)
+    assert all(np.any(np.asarray(x[0])) for x in got[1:])
+
+
+def test_donated_caches():
+    """The step updates the caches in place: nothing is warned about, and the buffers are the same."""
+    steps, cache = tokens()
+    want = by_hand()
+    jitted = jax.jit(lambda carry, token: step(ragged_decode_attention, carry, token), donate_argnums=0)
+    carry = jax.tree.map(jnp.copy, (*cache, START))
+    for i in range(STEPS):
+        before = carry[:2]
+        addresses = [x.unsafe_buffer_pointer() for x in before]
+        carry, out = jitted(carry, jax.tree.map(lambda x, i=i: x[i], steps))
+        assert all(x.is_deleted() for x in before)
+        assert [x.unsafe_buffer_pointer() for x in carry[:2]] == addresses
+        assert_close(out, want[i])

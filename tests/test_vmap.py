@@ -1,0 +1,169 @@
+"""Under `jax.vmap`: any subset of the arguments mapped, nested, and never a copy of a cache that is shared."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from support import assert_close, draw
+
+from ejk_ragged import ragged_decode_attention
+from ejk_ragged._cases import Case
+
+
+CASE = Case("vmap", 2, 12, 4, 2, 8, lengths=("ranges", (2, 9), (-1, 12)), sinks=("query", 2))
+GROUPS = {
+    "query": ("query",),
+    "key": ("key",),
+    "value": ("value",),
+    "lengths": ("sequence_start", "sequence_end"),
+    "sinks": ("softmax_aux",),
+}
+SUBSETS = ["+".join(subset) for count in range(1, 6) for subset in itertools.combinations(GROUPS, count)]
+
+
+def names_of(subset):
+    return [name for group in subset.split("+") for name in GROUPS[group]]
+
+
+def stacked(names, size=3):
+    """Arrays, those of `names` with a mapped axis in front and other values along it."""
+    arrays, _ = draw(CASE)
+    for name in names:
+        if name.startswith("sequence"):
+            shift = jnp.arange(size, dtype=jnp.int32)[:, None] * (1 if name.endswith("start") else -3)
+            arrays[name] = arrays[name] + shift
+        else:
+            arrays[name] = jnp.stack([draw(CASE, seed)[0][name] for seed in range(size)])
+    return arrays
+
+
+def vmapped(call, names):
+    def function(**arrays):
+        axes = {name: 0 if name in names else None for name in arrays}
+        return jax.vmap(lambda kw: call(**kw, return_lse=True), in_axes=(axes,))(arrays)
+
+    return function
+
+
+def looped(call, names):
+    def function(**arrays):
+        size = arrays[names[0]].shape[0]
+        kw = [{name: x[i] if name in names else x for name, x in arrays.items()} for i in range(size)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *(call(**kw, return_lse=True) for kw in kw))
+
+    return function
+
+
+def assert_maps(call, names):
+    """vmap gives what a Python loop gives, forward and backward."""
+    arrays = stacked(names)
+    lengths = {name: arrays.pop(name) for name in ("sequence_start", "sequence_end")}
+    results = []
+    for transform in (vmapped, looped):
+        function = transform(call, names)
+        out, pullback = jax.vjp(lambda floats, function=function: function(**floats, **lengths), arrays)
+        cotangents = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), out)
+        results.append((out, pullback(cotangents)))
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_any_subset(subset):
+    assert_maps(ragged_decode_attention, names_of(subset))
+
+
+@pytest.mark.parametrize("subset", ["query", "query+sinks", "lengths", "query+key+value+lengths+sinks"])
+def test_each_backend(subject, subset):
+    assert_maps(subject.call, names_of(subset))
+
+
+@pytest.mark.parametrize("name", ["sequence_start", "sequence_end"])
+def test_one_length_alone(name):
+    assert_maps(ragged_decode_attention, [name])
+
+
+def test_features():
+    call = functools.partial(ragged_decode_attention, sliding_window=(4, 0), logits_soft_cap=1.5, softmax_scale=0.4)
+    assert_maps(call, ["query"])
+    assert_maps(call, ["query", "key", "value"])
+
+
+@pytest.mark.parametrize("inner", ["query", "query+sinks", "lengths", "key+value"])
+@pytest.mark.parametrize("outer", ["query", "query+key+value+lengths+sinks"])
+def test_nested(outer, inner):
+    """A map of maps, each over arguments of its own."""
+    outer, inner = names_of(outer), names_of(inner)
+    call = functools.partial(ragged_decode_attention, return_lse=True)
+    arrays = stacked(inner)
+    arrays = {k: jnp.stack([x, x[::-1]]) if k in outer else x for k, x in arrays.items()}
+    axes = lambda names: ({k: 0 if k in names else None for k in arrays},)
+    twice = jax.vmap(jax.vmap(lambda kw: call(**kw), in_axes=axes(inner)), in_axes=axes(outer))
+    want = [looped(ragged_decode_attention, inner)(**{k: x[i] if k in outer else x for k, x in arrays.items()}) for i in range(2)]
+    assert_close(twice(arrays), jax.tree.map(lambda *x: jnp.stack(x), *want))
+
+
+def test_other_axes():
+    arrays = stacked(["query", "key", "value"])
+    query, key, value, start, end, sinks = arrays.values()
+    want = vmapped(ragged_decode_attention, ["query", "key", "value"])(**arrays)[0]
+    call = lambda query, key, value: ragged_decode_attention(query, key, value, start, end, softmax_aux=sinks)
+    moved = jnp.moveaxis(query, 0, 1), jnp.moveaxis(key, 0, 2), jnp.moveaxis(value, 0, -1)
+    got = jax.vmap(call, in_axes=(1, 2, -1), out_axes=2)(*moved)
+    assert_close(jnp.moveaxis(got, 2, 0), want)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# A shared cache is read where it lies
+
+
+LARGE = Case("", 2, 2048, 4, 2, 64, lengths=("ranges", (3, 2000), (0, 100)), sinks=("query", 1))
+NUM_MAPPED = 8
+
+
+def sizes(jaxpr):
+    """Elements of everything that a jaxpr, with those inside it, computes."""
+    for eqn in jaxpr.eqns:
+        for inner in jax.tree.leaves(eqn.params):
+            if isinstance(inner, ClosedJaxpr | Jaxpr):
+                yield from sizes(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+        yield from (math.prod(var.aval.shape) for var in eqn.outvars)
+
+
+def mapped_call(mapped):
+    arrays, _ = draw(LARGE)
+    for name in mapped:
+        x = arrays[name]
+        arrays[name] = jnp.stack([x] * NUM_MAPPED)
+    return vmapped(ragged_decode_attention, mapped), arrays
+
+
+@pytest.mark.parametrize("subset", ["query", "query+sinks", "sinks", "lengths"])
+def test_shared_cache_is_not_copied(subset):
+    """Nothing as large as the cache is made, by the transformation or by XLA."""
+    function, arrays = mapped_call(names_of(subset))
+    cache = arrays["key"]
+    assert max(sizes(jax.make_jaxpr(function)(**arrays).jaxpr)) < cache.size / 2
+    memory = jax.jit(function).lower(**arrays).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < cache.nbytes / 2
+
+
+def test_copies_would_be_seen():
+    """The measure of the test above finds the copy where one is made on purpose."""
+    function, arrays = mapped_call(["query"])
+    copying = lambda key, **rest: function(key=jnp.stack([key, key])[1], **rest)
+    assert max(sizes(jax.make_jaxpr(copying)(**arrays).jaxpr)) >= arrays["key"].size
+
+
+def test_mapped_queries_share_one_operation():
+    """Mapped queries become more heads of one operation on the cache as it is, not a loop over them."""
+    function, arrays = mapped_call(["query"])
+    text = str(jax.make_jaxpr(function)(**arrays))
+    assert text.count("ragged_decode_forward") == 1
+    assert "scan" not in text
+    out, _ = function(**arrays)
+    np.testing.assert_array_equal(out, np.stack([out[0]] * NUM_MAPPED))
