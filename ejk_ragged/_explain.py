@@ -20,7 +20,7 @@ class Choice:
         backward: name of the one that computes the gradients, or None.
         fwd_params: the tuning hints it would use.
         passed_over: reasons by backend, for those asked before the chosen one and for gradients.
-        error: what a call there would raise, or None.
+        error: what a call there would raise, or its gradient, or None.
     """
 
     platform: str
@@ -47,7 +47,7 @@ class Explanation:
             if choice.forward is None:
                 lines.append(f"  {choice.platform:<5} error: {choice.error}")
                 continue
-            gradients = "" if choice.backward == choice.forward else f"; gradients by {choice.backward}"
+            gradients = "" if choice.backward == choice.forward else f"; gradients by {choice.backward or 'none'}"
             lines.append(f"  {choice.platform:<5} {choice.forward}{gradients}")
             lines += [f"        not {name}: {reason}" for name, reason in choice.passed_over.items()]
         return "\n".join(lines)
@@ -74,12 +74,10 @@ def _choose(platform, problem, backend) -> Choice:
         forward = registry.select(platform, problem, backend, "forward")
     except ValueError as error:
         return Choice(platform, None, None, problem.fwd_params, {}, str(error))
-    backward = registry.select(platform, problem, backend, "backward")
+    choice = Choice(platform, forward.backend.name, None, forward.problem.fwd_params, dict(forward.passed_over))
+    try:
+        backward = registry.select(platform, problem, backend, "backward")
+    except ValueError as error:
+        return dataclasses.replace(choice, error=str(error))
     gradients = {name: f"for gradients, {why}" for name, why in backward.passed_over}
-    return Choice(
-        platform,
-        forward.backend.name,
-        backward.backend.name,
-        forward.problem.fwd_params,
-        gradients | dict(forward.passed_over),
-    )
+    return dataclasses.replace(choice, backward=backward.backend.name, passed_over=gradients | choice.passed_over)

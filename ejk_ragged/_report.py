@@ -93,11 +93,11 @@ def checks(cases: Sequence[Case] = CHECKS, progress=lambda text: None) -> list[d
 def _check(backend, case) -> dict[str, Any]:
     arguments = case.draw(poison=True)
     try:
-        refused = explain(**arguments, backend=backend)[here()].error
+        choice = explain(**arguments, backend=backend)[here()]
     except ValueError as error:
-        refused = str(error)
-    if refused is not None:
-        return {"ok": None, "refused": refused}
+        return {"ok": None, "refused": str(error)}
+    if choice.forward is None:
+        return {"ok": None, "refused": choice.error}
 
     def call(**arguments):
         return ragged_decode_attention(**arguments, backend=backend)
@@ -132,7 +132,10 @@ def step(case: Case, runs: int = 7) -> dict[str, Any]:
     for run in range(runs + 1):
         for name, call in calls.items():  # in turn, so that a busy moment meets both
             begin = time.perf_counter()
-            jax.block_until_ready(call())
+            try:
+                jax.block_until_ready(call())
+            except Exception as error:  # of a backend, or that there is none
+                return {"error": f"{name}: {type(error).__name__}: {error}"}
             if run > 0:
                 seconds[name].append(time.perf_counter() - begin)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
@@ -179,7 +182,7 @@ def show_dispatch(data) -> str:
     for name, choice in data["platforms"].items():
         chosen = choice["forward"] or "nothing"
         if choice["backward"] != choice["forward"]:
-            chosen += f", gradients by {choice['backward']}"
+            chosen += f", gradients by {choice['backward'] or 'none'}"
         why = [f"not {other}: {reason}" for other, reason in choice["passed_over"].items()]
         why += [choice["error"]] if choice["error"] else []
         rows.append((name + (" (here)" if name == data["here"] else ""), chosen, "; ".join(why)))
@@ -188,6 +191,8 @@ def show_dispatch(data) -> str:
 
 def show_checks(data) -> str:
     title = "Checks against a float64 oracle, forward and gradients (the worst error, as a part of what is tolerated)"
+    if not data:
+        return f"{title}\n  no backend can run here"
     names = list(dict.fromkeys(result["backend"] for result in data))
     cases = list(dict.fromkeys(result["case"] for result in data))
     cells = {(result["case"], result["backend"]): _cell(result) for result in data}
@@ -226,6 +231,8 @@ def _details(result) -> list[str]:
 
 
 def show_step(data) -> str:
+    if "error" in data:
+        return f"One decode step\n  {data['error']}"
     rows = [
         (name, f"{seconds * 1e3:.2f} ms", f"{data['live_gb_per_s'][name]:.2f} GB/s of live K and V")
         for name, seconds in data["seconds"].items()

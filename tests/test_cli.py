@@ -5,15 +5,16 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from ejk_ragged import _registry, _report, Backend
+from ejk_ragged import _registry, _report, Backend, explain
 from ejk_ragged.__main__ import main
 from ejk_ragged._cases import Case
 from ejk_ragged._verify import Verdict
 
 
-TINY = Case("tiny", 2, 64, 4, 2, 8, lengths=("skew", 3, 9))
+TINY = Case("tiny", 2, 64, 4, 2, 32, lengths=("skew", 3, 9))
 
 
 class Wrong(Backend):
@@ -47,17 +48,21 @@ def _quick(monkeypatch):
 
 @pytest.fixture
 def install(monkeypatch):
-    """Installs made-up backends, `name="module:attribute"`, beside the real ones."""
+    """Installs made-up backends, `name="module:attribute"`, beside the real ones or alone."""
 
-    def install(**values):
-        group = _registry.GROUP
-        made_up = [importlib.metadata.EntryPoint(name, value, group) for name, value in values.items()]
-        monkeypatch.setattr(_registry.registry, "_given", [*importlib.metadata.entry_points(group=group), *made_up])
+    def install(alone=False, **values):
+        real = importlib.metadata.entry_points(group=_registry.GROUP)
+        made_up = [importlib.metadata.EntryPoint(name, value, _registry.GROUP) for name, value in values.items()]
+        monkeypatch.setattr(_registry.registry, "_given", made_up if alone else [*real, *made_up])
+        forget()
+
+    def forget():
         _registry.registry.clear()
+        jax.clear_caches()  # a compiled call keeps the backend that was chosen for it
 
     yield install
     monkeypatch.undo()
-    _registry.registry.clear()
+    forget()
 
 
 def run_json(capsys, *arguments):
@@ -71,7 +76,7 @@ def test_text(capsys):
     for title in ("Versions", "Devices", "Backends", "What would run", "Checks against", "One decode step"):
         assert title in out
     assert "cpu (here)" in out
-    assert "checks passed." in out
+    assert "failed. All is well." in out
 
 
 def test_json(capsys):
@@ -105,25 +110,27 @@ def test_wrong_backend(capsys, install):
     assert not found["mha"]["compared"][0]["ok"]
     assert found["mqa"]["ok"] is None
     assert "its heads are 32 wide" in found["mqa"]["refused"]
-    assert data["dispatch"]["platforms"]["cpu"]["passed_over"]["wrong"] == "its heads are 32 wide"
+    assert data["dispatch"]["platforms"]["cpu"]["forward"] == "wrong"
 
     assert main(["--checks", "mha", "mqa"]) == 1
     out = capsys.readouterr().out
     assert "WRONG" in out
     assert "wrong, mha: out is wrong" in out
     assert "refused" in out
-    assert "1 of " in out
+    assert "1 failed. NOT WELL." in out
 
 
-def test_backend_that_raises(install):
+def test_backend_that_raises(capsys, install):
     install(raises=f"{__name__}:Raises")
-    # It would be chosen for the timed step too, so only the checks are asked for.
-    results = _report.checks([case for case in _report.CHECKS if case.name == "mha"])
-    (found,) = (result for result in results if result["backend"] == "raises")
+    status, data = run_json(capsys, "mha")
+    assert status == 1
+    (found,) = (check for check in data["checks"] if check["backend"] == "raises")
     assert found == {"backend": "raises", "case": "mha", "ok": False, "raised": "ArithmeticError: not today"}
-    text = _report.show_checks(results)
+    assert data["step"] == {"error": "ejk-ragged: ArithmeticError: not today"}  # it would be chosen there
+    text = _report.show_checks(data["checks"])
     assert "RAISED" in text
     assert "raises, mha: ArithmeticError: not today" in text
+    assert "not today" in _report.show_step(data["step"])
 
 
 @pytest.mark.filterwarnings("ignore:The backend 'broken':RuntimeWarning")
@@ -135,6 +142,29 @@ def test_broken_backend(capsys, install):
     assert "No module named 'no_such_module'" in broken["broken"]
     assert "BROKEN: ModuleNotFoundError" in _report.show_installation(data["installation"])
     assert "broken" not in {check["backend"] for check in data["checks"]}
+
+
+@pytest.mark.filterwarnings("ignore:The backend 'broken':RuntimeWarning")
+def test_no_backend_works(capsys, install):
+    install(alone=True, broken="no_such_module:Backend")
+    status, data = run_json(capsys, "mha")
+    assert status == 1
+    assert not data["ok"]
+    assert data["checks"] == []
+    assert data["dispatch"]["platforms"]["cpu"]["forward"] is None
+    assert "none is installed" in data["dispatch"]["platforms"]["cpu"]["error"]
+    assert main([]) == 1
+    assert "no backend can run here" in capsys.readouterr().out
+
+
+def test_only_forward(capsys, install):
+    install(alone=True, wrong=f"{__name__}:Wrong")
+    choice = explain(**_report.CHECKS[0].draw())["cpu"]
+    assert choice.forward == "wrong"
+    assert choice.backward is None
+    assert "it has no backward operation" in choice.error
+    assert main(["--checks", "mha"]) == 1
+    assert "wrong, gradients by none" in capsys.readouterr().out
 
 
 def test_not_finite_is_still_json(monkeypatch, capsys):
