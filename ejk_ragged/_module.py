@@ -1,7 +1,9 @@
 """`RaggedDecodeAttention`: the function as an Equinox module, with sinks that learn."""
 
+from typing import Literal, overload
+
 import equinox as eqx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from ._api import ragged_decode_attention
 from ._check import check_fwd_params, check_scale, check_soft_cap, check_window, Window
@@ -42,6 +44,7 @@ class RaggedDecodeAttention(eqx.Module):
         if self.sinks is not None and getattr(self.sinks, "ndim", None) != 2:
             raise ValueError(f"sinks must be [num_q_heads, num_sinks] or None, got {self.sinks!r}.")
 
+    @overload
     def __call__(
         self,
         query: Float[Array, "batch num_q_heads head_dim"],
@@ -50,8 +53,34 @@ class RaggedDecodeAttention(eqx.Module):
         sequence_start: Int[Array, " batch"] | None = None,
         sequence_end: Int[Array, " batch"] | None = None,
         *,
-        return_lse: bool = False,
-    ):
+        return_lse: Literal[False] = False,
+    ) -> Float[Array, "batch num_q_heads head_dim"]: ...
+    @overload
+    def __call__(
+        self,
+        query: Float[Array, "batch num_q_heads head_dim"],
+        key: Float[Array, "batch seq_len num_kv_heads head_dim"],
+        value: Float[Array, "batch seq_len num_kv_heads head_dim"],
+        sequence_start: Int[Array, " batch"] | None = None,
+        sequence_end: Int[Array, " batch"] | None = None,
+        *,
+        return_lse: Literal[True],
+    ) -> tuple[Float[Array, "batch num_q_heads head_dim"], Float32[Array, "batch num_q_heads"]]: ...
+    @overload
+    def __call__(
+        self,
+        query: Float[Array, "batch num_q_heads head_dim"],
+        key: Float[Array, "batch seq_len num_kv_heads head_dim"],
+        value: Float[Array, "batch seq_len num_kv_heads head_dim"],
+        sequence_start: Int[Array, " batch"] | None = None,
+        sequence_end: Int[Array, " batch"] | None = None,
+        *,
+        return_lse: bool,
+    ) -> (
+        Float[Array, "batch num_q_heads head_dim"]
+        | tuple[Float[Array, "batch num_q_heads head_dim"], Float32[Array, "batch num_q_heads"]]
+    ): ...
+    def __call__(self, query, key, value, sequence_start=None, sequence_end=None, *, return_lse=False):
         """`ragged_decode_attention` of these arrays with the module's settings and sinks."""
         if self.sinks is not None and self.sinks.shape[0] != query.shape[1]:
             raise ValueError(f"query must have the sinks' {self.sinks.shape[0]} heads, got shape {query.shape}.")

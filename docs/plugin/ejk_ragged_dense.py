@@ -9,7 +9,7 @@ from ejk_ragged import Backend, Problem, Target
 
 class DenseBackend(Backend):
     name: ClassVar[str] = "dense"
-    platforms: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
+    platforms: ClassVar[frozenset[str] | None] = frozenset({"cpu", "cuda"})
     priority: ClassVar[int] = 10  # asked before XLA, which has -100
 
     def supports(self, problem: Problem, target: Target) -> str | None:
