@@ -1,0 +1,265 @@
+"""Bad input: which error, naming what, and that it comes while tracing."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense import DenseBackend
+
+from ejk_ragged import explain, FwdParams, ragged_decode_attention
+
+
+B, S, HQ, HKV, D = 2, 12, 4, 2, 8
+
+
+def aval(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+QUERY, CACHE = aval(B, HQ, D), aval(B, S, HKV, D)
+GOOD = {"query": QUERY, "key": CACHE, "value": CACHE}
+
+# What is changed of a good call, the error, and what its message says: the argument, what came, what is accepted.
+ERRORS = {
+    # shapes
+    "query rank": (
+        {"query": aval(B, 1, HQ, D)},
+        ValueError,
+        "query must be [batch, num_q_heads, head_dim], got shape (2, 1, 4, 8).",
+    ),
+    "key rank": (
+        {"key": aval(B, S, D)},
+        ValueError,
+        "key must be [batch, seq_len, num_kv_heads, head_dim], got shape (2, 12, 8).",
+    ),
+    "value rank": (
+        {"value": aval(B, S, D)},
+        ValueError,
+        "value must be [batch, seq_len, num_kv_heads, head_dim], got shape (2, 12, 8).",
+    ),
+    "key and value lengths": (
+        {"value": aval(B, S + 1, HKV, D)},
+        ValueError,
+        "key and value must have the same shape, got key (2, 12, 2, 8) and value (2, 13, 2, 8).",
+    ),
+    "key and value head dims": (
+        {"value": aval(B, S, HKV, 2 * D)},
+        ValueError,
+        "key and value must have the same shape, got key (2, 12, 2, 8) and value (2, 12, 2, 16).",
+    ),
+    "batch": (
+        {"query": aval(3, HQ, D)},
+        ValueError,
+        "query and key must have the same batch, got query (3, 4, 8) and key (2, 12, 2, 8).",
+    ),
+    "head dim": (
+        {"query": aval(B, HQ, 16)},
+        ValueError,
+        "query and key must have the same head_dim, got query (2, 4, 16) and key (2, 12, 2, 8).",
+    ),
+    "group": (
+        {"query": aval(B, 5, D)},
+        ValueError,
+        "query must have a multiple of key's num_kv_heads, got 5 query heads and 2 kv heads.",
+    ),
+    "fewer query heads": (
+        {"query": aval(B, 1, D)},
+        ValueError,
+        "query must have a multiple of key's num_kv_heads, got 1 query heads and 2 kv heads.",
+    ),
+    "no query heads": ({"query": aval(B, 0, D)}, ValueError, "query must not be empty, got shape (2, 0, 8)."),
+    "no rows": (
+        {"key": aval(B, 0, HKV, D), "value": aval(B, 0, HKV, D)},
+        ValueError,
+        "key must not be empty, got shape (2, 0, 2, 8).",
+    ),
+    "no batch": (
+        {"query": aval(0, HQ, D), "key": aval(0, S, HKV, D), "value": aval(0, S, HKV, D)},
+        ValueError,
+        "query must not be empty, got shape (0, 4, 8).",
+    ),
+    # dtypes
+    "dtypes differ": (
+        {"query": aval(B, HQ, D, dtype="bfloat16")},
+        ValueError,
+        "query, key and value must have the same dtype, got query bfloat16, key float32, value float32.",
+    ),
+    "value dtype differs": (
+        {"value": aval(B, S, HKV, D, dtype="float16")},
+        ValueError,
+        "query, key and value must have the same dtype, got query float32, key float32, value float16.",
+    ),
+    "integers": (
+        {"query": aval(B, HQ, D, dtype="int32")},
+        ValueError,
+        "query must have one of the dtypes float16, bfloat16, float32, float64; got int32.",
+    ),
+    "complex": ({"value": aval(B, S, HKV, D, dtype="complex64")}, ValueError, "value must have one of the dtypes"),
+    "float8": ({"key": aval(B, S, HKV, D, dtype="float8_e4m3fn")}, ValueError, "key must have one of the dtypes"),
+    "query is no array": ({"query": [[1.0]]}, TypeError, "query must be an array, got [[1.0]] of type list."),
+    "key is None": ({"key": None}, TypeError, "key must be an array, got None of type NoneType."),
+    # lengths
+    "start batch": (
+        {"sequence_start": aval(3, dtype="int32")},
+        ValueError,
+        "sequence_start must be None or integers of shape (2,), got int32 of shape (3,).",
+    ),
+    "end rank": (
+        {"sequence_end": aval(B, 1, dtype="int32")},
+        ValueError,
+        "sequence_end must be None or integers of shape (2,), got int32 of shape (2, 1).",
+    ),
+    "end floats": (
+        {"sequence_end": aval(B)},
+        ValueError,
+        "sequence_end must be None or integers of shape (2,), got float32 of shape (2,).",
+    ),
+    "end booleans": ({"sequence_end": aval(B, dtype="bool")}, ValueError, "sequence_end must be None or integers"),
+    "end scalar": ({"sequence_end": aval(dtype="int32")}, ValueError, "got int32 of shape ()."),
+    "end number": ({"sequence_end": 7}, TypeError, "sequence_end must be an array, got 7 of type int."),
+    "start list": ({"sequence_start": [0, 1]}, TypeError, "sequence_start must be an array, got [0, 1] of type list."),
+    # sinks
+    "sink heads": (
+        {"softmax_aux": aval(3, 1)},
+        ValueError,
+        "softmax_aux must have shape (num_sinks,), (4, num_sinks) for query heads or (2, num_sinks) for kv heads; got (3, 1).",
+    ),
+    "sink rank": ({"softmax_aux": aval(1, HQ, 1)}, ValueError, "got (1, 4, 1)."),
+    "sink scalar": ({"softmax_aux": aval()}, ValueError, "got ()."),
+    "no sinks": ({"softmax_aux": aval(HQ, 0)}, ValueError, "got (4, 0)."),
+    "sink dtype": (
+        {"softmax_aux": aval(HQ, 1, dtype="int32")},
+        ValueError,
+        "softmax_aux must have one of the dtypes float16, bfloat16, float32, float64; got int32.",
+    ),
+    "sink number": ({"softmax_aux": 1.0}, TypeError, "softmax_aux must be an array, got 1.0 of type float."),
+    # scale, cap, window, hints
+    "scale infinite": ({"softmax_scale": np.inf}, ValueError, "softmax_scale must be finite or None, got inf."),
+    "scale text": (
+        {"softmax_scale": "1"},
+        TypeError,
+        "softmax_scale must be a number known while tracing, or None; got '1' of type str.",
+    ),
+    "scale boolean": ({"softmax_scale": True}, TypeError, "softmax_scale must be a number"),
+    "cap zero": ({"logits_soft_cap": 0.0}, ValueError, "logits_soft_cap must be positive and finite, or None; got 0.0."),
+    "cap negative": ({"logits_soft_cap": -1}, ValueError, "logits_soft_cap must be positive and finite, or None; got -1."),
+    "cap infinite": ({"logits_soft_cap": float("inf")}, ValueError, "must be positive and finite, or None; got inf."),
+    "cap NaN": ({"logits_soft_cap": float("nan")}, ValueError, "must be positive and finite, or None; got nan."),
+    "cap list": ({"logits_soft_cap": [1.0]}, TypeError, "got [1.0] of type list."),
+    "window number": (
+        {"sliding_window": 4096},
+        ValueError,
+        "sliding_window must be two integers (left, right) or None, got 4096.",
+    ),
+    "window of one": ({"sliding_window": (1,)}, ValueError, "got (1,)."),
+    "window of three": ({"sliding_window": (1, 2, 3)}, ValueError, "got (1, 2, 3)."),
+    "window floats": ({"sliding_window": (1.0, 0)}, ValueError, "got (1.0, 0)."),
+    "window of booleans": ({"sliding_window": (True, False)}, ValueError, "got (True, False)."),
+    "window text": ({"sliding_window": "ab"}, ValueError, "got 'ab'."),
+    "hints": (
+        {"fwd_params": {"num_warps": 4}},
+        TypeError,
+        "fwd_params must be an ejk_ragged.FwdParams or None, got {'num_warps': 4}.",
+    ),
+    # backends
+    "unknown backend": (
+        {"backend": "cudnn"},
+        ValueError,
+        r"backend must be None, 'auto', a Backend or one of .*\bxla\b.*; got 'cudnn'\.",
+    ),
+    "backend of a wrong type": (
+        {"backend": 3},
+        TypeError,
+        r"backend must be None, 'auto', a Backend instance or one of .*\bxla\b.*; got 3 of type int\.",
+    ),
+    "backend class": ({"backend": DenseBackend}, TypeError, r"got <class 'dense.DenseBackend'> of type ABCMeta\."),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error(name):
+    """Raised of shapes alone, by the call and by `explain`; no array exists."""
+    changes, error, message = ERRORS[name]
+    pattern = message if name in ("unknown backend", "backend of a wrong type", "backend class") else re.escape(message)
+    kwargs = GOOD | changes
+    arrays = {name: x for name, x in kwargs.items() if isinstance(x, jax.ShapeDtypeStruct)}
+    rest = {name: x for name, x in kwargs.items() if name not in arrays}
+    with pytest.raises(error, match=pattern):
+        jax.eval_shape(functools.partial(ragged_decode_attention, **rest), **arrays)
+    with pytest.raises(error, match=pattern):
+        explain(**kwargs)
+
+
+@pytest.mark.parametrize("name", ["softmax_scale", "logits_soft_cap"])
+def test_traced_settings(name):
+    arrays = [jnp.ones(x.shape, x.dtype) for x in GOOD.values()]
+    with pytest.raises(TypeError, match=f"{name} must be a number known while tracing, or None; got .* of type .*Tracer"):
+        jax.jit(lambda x: ragged_decode_attention(*arrays, **{name: x}))(1.0)
+    assert ragged_decode_attention(*arrays, **{name: np.float32(1.0)}).shape == QUERY.shape  # known numbers of any type
+    assert ragged_decode_attention(*arrays, **{name: 1}).shape == QUERY.shape
+
+
+class Refusing(DenseBackend):
+    def supports(self, problem, target):
+        return f"it has no head dimension {problem.head_dim}"
+
+
+class Elsewhere(DenseBackend):
+    platforms = frozenset({"tpu"})
+
+
+def test_named_backend_that_cannot():
+    """Why it can't, and which one can; in the tracing already when it can on none of its platforms."""
+    message = (
+        r"backend 'dense' cannot do this call \(B 2, S 12, heads 4:2, D 8, float32\) on cpu: it has no head dimension 8\. "
+        r"Backends that can: .*\bxla\b"
+    )
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(functools.partial(ragged_decode_attention, backend=Refusing()), **GOOD)
+
+
+def test_named_backend_of_another_platform():
+    """That it cannot run here is only known when it is lowered for here."""
+    call = functools.partial(ragged_decode_attention, backend=Elsewhere())
+    assert jax.eval_shape(call, **GOOD).shape == QUERY.shape
+    device = jax.devices("cpu")[0]
+    arrays = [jax.device_put(jnp.ones(x.shape, x.dtype), device) for x in GOOD.values()]
+    with pytest.raises(ValueError, match=r"on cpu: it runs on tpu, not on cpu\. Backends that can: .*\bxla\b"):
+        call(*arrays)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# FwdParams
+
+FIELDS = [field.name for field in dataclasses.fields(FwdParams)]
+
+
+def test_fields():
+    assert FIELDS == ["block_size_heads", "block_size_keys", "num_key_splits", "num_warps", "num_stages"]
+    assert FwdParams() == FwdParams(None, None, None, None, None)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_fwd_params_checks(field):
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match=rf"FwdParams\.{field} must be a positive integer or None, got {bad}\."):
+            FwdParams(**{field: bad})
+    for bad in (1.0, "1", True, jnp.ones((), jnp.int32)):
+        with pytest.raises(TypeError, match=rf"FwdParams\.{field} must be a positive integer or None, got "):
+            FwdParams(**{field: bad})
+    assert type(getattr(FwdParams(**{field: np.int64(3)}), field)) is int
+
+
+def test_fwd_params_are_frozen_and_hashable():
+    assert hash(FwdParams(num_warps=4)) == hash(FwdParams(num_warps=np.int32(4)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FwdParams().num_warps = 4
+
+
+def test_fwd_params_over():
+    merged = FwdParams(num_warps=8).over(FwdParams(num_warps=4, num_stages=2))
+    assert merged == FwdParams(num_warps=8, num_stages=2)

@@ -1,0 +1,103 @@
+"""Ahead of time: `eval_shape`, lowering for platforms that this machine lacks, and `jax.export`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from support import assert_close, draw
+
+from ejk_ragged import ragged_decode_attention
+from ejk_ragged._cases import Case
+
+
+CASE = Case("export", 3, 40, 4, 2, 16, lengths=("uniform", 0, 40), sinks=("query", 1))
+function = functools.partial(ragged_decode_attention, sliding_window=(20, 0), logits_soft_cap=2.0, return_lse=True)
+
+
+def loss(query, key, value, sequence_end, softmax_aux):
+    out, _ = function(query, key, value, None, sequence_end, softmax_aux=softmax_aux)
+    return jnp.sum(out**2)
+
+
+def shapes(arrays):
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eval_shape(subject, dtype):
+    arrays = shapes(draw(Case("", 3, 40, 4, 2, 16, dtype))[0])
+    out, lse = jax.eval_shape(functools.partial(subject.call, return_lse=True), **arrays)
+    assert (out.shape, out.dtype) == ((3, 4, 16), jnp.dtype(dtype))
+    assert (lse.shape, lse.dtype) == ((3, 4), jnp.float32)
+
+
+def test_eval_shape_of_an_enormous_cache():
+    """More than 2**31 elements, of which none exists."""
+    case = Case("", 8, 2**20, 32, 8, 128, "bfloat16")
+    cache = jax.ShapeDtypeStruct((case.batch, case.seq_len, case.num_kv_heads, case.head_dim), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((case.batch, case.num_q_heads, case.head_dim), jnp.bfloat16)
+    assert cache.size > 2**31
+    assert jax.eval_shape(ragged_decode_attention, query, cache, cache).shape == query.shape
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_lowers_for_any_platform(platform):
+    """Forward and backward, for machines that this one is not."""
+    arrays, _ = draw(CASE)
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2, 4))).trace(*shapes(arrays).values()).lower(lowering_platforms=(platform,))
+    assert "func.func public @main" in lowered.as_text()
+
+
+# JAX exports no custom call whose meaning might change with its next release, unless it is told to; Triton kernels are such calls.
+TRITON = [export.DisabledSafetyCheck.custom_call(name) for name in ("__gpu$xla.gpu.triton", "triton_kernel_call")]
+
+
+@pytest.mark.parametrize(("backend", "checks"), [("auto", TRITON), ("xla", [])])
+def test_one_artifact_for_two_platforms(backend, checks):
+    """Exported for cpu and cuda together, serialised, read back, and called here."""
+    arrays, _ = draw(CASE)
+    jitted = jax.jit(functools.partial(function, backend=backend))
+    exported = export.export(jitted, platforms=("cpu", "cuda"), disabled_checks=checks)(**shapes(arrays))
+    again = export.deserialize(exported.serialize())
+    assert again.platforms == ("cpu", "cuda")
+    assert_close(again.call(**arrays), function(**arrays))
+
+
+def test_gradients_in_an_artifact():
+    arrays, _ = draw(CASE)
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2, 4)))
+    exported = export.export(gradients, platforms=("cpu", "cuda"), disabled_checks=TRITON)(*shapes(arrays).values())
+    again = export.deserialize(exported.serialize())
+    assert_close(again.call(*arrays.values()), gradients(*arrays.values()))
+
+
+def test_an_artifact_that_can_be_differentiated():
+    arrays, _ = draw(CASE)
+    exported = export.export(jax.jit(loss))(*shapes(arrays).values())
+    again = export.deserialize(exported.serialize(vjp_order=1))
+    assert_close(jax.grad(again.call, (0, 1, 2, 4))(*arrays.values()), jax.grad(loss, (0, 1, 2, 4))(*arrays.values()))
+
+
+@pytest.mark.parametrize("differentiate", [False, True])
+def test_symbolic_batch_and_sequence(differentiate):
+    """One artifact for any batch and cache length, on the platforms whose backend allows it."""
+    batch, seq_len = export.symbolic_shape("b, s")
+    aval = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    cache = aval(batch, seq_len, 2, 16)
+    symbolic = [aval(batch, 4, 16), cache, cache, aval(batch, dtype=jnp.int32), aval(4, 1)]
+    call = jax.grad(loss, (0, 1, 2, 4)) if differentiate else loss
+    exported = export.export(jax.jit(call), platforms=("cpu",))(*symbolic)
+    again = export.deserialize(exported.serialize())
+    for size, length in ((3, 40), (1, 1), (2, 333)):
+        arrays, _ = draw(Case("", size, length, 4, 2, 16, lengths=("uniform", 0, length), sinks=("query", 1)))
+        assert_close(again.call(*arrays.values()), call(*arrays.values()))
+
+
+def test_compiled_ahead_of_time(subject):
+    arrays, _ = draw(CASE)
+    compiled = jax.jit(functools.partial(subject.call, return_lse=True)).lower(**shapes(arrays)).compile()
+    assert_close(compiled(**arrays), subject.call(**arrays, return_lse=True))
+    assert np.isfinite(compiled(**arrays)[0]).all()
