@@ -1,0 +1,407 @@
+"""Backends as plug-ins: found without importing, loaded when needed, chosen in order, refused with a reason."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tomllib
+import types
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense import DenseBackend
+from support import draw
+
+import ejk_ragged
+from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Target
+from ejk_ragged._cases import Case
+from ejk_ragged._registry import Backend, Registry, registry
+
+
+PROBLEM = Problem(2, 12, 4, 2, 8, np.dtype("float32"), 1.0)
+CPU = Target("cpu")
+
+
+@dataclasses.dataclass
+class Entry:
+    """What importlib.metadata says of an entry point, made up. An exception for `thing` is raised on loading."""
+
+    name: str
+    thing: Any
+    distribution: str | None = "made-up"
+    loads: int = 0
+
+    @property
+    def value(self):
+        return f"made_up:{self.thing}"
+
+    @property
+    def dist(self):
+        return self.distribution and types.SimpleNamespace(name=self.distribution)
+
+    def load(self):
+        self.loads += 1
+        if isinstance(self.thing, Exception):
+            raise self.thing
+        return self.thing
+
+
+def backend(name, priority=0, platforms=None, why=None, **methods) -> Any:
+    """A Backend class. It refuses everything if there is a reason why."""
+    members = {"name": name, "priority": priority, "platforms": platforms, "supports": lambda self, problem, target: why}
+    return type(name.title(), (DenseBackend,), members | methods)
+
+
+def entries(*classes):
+    return [Entry(one.name, one) for one in classes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Discovery and loading
+
+
+def test_listing_loads_nothing():
+    given = entries(backend("b"), backend("a"))
+    made = Registry(given)
+    assert made.names() == ("a", "b")
+    assert [entry.loads for entry in given] == [0, 0]
+
+
+def test_loaded_when_needed_and_once():
+    given = entries(backend("a"), backend("b"))
+    made = Registry(given)
+    assert made.resolve("b") is made.get("b")
+    assert [entry.loads for entry in given] == [0, 1]
+    assert made.resolve(None) is made.resolve("auto") is None
+    assert [entry.loads for entry in given] == [0, 1]
+
+
+def test_an_instance_will_do_too():
+    instance = backend("a")()
+    assert Registry([Entry("a", instance)]).get("a") is instance
+    assert Registry([]).resolve(instance) is instance  # nor need it be registered
+
+
+def test_clear_looks_again():
+    given = entries(backend("a"))
+    made = Registry(given)
+    first = made.get("a")
+    given += entries(backend("b"))
+    assert made.names() == ("a",)
+    made.clear()
+    assert made.names() == ("a", "b")
+    assert made.get("a") is not first
+
+
+def test_real_entry_points():
+    """importlib.metadata's own class, without a distribution."""
+    made = Registry([importlib.metadata.EntryPoint("dense", "dense:DenseBackend", "ejk_ragged.backends")])
+    assert isinstance(made.get("dense"), DenseBackend)
+    (info,) = made.backends()
+    assert (info.name, info.distribution, info.platforms, info.broken) == ("dense", "an unknown distribution", None, None)
+
+
+def test_duplicates_name_both_distributions():
+    made = Registry([Entry("a", backend("a"), "one-dist"), Entry("a", backend("a"), "other-dist")])
+    for question in (made.names, made.backends, made.automatic, lambda: made.get("a"), lambda: made.select("cpu", PROBLEM)):
+        with pytest.raises(RuntimeError, match=r"Two distributions register a backend named 'a': one-dist .* and other-dist"):
+            question()
+
+
+def test_the_same_entry_twice_is_no_duplicate():
+    """Metadata that is found on the path twice."""
+    one = backend("a")
+    assert Registry([Entry("a", one), Entry("a", one)]).names() == ("a",)
+
+
+BROKEN = {
+    "import fails": (Entry("bad", ImportError("no such library"), "bad-dist"), "ImportError: no such library"),
+    "no backend": (Entry("bad", 3, "bad-dist"), "TypeError: its entry point is 3, not an ejk_ragged.Backend"),
+    "class of something": (Entry("bad", dict, "bad-dist"), r"TypeError: its entry point is \{\}, not an ejk_ragged.Backend"),
+    "abstract": (Entry("bad", Backend, "bad-dist"), "TypeError: Can't instantiate abstract class"),
+    "other name": (
+        Entry("bad", backend("good"), "bad-dist"),
+        "ValueError: its entry point is named 'bad' but the backend calls itself 'good'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_plug_in(kind):
+    """Passed over with one warning when nobody asked for it; raised, with its cause, when named; listed with why."""
+    entry, reason = BROKEN[kind]
+    made = Registry([entry, *entries(backend("good", priority=-5))])
+    with pytest.warns(RuntimeWarning, match=f"The backend 'bad' of bad-dist cannot be loaded and is passed over: {reason}"):
+        assert made.select("cpu", PROBLEM).backend.name == "good"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.select("cpu", PROBLEM)  # once is enough
+    with pytest.raises(RuntimeError, match=f"The backend 'bad' of bad-dist cannot be loaded: {reason}") as caught:
+        made.select("cpu", PROBLEM, "bad")
+    assert isinstance(caught.value.__cause__, Exception)
+    bad, good = made.backends()
+    assert bad.broken is not None
+    assert reason.split(":")[0] in bad.broken
+    assert (bad.distribution, good.broken) == ("bad-dist", None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Selection
+
+
+def test_order():
+    """By priority, then by name."""
+    made = Registry(entries(backend("last", -100), backend("b"), backend("a"), backend("first", 7)))
+    assert [one.name for one in made.automatic()] == ["first", "a", "b", "last"]
+    assert made.select("cpu", PROBLEM).backend.name == "first"
+
+
+def test_reasons():
+    unavailable = backend("missing", 3, unavailable=lambda self: "its library is missing")
+    made = Registry(
+        entries(
+            backend("elsewhere", 9, frozenset({"tpu", "cuda"})), unavailable, backend("picky", 2, why="it is picky"), backend("any")
+        )
+    )
+    chosen = made.select("cpu", PROBLEM)
+    assert chosen.backend.name == "any"
+    assert dict(chosen.passed_over) == {
+        "elsewhere": "it runs on cuda, tpu, not on cpu",
+        "missing": "its library is missing",
+        "picky": "it is picky",
+    }
+    assert made.select("tpu", PROBLEM).backend.name == "elsewhere"
+    assert {info.name: info.broken for info in made.backends()}["missing"] == "its library is missing"
+
+
+def test_named_is_used_or_refused():
+    """Never replaced; the message says who could."""
+    made = Registry(entries(backend("picky", why="it is picky"), backend("any", -1), backend("tpu", 5, frozenset({"tpu"}))))
+    assert made.select("cpu", PROBLEM, "any").backend.name == "any"
+    with pytest.raises(
+        ValueError, match=r"backend 'picky' cannot do this call \(.*\) on cpu: it is picky\. Backends that can: any\."
+    ):
+        made.select("cpu", PROBLEM, "picky")
+    with pytest.raises(ValueError, match=r"backend 'tpu' .* it runs on tpu, not on cpu\. Backends that can: any\."):
+        made.select("cpu", PROBLEM, "tpu")
+    with pytest.raises(ValueError, match=r"one of any, picky, tpu; got 'none'"):
+        made.select("cpu", PROBLEM, "none")
+    made.check_named(made.get("tpu"), PROBLEM)  # somewhere it can
+    made.check_named(None, PROBLEM)
+    with pytest.raises(ValueError, match="it is picky"):
+        made.check_named(made.get("picky"), PROBLEM)
+
+
+def test_nobody_can():
+    with pytest.raises(ValueError, match=r"No backend can do this call \(.*\) on cpu: picky: it is picky\."):
+        Registry(entries(backend("picky", why="it is picky"))).select("cpu", PROBLEM)
+    with pytest.raises(ValueError, match="none is installed"):
+        Registry([]).select("cpu", PROBLEM)
+
+
+def test_gradients_of_another_backend():
+    """One without a backward operation leaves the gradients to the next, named or not."""
+    made = Registry(entries(backend("half", 5, backward=Backend.backward), backend("whole")))
+    for named in (None, "half"):
+        assert made.select("cpu", PROBLEM, named).backend.name == "half"
+        chosen = made.select("cpu", PROBLEM, named, "backward")
+        assert chosen.backend.name == "whole"
+        assert dict(chosen.passed_over) == {"half": "it has no backward operation"}
+    alone = Registry(entries(backend("half", backward=Backend.backward)))
+    with pytest.raises(ValueError, match="it has no backward operation"):
+        alone.select("cpu", PROBLEM, "half", "backward")
+
+
+def test_hints_are_resolved_by_the_chosen():
+    class Tuned(DenseBackend):
+        name = "tuned"
+
+        def fwd_params(self, problem, target):
+            if problem.fwd_params.num_warps == 3:
+                raise ValueError("FwdParams.num_warps must be a power of 2, got 3.")
+            return problem.fwd_params.over(FwdParams(num_warps=4, num_stages=2))
+
+    made = Registry(entries(Tuned))
+    given = dataclasses.replace(PROBLEM, fwd_params=FwdParams(num_stages=1))
+    assert made.select("cpu", given).problem.fwd_params == FwdParams(num_warps=4, num_stages=1)
+    with pytest.raises(ValueError, match=r"FwdParams\.num_warps must be a power of 2"):
+        made.select("cpu", dataclasses.replace(PROBLEM, fwd_params=FwdParams(num_warps=3)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Through the public functions
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Puts made-up backends in the place of the installed ones."""
+
+    def install(*classes):
+        monkeypatch.setattr(registry, "_given", entries(*classes))
+        registry.clear()
+
+    yield install
+    registry.clear()
+
+
+def test_call_and_explanation(install):
+    ran = []
+
+    def forward(self, *args):
+        ran.append(self.name)
+        return DenseBackend.forward(self, *args)
+
+    install(
+        backend("fast", 5, frozenset({"cpu"}), forward=forward, backward=Backend.backward),
+        backend("picky", 9, frozenset({"cpu", "tpu"}), "it is picky", forward=forward),
+        backend("any", -100, forward=forward),
+    )
+    arrays, _ = draw(Case("", 2, 13, 3, 1, 8))  # a shape that nobody else has compiled
+    with jax.default_device(jax.devices("cpu")[0]):
+        ragged_decode_attention(**{name: jax.device_put(x, jax.devices("cpu")[0]) for name, x in arrays.items()})
+    assert ran == ["fast"]
+
+    explanation = explain(**arrays)
+    assert list(explanation.choices) == ["cpu", "cuda", "rocm", "tpu"]
+    cpu, tpu = explanation["cpu"], explanation["tpu"]
+    assert (cpu.forward, cpu.backward) == ("fast", "any")
+    assert cpu.passed_over == {"picky": "it is picky", "fast": "for gradients, it has no backward operation"}
+    assert (tpu.forward, tpu.backward, tpu.error) == ("any", "any", None)
+    assert tpu.passed_over["fast"] == "it runs on cpu, not on tpu"
+    assert explanation.problem.seq_len == 13
+    lines = str(explanation).splitlines()
+    assert lines[0] == "ragged_decode_attention of B 2, S 13, heads 3:1, D 8, float32"
+    assert lines[1] == "  cpu   fast; gradients by any"
+    assert "        not picky: it is picky" in lines
+
+    named = explain(**arrays, backend="fast")
+    assert named["tpu"].forward is None
+    assert "it runs on cpu, not on tpu" in str(named["tpu"].error)
+    assert "  tpu   error: backend 'fast' cannot do this call" in str(named)
+
+
+def test_explain_computes_nothing():
+    cache = jax.ShapeDtypeStruct((8, 2**20, 8, 128), jnp.bfloat16)
+    explanation = explain(
+        jax.ShapeDtypeStruct((8, 32, 128), jnp.bfloat16), cache, cache, logits_soft_cap=30.0, sliding_window=(5, 0), return_lse=True
+    )
+    assert all(choice.error is None for choice in explanation.choices.values())
+    assert "soft cap 30" in str(explanation)
+    with pytest.raises(TypeError, match="missing a required argument: 'value'"):
+        explain(cache, cache)
+
+
+def test_an_instance_wherever_a_name_is():
+    arrays, _ = draw(Case("", 2, 12, 4, 2, 8))
+    instance = DenseBackend()
+    want = ragged_decode_attention(**arrays)
+    np.testing.assert_allclose(ragged_decode_attention(**arrays, backend=instance), want, rtol=1e-5, atol=1e-6)
+    assert explain(**arrays, backend=instance)["cpu"].forward == "dense"
+    module = ejk_ragged.RaggedDecodeAttention(backend=instance)
+    np.testing.assert_allclose(module(**arrays), want, rtol=1e-5, atol=1e-6)
+
+
+def test_ours_are_installed():
+    """What pyproject.toml announces is found, whole, and one of them is total."""
+    infos = {info.name: info for info in ejk_ragged.backends()}
+    assert infos["xla"].platforms is None
+    assert infos["xla"].broken is None
+    assert all(info.distribution for info in infos.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# From outside, in a process of its own
+
+
+def python(script, *path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_importing_the_package_imports_no_backend():
+    script = """
+import json, sys
+import ejk_ragged
+from ejk_ragged._registry import registry
+modules = {entry.value.partition(":")[0] for entry in registry.entries().values()}
+listed = sorted(modules & set(sys.modules))
+ejk_ragged.backends()
+print(json.dumps([sorted(modules), listed, sorted(modules & set(sys.modules)), "jax.experimental.pallas" in sys.modules]))
+"""
+    modules, imported, later, _ = python(script)
+    assert "ejk_ragged_xla" in modules
+    assert imported == []
+    assert later == modules
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    """Folders for the path that make the distribution of tests/plugin look installed."""
+    source = pathlib.Path(__file__).parent / "plugin"
+    project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
+    site = tmp_path_factory.mktemp("site")
+    info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups = [
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in names.items())
+        for group, names in project["entry-points"].items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(groups))
+    return site, source
+
+
+def test_somebody_elses_backend(plugin):
+    """A distribution that this one has never heard of is listed, chosen where it can, and passed over with its reason."""
+    script = """
+import json
+import jax, jax.numpy as jnp
+import ejk_ragged
+from ejk_ragged._cases import Case
+from ejk_ragged._verify import verify
+
+jax.config.update("jax_platforms", "cpu")
+right = verify(ejk_ragged.ragged_decode_attention, Case("", 2, 20, 4, 4, 8, lengths=("uniform", 0, 20), sinks=("query", 1)).draw())
+query, cache = jnp.ones((2, 4, 8)), jnp.ones((2, 20, 4, 8))
+mha, gqa = ejk_ragged.explain(query, cache, cache)["cpu"], ejk_ragged.explain(query, cache[:, :, :2], cache[:, :, :2])["cpu"]
+try:
+    ejk_ragged.ragged_decode_attention(query, cache[:, :, :2], cache[:, :, :2], backend="tiny")
+except ValueError as error:
+    message = str(error)
+print(json.dumps({
+    "distribution": {info.name: info.distribution for info in ejk_ragged.backends()}["tiny"],
+    "wrong": [str(verdict) for verdict in right if not verdict.ok],
+    "mha": [mha.forward, mha.backward, mha.passed_over],
+    "gqa": [gqa.forward, gqa.passed_over],
+    "message": message,
+}))
+"""
+    said = python(script, *plugin)
+    assert said["distribution"] == "ejk-ragged-tiny"
+    assert said["wrong"] == []
+    forward, backward, passed_over = said["mha"]
+    assert (forward, backward) == ("tiny", "xla")
+    assert passed_over["tiny"] == "for gradients, it has no backward operation"
+    forward, passed_over = said["gqa"]
+    assert forward == "xla"
+    assert passed_over["tiny"] == "it knows nothing but MHA without a cap"
+    assert "backend 'tiny' cannot do this call" in said["message"]
+    assert "Backends that can: xla" in said["message"]
+
+
+def test_the_plug_in_is_gone_without_its_distribution(plugin):
+    """The control of the test above."""
+    _, source = plugin
+    script = "import json, ejk_ragged; print(json.dumps([info.name for info in ejk_ragged.backends()]))"
+    assert "tiny" not in python(script, source)
