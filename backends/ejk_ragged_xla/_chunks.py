@@ -31,9 +31,9 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
 
     Args:
         begin: `begin(*arrays) -> state`, for one sequence.
-        step: `step(arrays, state, k, v, live, new) -> (state, chunks)`, for one sequence. k, v: [rows, Hkv, D]; live, new: bool
-            [rows], which rows are in the live range, and which of these no chunk before held; chunks: what to write at these rows
-            of `written`.
+        step: `step(arrays, state, k, v, live, new) -> (state, chunks)`, for one sequence. k, v: [Hkv, rows, D] in the accumulation
+            dtype; live, new: bool [rows], which rows are in the live range, and which of these no chunk before held; chunks: what
+            to write at these rows of `written`, [Hkv, rows, D].
         per_sequence: arrays [B, ...].
         written: arrays like the cache, updated in place.
 
@@ -50,9 +50,11 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
         return jnp.clip(start + i * rows, 0, seq_len - rows)
 
     def load(cache, b, row):
-        return lax.dynamic_slice(cache, (b, row, 0, 0), (1, rows, *cache.shape[2:]))[0]
+        chunk = lax.dynamic_slice(cache, (b, row, 0, 0), (1, rows, *cache.shape[2:]))[0]
+        return chunk.astype(problem.accum_dtype).transpose(1, 0, 2)
 
     def store(cache, chunk, b, row):
+        chunk = chunk.transpose(1, 0, 2).astype(cache.dtype)
         return lax.dynamic_update_slice(cache, chunk[None], (b, row, 0, 0))
 
     def do(i, b, start, end, arrays, state):
@@ -85,7 +87,7 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
         states, written = carry
         states, chunks = jax.vmap(do, (None, 0, 0, 0, 0, 0))(i, index, start, end, per_sequence, states)
         row = first_row(i, start)
-        put = jax.vmap(lambda x, c, r: lax.dynamic_update_slice(x, c, (r, 0, 0)))
+        put = jax.vmap(lambda x, c, r: store(x[None], c, 0, r)[0])
         return states, [put(x, c, row) for x, c in zip(written, chunks, strict=True)]
 
     states = jax.vmap(begin)(*per_sequence)

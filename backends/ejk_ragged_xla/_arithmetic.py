@@ -1,0 +1,41 @@
+"""The arithmetic of one chunk of one sequence: C rows, H kv heads of G query heads each, D numbers a row.
+
+Rows come as [H, C, D], heads first, so that every product is a batch of plain matrix products. XLA's CPU compiler makes the
+transposed copy in the same pass that takes the chunk out of the cache and widens it, which it needs anyway.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+
+def product(problem, a, b, contract):
+    """Batched over the first axis of both; sums over axis `contract[0]` of `a` and `contract[1]` of `b`."""
+    precision = problem.matmul_precision or "highest"  # elsewhere than on a CPU float32 would be rounded first
+    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((0,), (0,))), precision=precision)
+
+
+def dots(problem, q, rows):
+    """q [H, G, D] with every one of rows [H, C, D]: [H, G, C]."""
+    # The barrier keeps the long operand on the left. XLA would fold the transposition into the product by swapping the two, and
+    # then transpose the rows once more to please its CPU kernels: 1.2 times the time of the whole forward operation.
+    return lax.optimization_barrier(product(problem, rows, q, (2, 2))).transpose(0, 2, 1)
+
+
+def weighted(problem, weights, rows):
+    """Rows [H, C, D] summed with weights [H, G, C]: [H, G, D]."""
+    return product(problem, weights, rows, (2, 1))
+
+
+def outer(problem, weights, q):
+    """q [H, G, D] summed over the group with weights [H, G, C]: [H, C, D]."""
+    return product(problem, weights, q, (1, 1))
+
+
+def logits(problem, q, k):
+    """Logits [H, G, C], scaled and capped, and the slope of the cap there."""
+    x = problem.softmax_scale * dots(problem, q, k)  # scaled here, in the accumulation dtype: a scaled q would be rounded once more
+    cap = problem.logits_soft_cap
+    if cap is None:
+        return x, 1
+    bent = jnp.tanh(x / cap)
+    return cap * bent, 1 - bent * bent
