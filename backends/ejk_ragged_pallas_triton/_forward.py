@@ -1,9 +1,8 @@
 """The forward operation in two kernels: `split` works through pieces of the live ranges, `combine` merges each sequence's pieces.
 
-Logits live in base 2 (`exp2` is one instruction, and log2(e) rides on the scale for free); what the kernels exchange, and lse, is natural.
+Inside `split` logits are in base 2: `exp2` is one instruction, and the factor log2(e) rides on the scale. Outside all is natural.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -13,11 +12,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ._jax import compiler_params
-from ._schedule import Schedule
 from ._tuning import Tiles, tiles
 
 
 LOG2_E = math.log2(math.e)
+LOWEST = float(jnp.finfo(jnp.float32).min)  # stands in for -inf where a difference of two must not be NaN
 COMBINE_SLOTS = 16  # partials merged at a time; fixed, since the order of sums depends on it
 
 
@@ -54,15 +53,14 @@ def forward(problem, target, query, key, value, start, end, sink, *, interpret):
             jax.ShapeDtypeStruct(query.shape, query.dtype),
             jax.ShapeDtypeStruct(query.shape[:2], accum),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
         interpret=interpret,
     )(parts, part_lse, pieces, sink)
     return out, lse
 
 
 def _split_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, parts_ref, part_lse_ref, pieces_ref, *, problem, plan: Tiles):
-    """One program: some pieces, for one block of the query heads that share a kv head."""
-    schedule: Schedule = plan.schedule
+    """One program: its tiles, for one block of the query heads that share a kv head."""
     kv_head, head_block = pl.program_id(0) // plan.head_blocks, pl.program_id(0) % plan.head_blocks
     program = pl.program_id(1)
     in_group = head_block * plan.block_heads + jnp.arange(plan.block_heads, dtype=jnp.int32)
@@ -70,46 +68,55 @@ def _split_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, parts_ref, part_lse_r
     heads_ok = in_group < problem.group
     dims = jnp.arange(plan.block_dim, dtype=jnp.int32)
     dims_ok = dims < problem.head_dim
-    block = (heads_ok[:, None] & dims_ok[None, :])
+    block_ok = heads_ok[:, None] & dims_ok[None, :]
 
     @pl.when((pl.program_id(0) == 0) & (program == 0))
     def _():
-        index, units, line = schedule.line(start_ref, end_ref)
-        first, count = schedule.pieces(index, units, line)
-        here = index < schedule.batch
-        plgpu.store(pieces_ref.at[0, index], first, mask=here)
-        plgpu.store(pieces_ref.at[1, index], count, mask=here)
+        first, count = plan.schedule.pieces(start_ref, end_ref)
+        index = jnp.arange(first.size, dtype=jnp.int32)
+        plgpu.store(pieces_ref.at[0, index], first, mask=index < plan.schedule.batch)
+        plgpu.store(pieces_ref.at[1, index], count, mask=index < plan.schedule.batch)
 
-    def do(b, key_lo, key_hi, slot):
-        q = plgpu.load(q_ref.at[b, heads[:, None], dims[None, :]], mask=block, other=0.0)
+    num_tiles, tile_at = plan.schedule.tiles(program, start_ref, end_ref)
 
-        def tile(i, carry):
-            acc, high, total = carry
-            rows = key_lo + i * plan.block_keys + jnp.arange(plan.block_keys, dtype=jnp.int32)
-            live = rows < key_hi
-            # Rows outside the piece are not even read, so that what they hold can't matter.
-            mask = (live[:, None] & dims_ok[None, :]) if plan.ragged_dim else live[:, None]
-            k = plgpu.load(k_ref.at[b, rows[:, None], kv_head, dims[None, :]], mask=mask, other=0.0)
-            v = plgpu.load(v_ref.at[b, rows[:, None], kv_head, dims[None, :]], mask=mask, other=0.0)
-            x = _logits(problem, _dot(problem, q, k.T))
-            x = jnp.where(live[None, :], x, -jnp.inf)
-            new_high = jnp.maximum(high, jnp.max(x, axis=1))
-            p = jnp.exp2(x - new_high[:, None])
-            fade = jnp.exp2(high - new_high)
-            total = total * fade + jnp.sum(p, axis=1)
-            acc = acc * fade[:, None] + _dot(problem, p.astype(v.dtype), v)
-            return acc, new_high, total
+    def tile(i, carry):
+        acc, high, total, fresh, b, row, key_hi = carry
+        rows = row + jnp.arange(plan.schedule.block_keys, dtype=jnp.int32)
+        live = rows < key_hi
+        # Rows outside the piece are not even read, so that what they hold can't matter.
+        cache_ok = live[:, None] & dims_ok[None, :] if plan.padded_dim else live[:, None]
+        q = plgpu.load(q_ref.at[b, heads[:, None], dims[None, :]], mask=block_ok, other=0.0)
+        k = plgpu.load(k_ref.at[b, rows[:, None], kv_head, dims[None, :]], mask=cache_ok, other=0.0)
+        v = plgpu.load(v_ref.at[b, rows[:, None], kv_head, dims[None, :]], mask=cache_ok, other=0.0)
+        x = jnp.where(live[None, :], _logits(problem, _dot(problem, q, k.T)), -jnp.inf)
+        # The first tile of a piece forgets the piece before. This is arithmetic and no branch, and so are the look-ups of the
+        # next tile: Triton keeps loads in flight only where their addresses come without one.
+        high = jnp.where(fresh, -jnp.inf, high)
+        new_high = jnp.maximum(jnp.maximum(high, jnp.max(x, axis=1)), LOWEST)
+        fade = jnp.exp2(high - new_high)
+        p = jnp.exp2(x - new_high[:, None])
+        total = total * fade + jnp.sum(p, axis=1)
+        acc = acc * fade[:, None] + _dot(problem, p.astype(v.dtype), v)
+        last = row + plan.schedule.block_keys >= key_hi
 
-        init = (
-            jnp.zeros((plan.block_heads, plan.block_dim), jnp.float32),
-            jnp.full(plan.block_heads, -jnp.inf, jnp.float32),
-            jnp.zeros(plan.block_heads, jnp.float32),
-        )
-        acc, high, total = jax.lax.fori_loop(0, pl.cdiv(key_hi - key_lo, plan.block_keys), tile, init)
-        plgpu.store(parts_ref.at[slot, heads[:, None], dims[None, :]], acc / total[:, None], mask=block)
-        plgpu.store(part_lse_ref.at[slot, heads], high / LOG2_E + jnp.log(total), mask=heads_ok)
+        @pl.when(last)
+        def _():
+            slot = plan.schedule.slot(program, b)
+            denominator = jnp.where(total > 0, total, 1.0)
+            lse = jnp.where(total > 0, new_high / LOG2_E + jnp.log(denominator), -jnp.inf)
+            plgpu.store(parts_ref.at[slot, heads[:, None], dims[None, :]], acc / denominator[:, None], mask=block_ok)
+            plgpu.store(part_lse_ref.at[slot, heads], lse, mask=heads_ok)
 
-    schedule.for_each_piece(program, start_ref, end_ref, do)
+        return acc, new_high, total, last, *tile_at(i + 1)
+
+    init = (
+        jnp.zeros((plan.block_heads, plan.block_dim), jnp.float32),
+        jnp.full(plan.block_heads, -jnp.inf, jnp.float32),
+        jnp.zeros(plan.block_heads, jnp.float32),
+        jnp.asarray(True),
+        *tile_at(0),
+    )
+    jax.lax.fori_loop(0, num_tiles, tile, init)
 
 
 def _logits(problem, dots):
@@ -155,10 +162,9 @@ def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, sink_ref, out_ref, lse_
         return acc, new_high, total
 
     sink = plgpu.load(sink_ref.at[b, heads], mask=heads_ok, other=-jnp.inf)
-    low = jnp.finfo(jnp.float32).min  # finite, so that no sink and no key make no NaN
     init = (
         jnp.zeros((plan.combine_heads, plan.block_dim), jnp.float32),
-        jnp.maximum(sink, low),
+        jnp.maximum(sink, LOWEST),
         jnp.where(sink > -jnp.inf, 1.0, 0.0),
     )
     acc, high, total = jax.lax.fori_loop(0, pl.cdiv(count, COMBINE_SLOTS), merge, init)

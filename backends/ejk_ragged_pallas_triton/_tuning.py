@@ -4,7 +4,7 @@ import dataclasses
 
 from ejk_ragged import FwdParams
 
-from ._schedule import Schedule, UNIT
+from ._schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,23 +14,22 @@ class Tiles:
     Attributes:
         block_heads: query heads of one group in a program; a power of two, 16 at least (the tensor cores' smallest).
         head_blocks: such blocks a group.
-        block_keys: keys of a tile.
         block_dim: head_dim, padded to a power of two.
-        ragged_dim: whether it had to be padded.
+        padded_dim: whether it had to be padded.
         combine_heads: query heads that a combine program merges.
         schedule: who works on which keys.
     """
 
     block_heads: int
     head_blocks: int
-    block_keys: int
     block_dim: int
-    ragged_dim: bool
+    padded_dim: bool
     combine_heads: int
     schedule: Schedule
 
 
-WORKERS_PER_SM = 2
+WORKERS_PER_SM = 1
+OVERHEAD_UNITS = 2
 TILE_BYTES = 16 * 1024
 
 
@@ -60,11 +59,10 @@ def tiles(problem, target) -> Tiles:
     return Tiles(
         block_heads=block_heads,
         head_blocks=head_blocks,
-        block_keys=hints.block_size_keys,
         block_dim=dim,
-        ragged_dim=dim != problem.head_dim,
-        combine_heads=1,
-        schedule=Schedule(problem.batch, workers, max(hints.block_size_keys // UNIT, 1), by_sequence),
+        padded_dim=dim != problem.head_dim,
+        combine_heads=min(max(power_of_two(problem.batch * problem.num_q_heads // (4 * sms)), 1), 4),
+        schedule=Schedule(problem.batch, workers, hints.block_size_keys, by_sequence, 0 if by_sequence else OVERHEAD_UNITS),
     )
 
 
