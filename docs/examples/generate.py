@@ -346,7 +346,7 @@ def main(argv=None) -> int:
 
     prompts = [prompt.encode() for prompt in options.prompt]
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    padded = np.array([list(prompt.ljust(max(lengths))) for prompt in prompts], np.int32)
+    padded = np.array([list(prompt.ljust(max(lengths), b"\0")) for prompt in prompts], np.int32)
     cache = empty_cache(config, len(prompts), max(lengths) + options.tokens)
     keys = jax.random.split(write_key, options.tokens)
     with jax.default_matmul_precision("highest"):  # some devices round the inputs of float32 products otherwise
