@@ -21,12 +21,13 @@ class DenseBackend(Backend):
         accum = problem.accum_dtype
         rows = jnp.arange(problem.seq_len, dtype=jnp.int32)
         live = (rows >= start[:, None]) & (rows < end[:, None])  # [B, S]
-        # A masked probability is 0, and 0 times what a dead row holds may be NaN.
-        key, value = (jnp.where(live[:, :, None, None], x, 0).astype(accum) for x in (key, value))
-        grouped = (query.shape[0], problem.num_kv_heads, problem.group)
+        # A masked probability is 0, but 0 times what a dead row holds may be NaN.
+        key = jnp.where(live[:, :, None, None], key, 0).astype(accum)
+        value = jnp.where(live[:, :, None, None], value, 0).astype(accum)
 
-        x = jnp.einsum("bhgd,bshd->bhgs", query.reshape(*grouped, -1).astype(accum), key, precision="highest")
-        x = problem.softmax_scale * x
+        grouped = (query.shape[0], problem.num_kv_heads, problem.group)
+        q = problem.softmax_scale * query.reshape(*grouped, -1).astype(accum)
+        x = jnp.einsum("bhgd,bshd->bhgs", q, key, precision="highest")
         if problem.logits_soft_cap is not None:
             x = problem.logits_soft_cap * jnp.tanh(x / problem.logits_soft_cap)
         x = jnp.where(live[:, None, None], x, -jnp.inf)
@@ -39,4 +40,4 @@ class DenseBackend(Backend):
         out = jnp.einsum("bhgs,bshd->bhgd", weights, value, precision="highest")
         out = out / jnp.where(total > 0, total, 1)[..., None]
         lse = top + jnp.log(total)
-        return out.reshape(query.shape).astype(query.dtype), lse.reshape(sink.shape[0], -1)
+        return out.reshape(query.shape).astype(query.dtype), lse.reshape(query.shape[:2])
