@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from ejk_ragged import Backend, FwdParams, Problem, Target
 
 
+MAX_BACKWARD_GROUP = 64
+
+
 @dataclasses.dataclass(frozen=True)
 class PallasTritonBackend(Backend):
     """Decode attention as two Pallas kernels that Triton compiles.
@@ -45,8 +48,9 @@ class PallasTritonBackend(Backend):
         return None
 
     def supports_backward(self, problem: Problem, target: Target) -> str | None:
-        del problem, target
-        return "it has no backward operation yet"
+        if problem.group > MAX_BACKWARD_GROUP:
+            return f"its backward kernel holds groups of up to {MAX_BACKWARD_GROUP} query heads, not {problem.group}"
+        return self.supports(problem, target)
 
     def fwd_params(self, problem: Problem, target: Target) -> FwdParams:
         from ._tuning import resolve
@@ -62,3 +66,9 @@ class PallasTritonBackend(Backend):
         from ._forward import forward
 
         return forward(problem, target, query, key, value, start, end, sink, interpret=self.interpret)
+
+    def backward(self, problem, target, query, key, value, start, end, lse, d_out, delta, *, wanted):
+        from ._backward import backward
+
+        arrays = (query, key, value, start, end, lse, d_out, delta)
+        return backward(problem, target, *arrays, wanted=wanted, interpret=self.interpret)

@@ -4,36 +4,33 @@ Inside `split` logits are in base 2: `exp2` is one instruction, and the factor l
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from ._blocks import Block, dot, load, LOG2_E, logits, LOWEST, store, WHOLE
 from ._jax import compiler_params
-from ._tuning import Tiles, tiles
+from ._tuning import forward_tiles, Tiles
 
 
-LOG2_E = math.log2(math.e)
-LOWEST = float(jnp.finfo(jnp.float32).min)  # stands in for -inf where a difference of two must not be NaN
 COMBINE_SLOTS = 16  # partials merged at a time; fixed, since the order of sums depends on it
 
 
 def forward(problem, target, query, key, value, start, end, sink, *, interpret):
     """Output and log-sum-exp; shapes as in `ejk_ragged.Backend.forward`."""
-    plan = tiles(problem, target)
+    plan = forward_tiles(problem, target)
     schedule = plan.schedule
     accum = problem.accum_dtype
     batch, num_q_heads, head_dim = query.shape
-    any_spec = pl.BlockSpec(memory_space=pl.ANY)
 
     parts, part_lse, pieces = pl.pallas_call(
         functools.partial(_split_kernel, problem=problem, plan=plan),
         name="ragged_decode_split",
         grid=(problem.num_kv_heads * plan.head_blocks, schedule.programs),
-        in_specs=[any_spec] * 5,
-        out_specs=[any_spec] * 3,
+        in_specs=[WHOLE] * 5,
+        out_specs=[WHOLE] * 3,
         out_shape=[
             jax.ShapeDtypeStruct((schedule.slots, num_q_heads, head_dim), accum),
             jax.ShapeDtypeStruct((schedule.slots, num_q_heads), accum),
@@ -47,8 +44,8 @@ def forward(problem, target, query, key, value, start, end, sink, *, interpret):
         functools.partial(_combine_kernel, plan=plan),
         name="ragged_decode_combine",
         grid=(batch, pl.cdiv(num_q_heads, plan.combine_heads)),
-        in_specs=[any_spec] * 4,
-        out_specs=[any_spec] * 2,
+        in_specs=[WHOLE] * 4,
+        out_specs=[WHOLE] * 2,
         out_shape=[
             jax.ShapeDtypeStruct(query.shape, query.dtype),
             jax.ShapeDtypeStruct(query.shape[:2], accum),
@@ -61,34 +58,26 @@ def forward(problem, target, query, key, value, start, end, sink, *, interpret):
 
 def _split_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, parts_ref, part_lse_ref, pieces_ref, *, problem, plan: Tiles):
     """One program: its tiles, for one block of the query heads that share a kv head."""
-    kv_head, head_block = pl.program_id(0) // plan.head_blocks, pl.program_id(0) % plan.head_blocks
+    schedule = plan.schedule
+    block = Block.of(pl.program_id(0), problem, plan)
     program = pl.program_id(1)
-    in_group = head_block * plan.block_heads + jnp.arange(plan.block_heads, dtype=jnp.int32)
-    heads = kv_head * problem.group + in_group
-    heads_ok = in_group < problem.group
-    dims = jnp.arange(plan.block_dim, dtype=jnp.int32)
-    dims_ok = dims < problem.head_dim
-    block_ok = heads_ok[:, None] & dims_ok[None, :]
 
     @pl.when((pl.program_id(0) == 0) & (program == 0))
     def _():
-        first, count = plan.schedule.pieces(start_ref, end_ref)
-        index = jnp.arange(first.size, dtype=jnp.int32)
-        plgpu.store(pieces_ref.at[0, index], first, mask=index < plan.schedule.batch)
-        plgpu.store(pieces_ref.at[1, index], count, mask=index < plan.schedule.batch)
+        schedule.store_pieces(start_ref, end_ref, pieces_ref)
 
-    num_tiles, tile_at = plan.schedule.tiles(program, start_ref, end_ref)
+    num_tiles, tile_at = schedule.tiles(program, start_ref, end_ref)
 
     def tile(i, carry):
         acc, high, total, fresh, b, row, key_hi = carry
-        rows = row + jnp.arange(plan.schedule.block_keys, dtype=jnp.int32)
+        rows = row + jnp.arange(schedule.block_keys, dtype=jnp.int32)
         live = rows < key_hi
-        # Rows outside the piece are not even read, so that what they hold can't matter.
-        cache_ok = live[:, None] & dims_ok[None, :] if plan.padded_dim else live[:, None]
-        q = plgpu.load(q_ref.at[b, heads[:, None], dims[None, :]], mask=block_ok, other=0.0)
-        k = plgpu.load(k_ref.at[b, rows[:, None], kv_head, dims[None, :]], mask=cache_ok, other=0.0)
-        v = plgpu.load(v_ref.at[b, rows[:, None], kv_head, dims[None, :]], mask=cache_ok, other=0.0)
-        x = jnp.where(live[None, :], _logits(problem, _dot(problem, q, k.T)), -jnp.inf)
+        q, k, v = (
+            load(block.of_query(q_ref, b)),
+            load(block.of_cache(k_ref, b, rows, live)),
+            load(block.of_cache(v_ref, b, rows, live)),
+        )
+        x = jnp.where(live[None, :], logits(problem, dot(problem, q, k.T)), -jnp.inf)
         # The first tile of a piece forgets the piece before. This is arithmetic and no branch, and so are the look-ups of the
         # next tile: Triton keeps loads in flight only where their addresses come without one.
         high = jnp.where(fresh, -jnp.inf, high)
@@ -96,16 +85,16 @@ def _split_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, parts_ref, part_lse_r
         fade = jnp.exp2(high - new_high)
         p = jnp.exp2(x - new_high[:, None])
         total = total * fade + jnp.sum(p, axis=1)
-        acc = acc * fade[:, None] + _dot(problem, p.astype(v.dtype), v)
-        last = row + plan.schedule.block_keys >= key_hi
+        acc = acc * fade[:, None] + dot(problem, p.astype(v.dtype), v)
+        last = row + schedule.block_keys >= key_hi
 
         @pl.when(last)
         def _():
-            slot = plan.schedule.slot(program, b)
+            slot = schedule.slot(program, b)
             denominator = jnp.where(total > 0, total, 1.0)
             lse = jnp.where(total > 0, new_high / LOG2_E + jnp.log(denominator), -jnp.inf)
-            plgpu.store(parts_ref.at[slot, heads[:, None], dims[None, :]], acc / denominator[:, None], mask=block_ok)
-            plgpu.store(part_lse_ref.at[slot, heads], lse, mask=heads_ok)
+            store(block.of_query(parts_ref, slot), acc / denominator[:, None])
+            plgpu.store(part_lse_ref.at[slot, block.heads], lse, mask=block.heads_ok)
 
         return acc, new_high, total, last, *tile_at(i + 1)
 
@@ -117,20 +106,6 @@ def _split_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, parts_ref, part_lse_r
         *tile_at(0),
     )
     jax.lax.fori_loop(0, num_tiles, tile, init)
-
-
-def _logits(problem, dots):
-    """Base-2 logits of the dot products: scaled, then capped."""
-    if problem.logits_soft_cap is None:
-        return dots * (problem.softmax_scale * LOG2_E)
-    return jnp.tanh(dots * (problem.softmax_scale / problem.logits_soft_cap)) * (problem.logits_soft_cap * LOG2_E)
-
-
-def _dot(problem, a, b):
-    """a @ b, summed in float32; float32 operands are not rounded to tf32 unless `jax.default_matmul_precision` allows it."""
-    exact = problem.matmul_precision in (None, "highest", "float32")
-    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, sink_ref, out_ref, lse_ref, *, plan: Tiles):

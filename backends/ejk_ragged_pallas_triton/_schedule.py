@@ -51,14 +51,17 @@ class Schedule:
         """Where `program` puts its piece of sequence `b`."""
         return program if self.by_sequence else program + b
 
-    def pieces(self, start_ref, end_ref):
-        """Of each sequence, its first slot and how many of the slots from there on are its pieces; [power of two >= B]."""
+    def store_pieces(self, start_ref, end_ref, pieces_ref):
+        """Writes down [2, B]: each sequence's first slot, and how many of the slots from there on are its pieces."""
         index, _, _, units, line = self._line(start_ref, end_ref)
         if self.by_sequence:
-            return index * self.workers, pl.cdiv(units, self._chunk(units))
-        chunk = self._chunk(jnp.sum(units))
-        first, last = (line - units) // chunk, (line - 1) // chunk
-        return first + index, jnp.where(units > 0, last - first + 1, 0)
+            first, count = index * self.workers, pl.cdiv(units, self._chunk(units))
+        else:
+            chunk = self._chunk(jnp.sum(units))
+            first = (line - units) // chunk + index
+            count = jnp.where(units > 0, (line - 1) // chunk - (line - units) // chunk + 1, 0)
+        for row, values in enumerate((first, count)):
+            plgpu.store(pieces_ref.at[row, index], values, mask=index < self.batch)
 
     def tiles(self, program, start_ref, end_ref):
         """How many tiles `program` has, and a function of the tile's number to (sequence, first key, end of the piece)."""

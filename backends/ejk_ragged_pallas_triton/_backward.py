@@ -1,0 +1,153 @@
+"""The backward operation: `split` walks through the live ranges once more and writes d_key and d_value; a second kernel adds up
+the pieces of d_query.
+
+Nothing of the softmax is stored by the forward but lse: p_j = exp(logit_j - lse), d_logit_j = p_j (d_out . v_j - delta).
+Every row of d_key and d_value is written exactly once, the rows outside the live range as zeros, by a second, even share of them.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from ._blocks import Block, dot, load, LOG2_E, logits, logits_slope, store, WHOLE
+from ._forward import COMBINE_SLOTS
+from ._jax import compiler_params
+from ._tuning import backward_params, backward_tiles, Tiles
+
+
+def backward(problem, target, query, key, value, start, end, lse, d_out, delta, *, wanted, interpret):
+    """The wanted gradients; shapes as in `ejk_ragged.Backend.backward`."""
+    plan = backward_tiles(problem, target)
+    schedule = plan.schedule
+    idle = dataclasses.replace(schedule, batch=2 * problem.batch, by_sequence=False, overhead=0)
+    idle = dataclasses.replace(idle, workers=schedule.programs)
+    # Twice as many ranges, before and after the live one; together with it they are the cache's rows, each once.
+    live_end = jnp.maximum(start, end)
+    idle_start = jnp.concatenate([jnp.zeros_like(start), live_end])
+    idle_end = jnp.concatenate([start, jnp.full_like(end, problem.seq_len)])
+
+    partial_shapes = [
+        jax.ShapeDtypeStruct((schedule.slots, *query.shape[1:]), problem.accum_dtype),
+        jax.ShapeDtypeStruct((2, problem.batch), jnp.int32),
+    ]
+    cache_shapes = [jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2
+    results = pl.pallas_call(
+        functools.partial(_split_kernel, problem=problem, plan=plan, idle=idle, wanted=wanted),
+        name="ragged_decode_backward",
+        grid=(problem.num_kv_heads, schedule.programs),
+        in_specs=[WHOLE] * 10,
+        out_specs=[WHOLE] * (2 * wanted.query + 2 * wanted.key_value),
+        out_shape=partial_shapes * wanted.query + cache_shapes * wanted.key_value,
+        compiler_params=compiler_params(backward_params(problem)),
+        interpret=interpret,
+    )(query, key, value, start, end, lse, d_out, delta, idle_start, idle_end)
+
+    if not wanted.query:
+        return results
+    parts, pieces, *d_key_value = results
+    d_query = pl.pallas_call(
+        functools.partial(_sum_kernel, plan=plan),
+        name="ragged_decode_backward_sum",
+        grid=(problem.batch, pl.cdiv(problem.num_q_heads, plan.combine_heads)),
+        in_specs=[WHOLE] * 2,
+        out_specs=WHOLE,
+        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
+        interpret=interpret,
+    )(parts, pieces)
+    return [d_query, *d_key_value]
+
+
+def _split_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    start_ref,
+    end_ref,
+    lse_ref,
+    d_out_ref,
+    delta_ref,
+    idle_start_ref,
+    idle_end_ref,
+    *out_refs,
+    problem,
+    plan: Tiles,
+    idle,
+    wanted,
+):
+    """One program: its tiles of the live ranges, for all query heads of a kv head; then its share of the rows that stay zero."""
+    schedule = plan.schedule
+    block = Block.of(pl.program_id(0), problem, plan)
+    program = pl.program_id(1)
+    if wanted.query:
+        parts_ref, pieces_ref, *out_refs = out_refs
+
+        @pl.when((pl.program_id(0) == 0) & (program == 0))
+        def _():
+            schedule.store_pieces(start_ref, end_ref, pieces_ref)
+
+    num_tiles, tile_at = schedule.tiles(program, start_ref, end_ref)
+
+    def tile(i, carry):
+        d_q, fresh, b, row, key_hi = carry
+        rows = row + jnp.arange(schedule.block_keys, dtype=jnp.int32)
+        live = rows < key_hi
+        q, d_out = load(block.of_query(q_ref, b)), load(block.of_query(d_out_ref, b))
+        k, v = load(block.of_cache(k_ref, b, rows, live)), load(block.of_cache(v_ref, b, rows, live))
+        lse = plgpu.load(lse_ref.at[b, block.heads], mask=block.heads_ok, other=0.0)
+        delta = plgpu.load(delta_ref.at[b, block.heads], mask=block.heads_ok, other=0.0)
+        x = logits(problem, dot(problem, q, k.T))
+        p = jnp.where(live[None, :] & block.heads_ok[:, None], jnp.exp2(x - lse[:, None] * LOG2_E), 0.0)
+        d_x = p * (dot(problem, d_out, v.T) - delta[:, None]) * logits_slope(problem, x)
+        d_x, p = d_x.astype(k.dtype), p.astype(k.dtype)
+        if wanted.key_value:
+            d_k_ref, d_v_ref = out_refs
+            store(block.of_cache(d_k_ref, b, rows, live), dot(problem, d_x.T, q))
+            store(block.of_cache(d_v_ref, b, rows, live), dot(problem, p.T, d_out))
+        last = row + schedule.block_keys >= key_hi
+        if wanted.query:
+            d_q = jnp.where(fresh, 0.0, d_q) + dot(problem, d_x, k)
+
+            @pl.when(last)
+            def _():
+                store(block.of_query(parts_ref, schedule.slot(program, b)), d_q)
+
+        return d_q, last, *tile_at(i + 1)
+
+    zeros = jnp.zeros((plan.block_heads, plan.block_dim), jnp.float32)
+    jax.lax.fori_loop(0, num_tiles, tile, (zeros, jnp.asarray(True), *tile_at(0)))
+
+    if wanted.key_value:
+        num_idle, idle_at = idle.tiles(program, idle_start_ref, idle_end_ref)
+
+        def clear(i, _):
+            which, row, row_end = idle_at(i)
+            rows = row + jnp.arange(idle.block_keys, dtype=jnp.int32)
+            for ref in out_refs:
+                zeros = jnp.zeros((idle.block_keys, plan.block_dim), ref.dtype)
+                store(block.of_cache(ref, which % problem.batch, rows, rows < row_end), zeros)
+
+        jax.lax.fori_loop(0, num_idle, clear, None)
+
+
+def _sum_kernel(parts_ref, pieces_ref, d_query_ref, *, plan: Tiles):
+    """One program: d_query of some heads of one sequence, the sum of its pieces."""
+    num_q_heads, head_dim = d_query_ref.shape[1:]
+    b = pl.program_id(0)
+    heads = pl.program_id(1) * plan.combine_heads + jnp.arange(plan.combine_heads, dtype=jnp.int32)
+    dims = jnp.arange(plan.block_dim, dtype=jnp.int32)
+    mask = (heads < num_q_heads)[:, None] & (dims < head_dim)[None, :]
+    first, count = pieces_ref[0, b], pieces_ref[1, b]
+
+    def add(i, total):
+        piece = i * COMBINE_SLOTS + jnp.arange(COMBINE_SLOTS, dtype=jnp.int32)
+        place = parts_ref.at[(first + piece)[:, None, None], heads[None, :, None], dims[None, None, :]]
+        return total + jnp.sum(load((place, (piece < count)[:, None, None] & mask[None])), axis=0)
+
+    total = jnp.zeros((plan.combine_heads, plan.block_dim), jnp.float32)
+    total = jax.lax.fori_loop(0, pl.cdiv(count, COMBINE_SLOTS), add, total)
+    store((d_query_ref.at[b, heads[:, None], dims[None, :]], mask), total)
