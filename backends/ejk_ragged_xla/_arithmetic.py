@@ -9,9 +9,19 @@ from jax import lax
 
 
 def product(problem, a, b, contract):
-    """Batched over the first axis of both; sums over axis `contract[0]` of `a` and `contract[1]` of `b`."""
-    precision = problem.matmul_precision or "highest"  # elsewhere than on a CPU float32 would be rounded first
-    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((0,), (0,))), precision=precision)
+    """Batched over the first axis of both, summed over axis `contract[0]` of `a` and `contract[1]` of `b`, accumulation dtype.
+
+    Two narrow operands stay narrow, for their products are exact; beside a wide one a narrow one is widened.
+    """
+    if a.dtype != b.dtype:
+        a, b = a.astype(problem.accum_dtype), b.astype(problem.accum_dtype)
+    return lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((0,), (0,))),
+        precision=problem.matmul_precision or "highest",  # some accelerators round float32 otherwise
+        preferred_element_type=problem.accum_dtype,
+    )
 
 
 def dots(problem, q, rows):

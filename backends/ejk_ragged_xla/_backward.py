@@ -10,7 +10,7 @@ def backward(problem, target, query, key, value, start, end, lse, d_out, delta, 
     """`Backend.backward`, hints resolved."""
 
     def begin(q, *_):
-        return [jnp.zeros_like(q)] * wanted.query
+        return [jnp.zeros(q.shape, problem.accum_dtype)] * wanted.query
 
     def step(arrays, state, k, v, live, new):
         q, d_o, lse, delta = arrays
@@ -24,6 +24,6 @@ def backward(problem, target, query, key, value, start, end, lse, d_out, delta, 
         return state, [outer(problem, d_x, q), outer(problem, p, d_o)] * wanted.key_value
 
     written = [jnp.zeros_like(key), jnp.zeros_like(value)] * wanted.key_value
-    per_sequence = by_kv_head(problem, query, d_out, lse, delta)
+    per_sequence = by_kv_head(problem, target, query, d_out, lse, delta)
     d_query, d_cache = walk(problem, target, key, value, start, end, begin, step, per_sequence, written)
     return [x.reshape(query.shape).astype(query.dtype) for x in d_query] + d_cache

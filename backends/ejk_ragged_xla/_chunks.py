@@ -4,20 +4,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._bits import from_bits, to_bits
+
 
 # Rows of a chunk where `block_size_keys` does not say.
 CHUNK_ROWS = {"cpu": 256}
-CHUNK_ROWS_ELSEWHERE = 128
+CHUNK_ROWS_ELSEWHERE = 512
 
 
 def default_rows(target) -> int:
     return CHUNK_ROWS.get(target.platform, CHUNK_ROWS_ELSEWHERE)
 
 
-def by_kv_head(problem, *arrays):
-    """Arrays [B, Hq, ...] as [B, Hkv, G, ...] in the accumulation dtype."""
+def by_kv_head(problem, target, *arrays):
+    """Arrays [B, Hq, ...] as [B, Hkv, G, ...], ready for products."""
     heads = (problem.num_kv_heads, problem.group)
-    return [x.reshape(x.shape[0], *heads, *x.shape[2:]).astype(problem.accum_dtype) for x in arrays]
+    return [_operand(problem, target, x.reshape(x.shape[0], *heads, *x.shape[2:])) for x in arrays]
+
+
+def _operand(problem, target, x):
+    """On a CPU narrow dtypes are widened, there the products have no fast form for them; elsewhere they have."""
+    return x.astype(problem.accum_dtype) if target.platform == "cpu" else x
 
 
 def walk(problem, target, key, value, start, end, begin, step, per_sequence, written=()):
@@ -31,9 +38,9 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
 
     Args:
         begin: `begin(*arrays) -> state`, for one sequence.
-        step: `step(arrays, state, k, v, live, new) -> (state, chunks)`, for one sequence. k, v: [Hkv, rows, D] in the accumulation
-            dtype; live, new: bool [rows], which rows are in the live range, and which of these no chunk before held; chunks: what
-            to write at these rows of `written`, [Hkv, rows, D].
+        step: `step(arrays, state, k, v, live, new) -> (state, chunks)`, for one sequence. k, v: [Hkv, rows, D]; live, new: bool
+            [rows], which rows are in the live range, and which of these no chunk before held; chunks: what to write at these rows
+            of `written`, [Hkv, rows, D].
         per_sequence: arrays [B, ...].
         written: arrays like the cache, updated in place.
 
@@ -51,11 +58,11 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
 
     def load(cache, b, row):
         chunk = lax.dynamic_slice(cache, (b, row, 0, 0), (1, rows, *cache.shape[2:]))[0]
-        return chunk.astype(problem.accum_dtype).transpose(1, 0, 2)
+        return _operand(problem, target, chunk).transpose(1, 0, 2)
 
     def store(cache, chunk, b, row):
-        chunk = chunk.transpose(1, 0, 2).astype(cache.dtype)
-        return lax.dynamic_update_slice(cache, chunk[None], (b, row, 0, 0))
+        chunk = chunk.transpose(1, 0, 2).astype(problem.dtype)
+        return lax.dynamic_update_slice(cache, to_bits(chunk)[None], (b, row, 0, 0))
 
     def do(i, b, start, end, arrays, state):
         row = first_row(i, start)
@@ -67,6 +74,7 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
         return step(arrays, state, load(k, b, row), load(v, b, row), live, new)
 
     index = jnp.arange(problem.batch, dtype=jnp.int32)
+    written = [to_bits(x) for x in written]
     if target.platform == "cpu":
 
         def sequence(written, xs):
@@ -80,8 +88,8 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
             state, written = lax.fori_loop(jnp.int32(0), count(start, end), chunk, (begin(*arrays), written))
             return written, state
 
-        written, states = lax.scan(sequence, list(written), (index, start, end, *per_sequence))
-        return states, written
+        written, states = lax.scan(sequence, written, (index, start, end, *per_sequence))
+        return states, [from_bits(x, problem.dtype) for x in written]
 
     def chunk(i, carry):
         states, written = carry
@@ -91,4 +99,5 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
         return states, [put(x, c, row) for x, c in zip(written, chunks, strict=True)]
 
     states = jax.vmap(begin)(*per_sequence)
-    return lax.fori_loop(jnp.int32(0), jnp.max(count(start, end)), chunk, (states, list(written)))
+    states, written = lax.fori_loop(jnp.int32(0), jnp.max(count(start, end)), chunk, (states, written))
+    return states, [from_bits(x, problem.dtype) for x in written]

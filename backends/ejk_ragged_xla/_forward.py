@@ -11,7 +11,7 @@ def forward(problem, target, query, key, value, start, end, sink):
 
     def begin(q, sink):
         # A sink is a key without a value that was seen before the first chunk.
-        return sink, jnp.where(sink == -jnp.inf, 0, jnp.ones_like(sink)), jnp.zeros_like(q)
+        return sink, jnp.where(sink == -jnp.inf, 0, jnp.ones_like(sink)), jnp.zeros(q.shape, problem.accum_dtype)
 
     def step(arrays, state, k, v, live, new):
         del live
@@ -26,7 +26,7 @@ def forward(problem, target, query, key, value, start, end, sink):
         p = jnp.exp(x - base[..., None])
         return (new_top, total * kept + jnp.sum(p, axis=2), values * kept[..., None] + weighted(problem, p, v)), []
 
-    per_sequence = by_kv_head(problem, query, sink)
+    per_sequence = by_kv_head(problem, target, query, sink)
     (top, total, values), _ = walk(problem, target, key, value, start, end, begin, step, per_sequence)
     out = values / jnp.where(total == 0, 1, total)[..., None]
     return out.reshape(query.shape).astype(query.dtype), (top + jnp.log(total)).reshape(sink.shape)
