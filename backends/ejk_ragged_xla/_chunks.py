@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import min_dim
 
 from ._bits import from_bits, to_bits
 
@@ -48,7 +49,7 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
         The last states, stacked [B, ...], and `written`.
     """
     seq_len = problem.seq_len
-    rows = jax.core.min_dim(problem.fwd_params.block_size_keys, seq_len)  # sizes may be symbolic
+    rows = min_dim(problem.fwd_params.block_size_keys, seq_len)  # sizes may be symbolic
 
     def count(start, end):
         return jnp.maximum(end - start + rows - 1, 0) // rows
