@@ -5,7 +5,7 @@ on two cores. Then it continues a batch of prompts of different lengths, one byt
 padded KV cache:
 
     python docs/examples/generate.py
-    python docs/examples/generate.py --prompt "A list is " --prompt "To open a file, " --temperature 0.5
+    python docs/examples/generate.py --prompt "A list is " --prompt "To open a file, " --temperature 0.6
 
 What to look at, in the order of the file:
 
@@ -41,7 +41,7 @@ PROMPTS = (
     "A class definition ",
     "When a function is called, ",
     "The following example shows how the ",
-    'The "for" statement is used to iterate over the ',
+    "If an error occurs while the module is imported, ",
 )
 
 
@@ -340,7 +340,7 @@ def main(argv=None) -> int:
     before, begin = evaluate(model, held_out), time.perf_counter()
     model = train(model, text, config.context, options.steps, options.seed)
     seconds = time.perf_counter() - begin
-    sinks = np.stack([block.attend.sinks for block in model.blocks])
+    sinks = np.stack([np.asarray(block.attend.sinks) for block in model.blocks])
     print(f"held-out text: {before:.2f} bits/byte before, {evaluate(model, held_out):.2f} after {seconds:.0f} s of training")
     print(f"sinks: all 0 before, {sinks.min():.2f} to {sinks.max():.2f} after")
 
