@@ -21,6 +21,8 @@ CONFIG = {"layers": 2, "width": 32, "query_heads": 4, "kv_heads": 2, "head_dim":
 def generate():
     """The example as a module of its own: a test may change it, and nothing traced before is used again."""
     spec = importlib.util.spec_from_file_location("generate", PATH)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
