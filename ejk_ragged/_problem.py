@@ -59,6 +59,7 @@ class Settings:
     fwd_params: FwdParams = FwdParams()
     matmul_precision: str | None = None
     backend: Any = None  # None, a name, or a Backend
+    partial: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +74,12 @@ class Problem:
         num_q_heads: query heads, Hq, a multiple of `num_kv_heads`.
         num_kv_heads: key/value heads, Hkv.
         head_dim: head dimension, D.
-        dtype: dtype of query, key, value and output.
+        dtype: dtype of query, key and value.
         softmax_scale: factor on the logits.
         logits_soft_cap: cap of the logits, or None.
         fwd_params: tuning hints.
         matmul_precision: what `jax.default_matmul_precision` asks for, or None.
+        partial: whether output and d_query go on to be merged with those of other keys, and are not rounded before.
     """
 
     batch: int
@@ -90,6 +92,7 @@ class Problem:
     logits_soft_cap: float | None = None
     fwd_params: FwdParams = FwdParams()
     matmul_precision: str | None = None
+    partial: bool = False
 
     @classmethod
     def of(cls, query, key, settings: Settings) -> "Problem":
@@ -106,6 +109,7 @@ class Problem:
             logits_soft_cap=settings.logits_soft_cap,
             fwd_params=settings.fwd_params,
             matmul_precision=settings.matmul_precision,
+            partial=settings.partial,
         )
 
     @property
@@ -117,6 +121,11 @@ class Problem:
     def accum_dtype(self) -> np.dtype:
         """Dtype of logits, softmax statistics and partial sums."""
         return accum_dtype(self.dtype)
+
+    @property
+    def out_dtype(self) -> np.dtype:
+        """Dtype in which output and d_query are returned."""
+        return self.accum_dtype if self.partial else self.dtype
 
     def __str__(self):
         cap = "" if self.logits_soft_cap is None else f", soft cap {self.logits_soft_cap:g}"

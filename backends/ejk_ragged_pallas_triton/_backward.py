@@ -5,7 +5,6 @@ Nothing of the softmax is stored by the forward but lse: p_j = exp(logit_j - lse
 Every row of d_key and d_value is written exactly once, the rows outside the live range as zeros, by a second, even share of them.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -14,18 +13,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ._blocks import Block, dot, load, LOG2_E, logits, logits_slope, store, WHOLE
-from ._forward import COMBINE_SLOTS
 from ._jax import compiler_params
-from ._tuning import backward_params, backward_tiles, Tiles
+from ._schedule import Schedule
+from ._tuning import backward_tiles, Tiles
 
 
 def backward(problem, target, query, key, value, start, end, lse, d_out, delta, *, wanted, interpret):
     """The wanted gradients; shapes as in `ejk_ragged.Backend.backward`."""
     plan = backward_tiles(problem, target)
     schedule = plan.schedule
-    idle = dataclasses.replace(schedule, batch=2 * problem.batch, by_sequence=False, overhead=0)
-    idle = dataclasses.replace(idle, workers=schedule.programs)
-    # Twice as many ranges, before and after the live one; together with it they are the cache's rows, each once.
+    # The rows before each live range and those after it, twice as many ranges, shared out among all programs alike.
+    idle = Schedule(2 * problem.batch, schedule.programs, schedule.block_keys, by_sequence=False, overhead=0)
     live_end = jnp.maximum(start, end)
     idle_start = jnp.concatenate([jnp.zeros_like(start), live_end])
     idle_end = jnp.concatenate([start, jnp.full_like(end, problem.seq_len)])
@@ -42,7 +40,7 @@ def backward(problem, target, query, key, value, start, end, lse, d_out, delta, 
         in_specs=[WHOLE] * 10,
         out_specs=[WHOLE] * (2 * wanted.query + 2 * wanted.key_value),
         out_shape=partial_shapes * wanted.query + cache_shapes * wanted.key_value,
-        compiler_params=compiler_params(backward_params(problem)),
+        compiler_params=compiler_params(plan.num_warps, plan.num_stages),
         interpret=interpret,
     )(query, key, value, start, end, lse, d_out, delta, idle_start, idle_end)
 
@@ -52,11 +50,11 @@ def backward(problem, target, query, key, value, start, end, lse, d_out, delta, 
     d_query = pl.pallas_call(
         functools.partial(_sum_kernel, plan=plan),
         name="ragged_decode_backward_sum",
-        grid=(problem.batch, pl.cdiv(problem.num_q_heads, plan.combine_heads)),
+        grid=(problem.batch, pl.cdiv(problem.num_q_heads, plan.merge_heads)),
         in_specs=[WHOLE] * 2,
         out_specs=WHOLE,
-        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
+        out_shape=jax.ShapeDtypeStruct(query.shape, problem.out_dtype),
+        compiler_params=compiler_params(plan.merge_warps, 1),
         interpret=interpret,
     )(parts, pieces)
     return [d_query, *d_key_value]
@@ -86,11 +84,8 @@ def _split_kernel(
     if wanted.query:
         parts_ref, pieces_ref, *out_refs = out_refs
 
-        @pl.when((pl.program_id(0) == 0) & (program == 0))
-        def _():
-            schedule.store_pieces(start_ref, end_ref, pieces_ref)
-
-    num_tiles, tile_at = schedule.tiles(program, start_ref, end_ref)
+    line = schedule.line(program, start_ref, end_ref)
+    num_tiles, tile_at = schedule.tiles(line)
 
     def tile(i, carry):
         d_q, fresh, b, row, key_hi = carry
@@ -120,9 +115,11 @@ def _split_kernel(
 
     zeros = jnp.zeros((plan.block_heads, plan.block_dim), jnp.float32)
     jax.lax.fori_loop(0, num_tiles, tile, (zeros, jnp.asarray(True), *tile_at(0)))
+    if wanted.query:
+        pl.when(pl.program_id(0) == 0)(lambda: schedule.store_pieces(line, pieces_ref))
 
     if wanted.key_value:
-        num_idle, idle_at = idle.tiles(program, idle_start_ref, idle_end_ref)
+        num_idle, idle_at = idle.tiles(idle.line(program, idle_start_ref, idle_end_ref))
 
         def clear(i, _):
             which, row, row_end = idle_at(i)
@@ -138,16 +135,16 @@ def _sum_kernel(parts_ref, pieces_ref, d_query_ref, *, plan: Tiles):
     """One program: d_query of some heads of one sequence, the sum of its pieces."""
     num_q_heads, head_dim = d_query_ref.shape[1:]
     b = pl.program_id(0)
-    heads = pl.program_id(1) * plan.combine_heads + jnp.arange(plan.combine_heads, dtype=jnp.int32)
+    heads = pl.program_id(1) * plan.merge_heads + jnp.arange(plan.merge_heads, dtype=jnp.int32)
     dims = jnp.arange(plan.block_dim, dtype=jnp.int32)
     mask = (heads < num_q_heads)[:, None] & (dims < head_dim)[None, :]
     first, count = pieces_ref[0, b], pieces_ref[1, b]
 
     def add(i, total):
-        piece = i * COMBINE_SLOTS + jnp.arange(COMBINE_SLOTS, dtype=jnp.int32)
+        piece = i * plan.merge_slots + jnp.arange(plan.merge_slots, dtype=jnp.int32)
         place = parts_ref.at[(first + piece)[:, None, None], heads[None, :, None], dims[None, None, :]]
         return total + jnp.sum(load((place, (piece < count)[:, None, None] & mask[None])), axis=0)
 
-    total = jnp.zeros((plan.combine_heads, plan.block_dim), jnp.float32)
-    total = jax.lax.fori_loop(0, pl.cdiv(count, COMBINE_SLOTS), add, total)
+    total = jnp.zeros((plan.merge_heads, plan.block_dim), jnp.float32)
+    total = jax.lax.fori_loop(0, pl.cdiv(count, plan.merge_slots), add, total)
     store((d_query_ref.at[b, heads[:, None], dims[None, :]], mask), total)

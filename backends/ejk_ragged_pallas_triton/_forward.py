@@ -15,9 +15,6 @@ from ._jax import compiler_params
 from ._tuning import forward_tiles, Tiles
 
 
-COMBINE_SLOTS = 16  # partials merged at a time; fixed, since the order of sums depends on it
-
-
 def forward(problem, target, query, key, value, start, end, sink, *, interpret):
     """Output and log-sum-exp; shapes as in `ejk_ragged.Backend.forward`."""
     plan = forward_tiles(problem, target)
@@ -36,21 +33,21 @@ def forward(problem, target, query, key, value, start, end, sink, *, interpret):
             jax.ShapeDtypeStruct((schedule.slots, num_q_heads), accum),
             jax.ShapeDtypeStruct((2, batch), jnp.int32),
         ],
-        compiler_params=compiler_params(problem.fwd_params),
+        compiler_params=compiler_params(plan.num_warps, plan.num_stages),
         interpret=interpret,
     )(query, key, value, start, end)
 
     out, lse = pl.pallas_call(
         functools.partial(_combine_kernel, plan=plan),
         name="ragged_decode_combine",
-        grid=(batch, pl.cdiv(num_q_heads, plan.combine_heads)),
+        grid=(batch, pl.cdiv(num_q_heads, plan.merge_heads)),
         in_specs=[WHOLE] * 4,
         out_specs=[WHOLE] * 2,
         out_shape=[
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct(query.shape, problem.out_dtype),
             jax.ShapeDtypeStruct(query.shape[:2], accum),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
+        compiler_params=compiler_params(plan.merge_warps, 1),
         interpret=interpret,
     )(parts, part_lse, pieces, sink)
     return out, lse
@@ -61,22 +58,15 @@ def _split_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, parts_ref, part_lse_r
     schedule = plan.schedule
     block = Block.of(pl.program_id(0), problem, plan)
     program = pl.program_id(1)
-
-    @pl.when((pl.program_id(0) == 0) & (program == 0))
-    def _():
-        schedule.store_pieces(start_ref, end_ref, pieces_ref)
-
-    num_tiles, tile_at = schedule.tiles(program, start_ref, end_ref)
+    line = schedule.line(program, start_ref, end_ref)
+    num_tiles, tile_at = schedule.tiles(line)
 
     def tile(i, carry):
         acc, high, total, fresh, b, row, key_hi = carry
         rows = row + jnp.arange(schedule.block_keys, dtype=jnp.int32)
         live = rows < key_hi
-        q, k, v = (
-            load(block.of_query(q_ref, b)),
-            load(block.of_cache(k_ref, b, rows, live)),
-            load(block.of_cache(v_ref, b, rows, live)),
-        )
+        q = load(block.of_query(q_ref, b))
+        k, v = load(block.of_cache(k_ref, b, rows, live)), load(block.of_cache(v_ref, b, rows, live))
         x = jnp.where(live[None, :], logits(problem, dot(problem, q, k.T)), -jnp.inf)
         # The first tile of a piece forgets the piece before. This is arithmetic and no branch, and so are the look-ups of the
         # next tile: Triton keeps loads in flight only where their addresses come without one.
@@ -106,13 +96,14 @@ def _split_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, parts_ref, part_lse_r
         *tile_at(0),
     )
     jax.lax.fori_loop(0, num_tiles, tile, init)
+    pl.when(pl.program_id(0) == 0)(lambda: schedule.store_pieces(line, pieces_ref))
 
 
 def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, sink_ref, out_ref, lse_ref, *, plan: Tiles):
     """One program: some heads of one sequence. Weights its partial outputs by their softmax denominators, the sink's too."""
     num_q_heads, head_dim = out_ref.shape[1:]
     b = pl.program_id(0)
-    heads = pl.program_id(1) * plan.combine_heads + jnp.arange(plan.combine_heads, dtype=jnp.int32)
+    heads = pl.program_id(1) * plan.merge_heads + jnp.arange(plan.merge_heads, dtype=jnp.int32)
     heads_ok = heads < num_q_heads
     dims = jnp.arange(plan.block_dim, dtype=jnp.int32)
     dims_ok = dims < head_dim
@@ -120,7 +111,7 @@ def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, sink_ref, out_ref, lse_
 
     def merge(i, carry):
         acc, high, total = carry
-        piece = i * COMBINE_SLOTS + jnp.arange(COMBINE_SLOTS, dtype=jnp.int32)
+        piece = i * plan.merge_slots + jnp.arange(plan.merge_slots, dtype=jnp.int32)
         mask = (piece < count)[:, None] & heads_ok[None, :]
         slots = first + piece
         lse = plgpu.load(part_lse_ref.at[slots[:, None], heads[None, :]], mask=mask, other=-jnp.inf)
@@ -138,11 +129,11 @@ def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, sink_ref, out_ref, lse_
 
     sink = plgpu.load(sink_ref.at[b, heads], mask=heads_ok, other=-jnp.inf)
     init = (
-        jnp.zeros((plan.combine_heads, plan.block_dim), jnp.float32),
+        jnp.zeros((plan.merge_heads, plan.block_dim), jnp.float32),
         jnp.maximum(sink, LOWEST),
         jnp.where(sink > -jnp.inf, 1.0, 0.0),
     )
-    acc, high, total = jax.lax.fori_loop(0, pl.cdiv(count, COMBINE_SLOTS), merge, init)
+    acc, high, total = jax.lax.fori_loop(0, pl.cdiv(count, plan.merge_slots), merge, init)
     empty = total == 0
     out = acc / jnp.where(empty, 1.0, total)[:, None]
     lse = jnp.where(empty, -jnp.inf, high + jnp.log(jnp.where(empty, 1.0, total)))

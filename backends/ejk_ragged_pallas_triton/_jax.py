@@ -23,6 +23,6 @@ def lowering(target):
         yield
 
 
-def compiler_params(hints):
+def compiler_params(num_warps, num_stages):
     # Always given: which compiler None means has changed between versions of JAX.
-    return plgpu.CompilerParams(num_warps=hints.num_warps, num_stages=hints.num_stages)
+    return plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)

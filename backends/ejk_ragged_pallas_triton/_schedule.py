@@ -8,11 +8,13 @@ nothing is planned beforehand, each program finds its own pieces from the length
 A program walks through the tiles of all its pieces in one loop, for only one loop keeps the loads of the next tiles in flight
 across the border between two sequences.
 
-With `by_sequence`, each sequence is cut into `workers` pieces by itself instead, so that its result does not depend on the others.
+With `by_sequence`, each sequence lies on a line of its own, cut among `workers` of its own, and does not depend on the others.
 """
 
 import dataclasses
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -21,15 +23,26 @@ from jax.experimental.pallas import triton as plgpu
 UNIT = 16  # keys; small enough that chunks differ by little, large enough that the line of any batch fits int32
 
 
+class Line(NamedTuple):
+    """A worker's number, and of each sequence on its line: number, first key and end, units, and where these stop."""
+
+    worker: jax.Array
+    index: jax.Array
+    start: jax.Array
+    end: jax.Array
+    units: jax.Array
+    stop: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """The static half of the plan.
 
     Attributes:
         batch: sequences, B.
-        workers: chunks of the line, or pieces of each sequence when `by_sequence`.
+        workers: programs of a line.
         block_keys: keys of a tile.
-        by_sequence: cut every sequence by itself.
+        by_sequence: every sequence has a line of its own.
         overhead: units that a sequence takes on the line beyond its keys, for what starting on it costs.
     """
 
@@ -51,28 +64,37 @@ class Schedule:
         """Where `program` puts its piece of sequence `b`."""
         return program if self.by_sequence else program + b
 
-    def store_pieces(self, start_ref, end_ref, pieces_ref):
-        """Writes down [2, B]: each sequence's first slot, and how many of the slots from there on are its pieces."""
-        index, _, _, units, line = self._line(start_ref, end_ref)
+    def line(self, program, start_ref, end_ref) -> "Line":
+        """The line on which `program` works, as it lays it out for itself: all sequences, or its own when `by_sequence`."""
         if self.by_sequence:
-            first, count = index * self.workers, pl.cdiv(units, self._chunk(units))
+            index = jnp.full(1, program // self.workers, jnp.int32)
         else:
-            chunk = self._chunk(jnp.sum(units))
-            first = (line - units) // chunk + index
-            count = jnp.where(units > 0, (line - 1) // chunk - (line - units) // chunk + 1, 0)
-        for row, values in enumerate((first, count)):
-            plgpu.store(pieces_ref.at[row, index], values, mask=index < self.batch)
+            index = jnp.arange(pl.next_power_of_2(self.batch), dtype=jnp.int32)
+        start = plgpu.load(start_ref.at[index], mask=index < self.batch, other=0)
+        end = plgpu.load(end_ref.at[index], mask=index < self.batch, other=0)
+        units = jnp.where(end > start, pl.cdiv(end - start, UNIT) + self.overhead, 0)
+        return Line(program % self.workers, index, start, end, units, jnp.cumsum(units))
 
-    def tiles(self, program, start_ref, end_ref):
-        """How many tiles `program` has, and a function of the tile's number to (sequence, first key, end of the piece)."""
-        if self.by_sequence:
-            return self._tiles_of_sequence(program, start_ref, end_ref)
-        index, start, end, units, line = self._line(start_ref, end_ref)
+    def store_pieces(self, line: "Line", pieces_ref):
+        """The line's first worker writes down [2, B]: each sequence's first slot, and how many from there on are its pieces."""
+
+        @pl.when(line.worker == 0)
+        def _():
+            chunk = self._chunk(jnp.sum(line.units))
+            before = (line.stop - line.units) // chunk
+            count = jnp.where(line.units > 0, (line.stop - 1) // chunk - before + 1, 0)
+            first = line.index * self.workers if self.by_sequence else line.index + before
+            for row, values in enumerate((first, count)):
+                plgpu.store(pieces_ref.at[row, line.index], values, mask=line.index < self.batch)
+
+    def tiles(self, line: "Line"):
+        """How many tiles the line's worker has, and a function of a tile's number to (sequence, first key, end of the piece)."""
+        worker, index, start, end, units, stop = line
         total = jnp.sum(units)
         chunk = self._chunk(total)
-        line_lo = jnp.maximum(line - units, program * chunk)
-        line_hi = jnp.minimum(line, jnp.minimum((program + 1) * chunk, total))
-        zero = start - (line - units + self.overhead) * UNIT  # the key that would stand at the beginning of the line
+        line_lo = jnp.maximum(stop - units, worker * chunk)
+        line_hi = jnp.minimum(stop, jnp.minimum((worker + 1) * chunk, total))
+        zero = start - (stop - units + self.overhead) * UNIT  # the key that would stand at the beginning of the line
         key_lo = jnp.maximum(zero + line_lo * UNIT, start)
         key_hi = jnp.minimum(zero + line_hi * UNIT, end)
         # A piece that is all overhead gets a tile without keys, for its slot has to be filled.
@@ -89,24 +111,6 @@ class Schedule:
             return pick(index), pick(tile_zero) + tile * self.block_keys, pick(key_hi)
 
         return jnp.sum(count), at
-
-    def _tiles_of_sequence(self, program, start_ref, end_ref):
-        b, part = program // self.workers, program % self.workers
-        start, end = start_ref[b], end_ref[b]
-        chunk = self._chunk(pl.cdiv(jnp.maximum(end - start, 0), UNIT)) * UNIT
-        key_lo = start + part * chunk
-        key_hi = jnp.minimum(key_lo + chunk, end)
-        count = pl.cdiv(jnp.maximum(key_hi - key_lo, 0), self.block_keys)
-        return count, lambda tile: (b, key_lo + tile * self.block_keys, key_hi)
-
-    def _line(self, start_ref, end_ref):
-        """Of each sequence: its number, first key, end, units, and where its units end on the line; [power of two >= B]."""
-        index = jnp.arange(pl.next_power_of_2(self.batch), dtype=jnp.int32)
-        here = index < self.batch
-        start = plgpu.load(start_ref.at[index], mask=here, other=0)
-        end = plgpu.load(end_ref.at[index], mask=here, other=0)
-        units = jnp.where(end > start, pl.cdiv(end - start, UNIT) + self.overhead, 0)
-        return index, start, end, units, jnp.cumsum(units)
 
     def _chunk(self, units):
         """Units of a chunk when `units` are cut; a tile at least, so that short batches are not cut to shreds."""

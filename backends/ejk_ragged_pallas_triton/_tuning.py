@@ -1,8 +1,8 @@
-"""Sizes of tiles and numbers of programs: the defaults with their reasons, and the checks of hints."""
+"""Sizes of tiles, numbers of programs, warps and stages: the defaults with their reasons, and the checks of hints."""
 
 import dataclasses
 
-from ejk_ragged import FwdParams
+from ejk_ragged import FwdParams, Problem, Target
 
 from ._schedule import Schedule
 
@@ -15,75 +15,122 @@ class Tiles:
         block_heads: query heads of one group in a program; a power of two, 16 at least (the tensor cores' smallest).
         head_blocks: such blocks a group.
         block_dim: head_dim, padded to a power of two.
-        combine_heads: query heads that a combine program merges.
+        num_warps, num_stages: of the kernel that walks through the cache.
+        merge_heads, merge_slots, merge_warps: query heads of a program that merges partials, partials at a time, and its warps.
         schedule: who works on which keys.
     """
 
     block_heads: int
     head_blocks: int
     block_dim: int
-    combine_heads: int
+    num_warps: int
+    num_stages: int
+    merge_heads: int
+    merge_slots: int
+    merge_warps: int
     schedule: Schedule
 
 
-WORKERS_PER_SM = 1  # one program fills a multiprocessor's share of the bandwidth; with more, tails grow
-OVERHEAD_UNITS = 2
-TILE_BYTES = 16 * 1024  # of keys; as many of values. Three of both fit any GPU since Ampere, and keep enough loads in flight.
-MULTIPROCESSORS = 132  # where there is no device to ask: an H100's
+# The defaults, measured on an H100; docs/performance has the log.
+TILE_BYTES = 16 * 1024  # of keys in a tile, and as many of values: enough in flight, and small enough for three stages
+NUM_WARPS = 4  # eight wait for each other in the softmax, two are too few for a tile
+NUM_STAGES = 3  # two tiles on their way while one is worked on
+OVERHEAD_UNITS = 2  # starting on a sequence costs about as much as reading 32 of its keys
+# One program a multiprocessor, all of them there from the beginning to the end: each gets an equal share of the bytes, and an equal
+# share of the bandwidth. More programs than fit at once leave a tail.
+
+# What there is to a device, where there is no device to ask: an H100.
+MULTIPROCESSORS = 132
+CAPABILITY = "9.0"
+# Shared memory that one program may have, in KiB (CUDA C++ Programming Guide, technical specifications per compute capability).
+SHARED_MEMORY = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227, "11.0": 227}
+SHARED_MEMORY_ELSEWHERE = 99
+SHARED_MEMORY_MARGIN = 24  # what reductions and changes of layout take beside the stages, at the most seen
 
 
-def resolve(problem, target) -> FwdParams:
-    """The hints of `problem` with defaults in the gaps."""
-    del target
-    defaults = FwdParams(
-        block_size_heads=min(max(power_of_two(problem.group), 16), 64),
-        block_size_keys=_block_keys(problem),
-        num_warps=4,
-        num_stages=3,
+def resolve(problem: Problem, target: Target) -> FwdParams:
+    """The hints of `problem`, checked, with defaults in the gaps.
+
+    Raises:
+        ValueError: a hint cannot work, naming the field.
+    """
+    given = problem.fwd_params
+    for name, least in (("block_size_heads", 1), ("block_size_keys", 16), ("num_warps", 1)):
+        value = getattr(given, name)
+        if value is not None and (value < least or value != power_of_two(value)):
+            raise ValueError(f"FwdParams.{name} must be a power of two and at least {least} for pallas_triton, got {value}.")
+    if given.num_warps is not None and given.num_warps > 32:
+        raise ValueError(f"FwdParams.num_warps must be at most 32 for pallas_triton, got {given.num_warps}.")
+    # A block of fewer heads than the tensor cores take is padded, so that any group has one.
+    heads = given.block_size_heads or min(max(power_of_two(problem.group), 16), 64)
+    keys = given.block_size_keys or default_block_keys(problem)
+    stage = _stage_bytes(problem, keys, heads, query_like=1)
+    stages = given.num_stages or _fitting_stages(stage, target)
+    if stage * stages > _shared_memory(target):
+        raise ValueError(
+            f"FwdParams.block_size_keys {keys}, block_size_heads {heads} and num_stages {stages} need {stage * stages} bytes of "
+            f"shared memory for {problem}; a program has {_shared_memory(target)} on this device. Give smaller ones."
+        )
+    return dataclasses.replace(
+        given, block_size_heads=heads, block_size_keys=keys, num_warps=given.num_warps or NUM_WARPS, num_stages=stages
     )
-    return problem.fwd_params.over(defaults)
 
 
-def forward_tiles(problem, target) -> Tiles:
+def forward_tiles(problem: Problem, target: Target) -> Tiles:
     """The shape of the forward work for a problem whose hints are resolved."""
     hints = problem.fwd_params
     block_heads = max(hints.block_size_heads, 16)
-    return _tiles(problem, target, block_heads, hints.block_size_keys, WORKERS_PER_SM)
+    return _tiles(problem, target, block_heads, hints.block_size_keys, hints.num_warps, hints.num_stages)
 
 
-def backward_tiles(problem, target) -> Tiles:
+def backward_tiles(problem: Problem, target: Target) -> Tiles:
     """The shape of the backward work. All heads of a group stand in one block: they add up in d_key and d_value."""
-    return _tiles(problem, target, max(power_of_two(problem.group), 16), _block_keys(problem), WORKERS_PER_SM)
+    block_heads, block_keys = max(power_of_two(problem.group), 16), default_block_keys(problem)
+    stages = _fitting_stages(_stage_bytes(problem, block_keys, block_heads, query_like=2), target)
+    return _tiles(problem, target, block_heads, block_keys, NUM_WARPS, stages)
 
 
-def backward_params(problem) -> FwdParams:
-    """Warps and stages of the backward kernel."""
-    del problem
-    return FwdParams(num_warps=8, num_stages=2)
+def default_block_keys(problem: Problem) -> int:
+    return min(max(TILE_BYTES // (block_dim(problem) * problem.dtype.itemsize), 16), 256)
 
 
-def _block_keys(problem) -> int:
-    return min(max(TILE_BYTES // (_block_dim(problem) * problem.dtype.itemsize), 16), 256)
-
-
-def _block_dim(problem) -> int:
+def block_dim(problem: Problem) -> int:
     return max(power_of_two(problem.head_dim), 16)
-
-
-def _tiles(problem, target, block_heads, block_keys, workers_per_sm) -> Tiles:
-    head_blocks = -(-problem.group // block_heads)
-    sms = getattr(target.device, "core_count", None) or MULTIPROCESSORS
-    splits = problem.fwd_params.num_key_splits
-    workers = splits or max(sms * workers_per_sm // (problem.num_kv_heads * head_blocks), 1)
-    return Tiles(
-        block_heads=block_heads,
-        head_blocks=head_blocks,
-        block_dim=_block_dim(problem),
-        combine_heads=min(max(power_of_two(problem.batch * problem.num_q_heads // (4 * sms)), 1), 4),
-        schedule=Schedule(problem.batch, workers, block_keys, splits is not None, 0 if splits else OVERHEAD_UNITS),
-    )
 
 
 def power_of_two(n: int) -> int:
     """The least power of two that is at least n, and 1 for 0."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def _tiles(problem, target, block_heads, block_keys, num_warps, num_stages) -> Tiles:
+    head_blocks = -(-problem.group // block_heads)
+    splits = problem.fwd_params.num_key_splits
+    multiprocessors = getattr(target.device, "core_count", None) or MULTIPROCESSORS
+    workers = splits or max(multiprocessors // (problem.num_kv_heads * head_blocks), 1)
+    schedule = Schedule(problem.batch, workers, block_keys, splits is not None, 0 if splits else OVERHEAD_UNITS)
+
+    # Merging is short: as many programs as run at once, each with a few heads. The slots at a time set the order of the sums, so
+    # with splits given they must not depend on the batch.
+    dim = block_dim(problem)
+    merge_heads = min(power_of_two(problem.batch * problem.num_q_heads // (4 * multiprocessors)), 4, max(512 // dim, 1))
+    merge_slots = min(max(power_of_two(schedule.slots // problem.batch), 8), 16)
+    merge_warps = min(max(merge_heads * merge_slots * dim // 4096, 1), 8)
+    return Tiles(block_heads, head_blocks, dim, num_warps, num_stages, merge_heads, merge_slots, merge_warps, schedule)
+
+
+def _stage_bytes(problem, block_keys, block_heads, query_like) -> int:
+    """Bytes of one stage: a tile of keys and one of values, and the blocks of heads that are loaded beside them."""
+    rows = 2 * block_keys + query_like * max(block_heads, 16)
+    return rows * block_dim(problem) * problem.dtype.itemsize
+
+
+def _fitting_stages(stage_bytes, target) -> int:
+    room = _shared_memory(target) - SHARED_MEMORY_MARGIN * 1024
+    return min(max(room // stage_bytes, 1), NUM_STAGES)
+
+
+def _shared_memory(target) -> int:
+    """Bytes of shared memory that one program may have."""
+    capability = getattr(target.device, "compute_capability", CAPABILITY)
+    return SHARED_MEMORY.get(str(capability), SHARED_MEMORY_ELSEWHERE) * 1024
