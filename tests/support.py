@@ -10,6 +10,7 @@ import numpy as np
 
 from ejk_ragged import Backend, FwdParams, ragged_decode_attention
 from ejk_ragged._verify import verify
+from ejk_ragged_pallas_triton import PallasTritonBackend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,14 @@ class Subject:
         return functools.partial(ragged_decode_attention, backend=self.backend)
 
 
+def pallas_triton() -> str | Backend:
+    """The kernels where there is a GPU for them, else the same kernels in Pallas' interpreter."""
+    return "pallas_triton" if jax.default_backend() == "gpu" else PallasTritonBackend(interpret=True)
+
+
 # A line for each backend that needs one; the others are named and run as they are.
 SUBJECTS = {
+    "pallas_triton": Subject("pallas_triton", pallas_triton),
     "xla": Subject("xla", lambda: "xla", ("float32", "bfloat16", "float16", "float64")),
 }
 
