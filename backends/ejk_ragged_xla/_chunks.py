@@ -57,13 +57,15 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
     def first_row(i, start):
         return jnp.clip(start + i * rows, 0, seq_len - rows)
 
+    zero = jnp.int32(0)  # all of one type, under jax_enable_x64 too
+
     def load(cache, b, row):
-        chunk = lax.dynamic_slice(cache, (b, row, 0, 0), (1, rows, *cache.shape[2:]))[0]
+        chunk = lax.dynamic_slice(cache, (b, row, zero, zero), (1, rows, *cache.shape[2:]))[0]
         return _operand(problem, target, chunk).transpose(1, 0, 2)
 
     def store(cache, chunk, b, row):
         chunk = chunk.transpose(1, 0, 2).astype(problem.dtype)
-        return lax.dynamic_update_slice(cache, to_bits(chunk)[None], (b, row, 0, 0))
+        return lax.dynamic_update_slice(cache, to_bits(chunk)[None], (b, row, zero, zero))
 
     def do(i, b, start, end, arrays, state):
         row = first_row(i, start)
@@ -86,7 +88,7 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
                 state, chunks = do(i, b, start, end, arrays, state)
                 return state, [store(x, c, b, first_row(i, start)) for x, c in zip(written, chunks, strict=True)]
 
-            state, written = lax.fori_loop(jnp.int32(0), count(start, end), chunk, (begin(*arrays), written))
+            state, written = lax.fori_loop(zero, count(start, end), chunk, (begin(*arrays), written))
             return written, state
 
         written, states = lax.scan(sequence, written, (index, start, end, *per_sequence))
@@ -96,9 +98,9 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
         states, written = carry
         states, chunks = jax.vmap(do, (None, 0, 0, 0, 0, 0))(i, index, start, end, per_sequence, states)
         row = first_row(i, start)
-        put = jax.vmap(lambda x, c, r: store(x[None], c, 0, r)[0])
+        put = jax.vmap(lambda x, c, r: store(x[None], c, zero, r)[0])
         return states, [put(x, c, row) for x, c in zip(written, chunks, strict=True)]
 
     states = jax.vmap(begin)(*per_sequence)
-    states, written = lax.fori_loop(jnp.int32(0), jnp.max(count(start, end)), chunk, (states, written))
+    states, written = lax.fori_loop(zero, jnp.max(count(start, end)), chunk, (states, written))
     return states, [from_bits(x, problem.dtype) for x in written]

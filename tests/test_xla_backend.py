@@ -1,0 +1,263 @@
+"""What the XLA backend promises beyond the shared suite: its two forms, its chunks, its memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_batch_invariant, assert_repeatable, assert_right
+
+from ejk_ragged import FwdParams, Problem, ragged_decode_attention, Target, Wanted
+from ejk_ragged._cases import Case, CHECKS
+from ejk_ragged._problem import Settings
+from ejk_ragged_xla import _bits, XlaBackend
+from ejk_ragged_xla._chunks import walk
+
+
+class Accelerator(XlaBackend):
+    """The form for accelerators, on whatever runs the tests."""
+
+    name = "xla-accelerator"
+
+    def fwd_params(self, problem, target):
+        return super().fwd_params(problem, TARGETS["accelerator"])
+
+    def forward(self, problem, target, *args):
+        return super().forward(problem, TARGETS["accelerator"], *args)
+
+    def backward(self, problem, target, *args, **kwargs):
+        return super().backward(problem, TARGETS["accelerator"], *args, **kwargs)
+
+
+TARGETS = {"cpu": Target("cpu"), "accelerator": Target("tpu")}
+FORMS = {"cpu": XlaBackend(), "accelerator": Accelerator()}
+
+
+@pytest.fixture(params=list(FORMS))
+def form(request):
+    return request.param
+
+
+def call(form, **hints):
+    return functools.partial(ragged_decode_attention, backend=FORMS[form], fwd_params=FwdParams(**hints))
+
+
+def operation(target, problem, direction="forward", **params):
+    """One direction of the backend, jitted, and its arguments as shapes."""
+    query = jax.ShapeDtypeStruct((problem.batch, problem.num_q_heads, problem.head_dim), problem.dtype)
+    cache = jax.ShapeDtypeStruct((problem.batch, problem.seq_len, problem.num_kv_heads, problem.head_dim), problem.dtype)
+    lengths = jax.ShapeDtypeStruct((problem.batch,), jnp.int32)
+    per_head = jax.ShapeDtypeStruct(query.shape[:2], problem.accum_dtype)
+    backward = (query, per_head) if direction == "backward" else ()
+    function = functools.partial(getattr(XlaBackend(), direction), problem, target, **params)
+    return jax.jit(function), (query, cache, cache, lengths, lengths, per_head, *backward)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Both forms are right
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CHECKS if case.name in ("edges", "cap", "sinks-kv", "all")], ids=lambda c: c.name
+)
+def test_accelerator_form(case):
+    assert_right(call("accelerator"), case.draw(poison=True))
+
+
+# A chunk of 8 rows in a cache of 37: ranges that begin and end beside, on and across its boundaries and at the cache's end.
+BOUNDARIES = ("ranges", (0, 8), (0, 9), (0, 7), (7, 8), (8, 16), (3, 19), (29, 37), (30, 37), (31, 37), (0, 37), (36, 37), (5, 5))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 36, 37, 1000])
+def test_chunk_boundaries(form, rows):
+    case = Case("boundaries", 12, 37, 4, 2, 16, lengths=BOUNDARIES, sinks=("query", 1))
+    assert_right(call(form, block_size_keys=rows), case.draw(poison=True))
+
+
+def test_one_row(form):
+    assert_right(call(form), Case("one row", 2, 1, 4, 2, 8).draw())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_thousands_of_keys(form, dtype):
+    assert_right(call(form), Case("long", 1, 5001, 4, 2, 64, dtype, softmax_scale=0.5).draw())
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64(form):
+    case = Case("float64", 3, 67, 6, 2, 24, "float64", ("ranges", (0, 67), (9, 40), (3, 3)), logits_soft_cap=3.0, sinks=("kv", 2))
+    assert_right(call(form, block_size_keys=16), case.draw(poison=True))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32", "highest"])
+def test_matmul_precision(form, precision):
+    """Every name that JAX has for it is accepted; a CPU computes in full whatever it says."""
+    with jax.default_matmul_precision(precision):
+        assert_right(call(form), Case("precision", 2, 67, 4, 2, 16).draw())
+
+
+def test_repeatable(form):
+    assert_repeatable(call(form, block_size_keys=16), Case("repeat", 4, 67, 4, 2, 32, lengths=("uniform", 1, 67)).draw())
+
+
+def test_batch_invariant():
+    assert_batch_invariant(call("cpu"), Case("batch", 4, 900, 4, 2, 32, lengths=("uniform", 500, 900)).draw())
+
+
+def test_neighbours_change_no_bit(form):
+    """Nor does their length; a batch of another size may be another program on an accelerator."""
+    arguments = Case("batch", 3, 900, 4, 2, 32, lengths=("ranges", (13, 700), (0, 900), (50, 60))).draw()
+    others = arguments | {"sequence_end": np.array([700, 51, 600], np.int32)}
+    others["value"] = np.concatenate([arguments["value"][:1], -3 * arguments["value"][1:]])
+    results = [call(form, num_key_splits=3)(**a, return_lse=True) for a in (arguments, others)]
+    for x, y in zip(*results, strict=True):
+        np.testing.assert_array_equal(x[0], y[0])
+        assert not np.array_equal(x[1], y[1])
+
+
+def test_cache_size_changes_no_bit(form):
+    """Where no chunk is moved back from the cache's end, the rows beyond the range are never looked at."""
+    arguments = Case("small", 3, 64, 4, 2, 16, lengths=("ranges", (0, 48), (5, 30), (17, 49))).draw()
+    longer = {
+        name: np.pad(arguments[name], ((0, 0), (0, 150), (0, 0), (0, 0)), constant_values=np.nan) for name in ("key", "value")
+    }
+    for x, y in zip(*(call(form, block_size_keys=16)(**a, return_lse=True) for a in (arguments, arguments | longer)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# What is walked, and what is written
+
+
+def count(form, seq_len, start, end, rows=16):
+    """Chunks done for each sequence, and the sum of the numbers of the rows that each one met as new."""
+    batch = len(start)
+    numbers = jnp.broadcast_to(jnp.arange(seq_len, dtype=jnp.float32)[:, None, None], (batch, seq_len, 1, 1))
+    problem = Problem(batch, seq_len, 1, 1, 1, np.dtype("float32"), 1.0, fwd_params=FwdParams(block_size_keys=rows))
+
+    def step(arrays, state, k, v, live, new):
+        return (state[0] + 1, state[1] + jnp.sum(jnp.where(new, k[0, :, 0], 0))), []
+
+    begin = lambda _: (jnp.int32(0), jnp.float32(0))
+    start, end = jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32)
+    (chunks, rows), _ = walk(problem, TARGETS[form], numbers, numbers, start, end, begin, step, (start,))
+    return chunks.tolist(), rows.tolist()
+
+
+RANGES = [0, 20, 90, 7, 50], [0, 52, 99, 99, 40]
+
+
+@pytest.mark.parametrize("seq_len", [99, 1000])
+def test_chunks_follow_the_live_tokens(seq_len):
+    lengths = [max(0, end - start) for start, end in zip(*RANGES, strict=True)]
+    want = [-(-length // 16) for length in lengths]
+    assert count("cpu", seq_len, *RANGES)[0] == want
+    assert count("accelerator", seq_len, *RANGES)[0] == [max(want)] * len(want)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 98, 99])
+def test_every_row_is_new_once(form, rows):
+    assert count(form, 99, *RANGES, rows)[1] == [sum(range(start, end)) for start, end in zip(*RANGES, strict=True)]
+
+
+def test_only_what_is_wanted(form):
+    problem = Problem(2, 40, 4, 2, 16, np.dtype("float32"), 0.25)
+    rng = np.random.default_rng(0)
+    every, shapes = operation(TARGETS[form], problem, "backward", wanted=Wanted())
+    arguments = [rng.standard_normal(x.shape).astype(x.dtype) for x in shapes]
+    arguments[3:5] = np.array([0, 3], np.int32), np.array([17, 40], np.int32)
+    d_query, d_key, d_value = every(*arguments)
+    for wanted, want in ((Wanted(True, False), [d_query]), (Wanted(False, True), [d_key, d_value]), (Wanted(False, False), [])):
+        got = operation(TARGETS[form], problem, "backward", wanted=wanted)[0](*arguments)
+        assert len(got) == len(want)
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# What it costs, as the compiler tells
+
+LARGE = Problem(8, 32768, 32, 8, 128, np.dtype("float32"), 128**-0.5)
+
+
+def temporary(target, dtype, direction, **params):
+    """Temporary bytes of the large problem, relative to its cache."""
+    problem = Problem.of(*operation(target, LARGE)[1][:2], Settings(LARGE.softmax_scale))
+    problem = type(problem)(**vars(problem) | {"dtype": np.dtype(jnp.dtype(dtype))})
+    function, shapes = operation(target, problem, direction, **params)
+    memory = function.lower(*shapes).compile().memory_analysis()
+    return memory.temp_size_in_bytes / (2 * shapes[1].size * shapes[1].dtype.itemsize)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_memory_forward(dtype):
+    assert temporary(TARGETS["cpu"], dtype, "forward") < 0.02
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(True, False)], ids=["all", "query"])
+def test_memory_backward(dtype, wanted):
+    """Beyond the gradients themselves, which are results; and see `_bits`."""
+    copied = 0.5 if dtype == "bfloat16" and _bits.NEEDED and wanted.key_value else 0
+    assert temporary(TARGETS["cpu"], dtype, "backward", wanted=wanted) < 0.02 + copied
+
+
+def test_memory_of_the_accelerator_form():
+    """As a CPU's compiler sees it, which widens and transposes more than one for GPUs."""
+    assert temporary(TARGETS["accelerator"], "float32", "forward") < 0.02
+    assert temporary(TARGETS["accelerator"], "float32", "backward", wanted=Wanted()) < 0.03
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_program_does_not_grow_with_the_batch(form, direction):
+    params = {"wanted": Wanted()} if direction == "backward" else {}
+    sizes = []
+    for batch in (2, 64):
+        function, shapes = operation(TARGETS[form], Problem(batch, 512, 4, 2, 16, np.dtype("float32"), 0.25), direction, **params)
+        sizes.append(function.lower(*shapes).as_text().count("\n"))
+    assert sizes[0] == sizes[1]
+
+
+def test_hints():
+    """`block_size_keys` is the rows of a chunk; what has no meaning here is left as it came."""
+    backend = XlaBackend()
+    given = FwdParams(block_size_keys=7, num_warps=8, num_key_splits=3)
+    problem = Problem(2, 40, 4, 2, 16, np.dtype("float32"), 0.25, fwd_params=given)
+    for target in TARGETS.values():
+        assert backend.fwd_params(problem, target) == given
+        assert backend.fwd_params(LARGE, target).block_size_keys is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Symbolic sizes
+
+
+@pytest.mark.parametrize("sizes", ["b, s", "3, s", "b, 50"])
+def test_symbolic_sizes(form, sizes):
+    """Both directions, exported once, for caches that are shorter and longer than a chunk."""
+
+    def both(query, key, value, start, end, sink):
+        problem = Problem.of(query, key, Settings(0.25, fwd_params=FwdParams(block_size_keys=16)))
+        backend, target = XlaBackend(), TARGETS[form]
+        out, lse = backend.forward(problem, target, query, key, value, start, end, sink)
+        delta = jnp.zeros_like(lse)
+        return backend.backward(problem, target, query, key, value, start, end, lse, out, delta, wanted=Wanted())
+
+    batch, seq_len = jax.export.symbolic_shape(sizes)
+    exported = jax.export.export(jax.jit(both))(*arrays_of(batch, seq_len, jax.ShapeDtypeStruct))
+    rng = np.random.default_rng(0)
+    for batch, seq_len in ((3, 50), (3, 7), (5, 50)):
+        if (sizes.startswith("3") and batch != 3) or (sizes.endswith("50") and seq_len != 50):
+            continue
+        arguments = arrays_of(batch, seq_len, lambda shape, dtype: rng.standard_normal(shape).astype(dtype))
+        arguments[3:5] = np.zeros(batch, np.int32), np.full(batch, seq_len - 1, np.int32)
+        for x, y in zip(exported.call(*arguments), jax.jit(both)(*arguments), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+
+
+def arrays_of(batch, seq_len, make):
+    query, cache = (batch, 4, 16), (batch, seq_len, 2, 16)
+    return [make(query, np.float32), make(cache, np.float32), make(cache, np.float32)] + [
+        make(shape, dtype) for shape, dtype in (((batch,), np.int32), ((batch,), np.int32), ((batch, 4), np.float32))
+    ]
