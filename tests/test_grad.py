@@ -145,3 +145,12 @@ def test_partial_results_merge():
     whole = lambda query, key, value: ragged_decode_attention(query, key, value, None, end)
     for function in (lambda f: f(*arrays.values()), lambda f: jax.grad(lambda *args: total(f(*args)), range(3))(*arrays.values())):
         assert_close(function(merged), function(whole))
+
+
+def test_debug_nans():
+    """No NaN on the way either: those who look for theirs with `jax_debug_nans` are not stopped here."""
+    arrays, _ = draw(Case("", 2, 30, 4, 2, 16, lengths=("ranges", (5, 5), (3, 20))))
+    lengths = arrays.pop("sequence_start"), arrays.pop("sequence_end")
+    with jax.debug_nans(True):
+        gradients = jax.grad(lambda *args: total(ragged_decode_attention(*args, *lengths)), range(3))(*arrays.values())
+    assert all(np.isfinite(x).all() for x in gradients)
