@@ -8,6 +8,7 @@ Data comes from `pyproject.toml`: a backend that is registered there is tested w
 session's tool.
 """
 
+import importlib.util
 import pathlib
 import re
 import sys
@@ -46,7 +47,7 @@ def lint(session):
 @nox.session
 def types(session):
     """Pyright."""
-    session.install(".", *group("types"))
+    session.install(".[bench]", *group("types"))
     session.run("pyright", "--pythonpath", session.bin + "/python", *session.posargs)
 
 
@@ -102,6 +103,17 @@ def wheel(session):
     session.chdir(folder)
     session.run("ejk-ragged", "--help", silent=True)
     session.run("python", "-I", "-m", "ejk_ragged", *session.posargs)
+
+
+@nox.session(default=False, venv_backend="none" if importlib.util.find_spec("jax") else None)
+def bench(session):
+    """The benchmark, into docs/performance/; in the environment of nox itself where that has JAX (a GPU's, and the peers)."""
+    if not session.virtualenv.is_sandboxed:
+        session.log("Measuring what is installed beside nox.")
+    else:
+        session.install(".[bench]")
+    arguments = session.posargs or ["--peers", "--grad"]
+    session.run("python", "-m", "ejk_ragged", "bench", "--out", "docs/performance", *arguments)
 
 
 @nox.session(default=False, python="3.11")

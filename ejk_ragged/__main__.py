@@ -1,7 +1,8 @@
-"""The command line: `python -m ejk_ragged`."""
+"""The command line: `python -m ejk_ragged`, and its subcommands."""
 
 import argparse
 import json
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ Ragged decode attention for JAX: what is installed here, and whether it works.
 Prints the versions and devices, every installed backend, which backend would run on each platform and why the
 others would not, a check of each backend that can run here against a float64 oracle (output, log-sum-exp and
 gradients), and the time of one decode step beside jax.nn.dot_product_attention. Takes less than a minute.
+
+`bench` measures speed at length; `python -m ejk_ragged bench --help` says how.
 """
 EPILOG = """\
 The exit status is 0 if all is well, 1 if a check failed or no backend works here, 2 for a wrong argument.
@@ -20,6 +23,32 @@ examples:
   python -m ejk_ragged                      the whole report
   python -m ejk_ragged --checks window cap  only these checks
   python -m ejk_ragged --json               the same for a program
+  python -m ejk_ragged bench --peers        how fast, beside other implementations
+"""
+
+BENCH = """\
+How fast decode steps are here: realistic rows, each checked against a float64 oracle and then timed.
+
+On a GPU the time is that of the kernels, as JAX's profiler sees them, with the cache rotated so that none of it comes
+from the GPU's own caches; on a CPU it is wall time, the least of several runs. Beside it stands the memory's bandwidth,
+measured in the same run: "fraction" is the live bytes of K and V, divided by the time and by that bandwidth. For
+gradients it is the backward operation's: the live K and V read, and gradients of the whole cache written, beside the
+bandwidth of copying. Lengths and data are drawn afresh for every run; the seed is printed.
+
+A peer that is not installed, cannot express a row, fails, or differs from the oracle is named with the reason, not timed.
+"""
+BENCH_EPILOG = """\
+rows:
+  shapes   full ragged skew one small many-small mha mqa window cap
+  models   llama-3-8b llama-3-70b qwen-2.5-7b mistral-7b gemma-2-9b gpt-oss-120b
+  cpu      cpu-full cpu-full-bf16 cpu-skew cpu-short-4096 cpu-short-32768
+Without --rows: shapes and models, or on a CPU the rows for it, and how time follows live tokens and the cache's size.
+Rows that do not fit into memory are given fewer sequences, or skipped, and it is said.
+
+examples:
+  python -m ejk_ragged bench
+  python -m ejk_ragged bench --rows shapes --peers --grad --out results
+  python -m ejk_ragged bench --rows ragged skew --backends pallas_triton xla --dtype float16
 """
 
 
@@ -34,8 +63,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON; nothing else goes to standard output")
     parser.add_argument("--checks", nargs="+", metavar="NAME", help="check only these cases")
     parser.set_defaults(run=report)
+    commands = parser.add_subparsers(title="commands", metavar="")
+    _bench_arguments(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(parser, arguments)
+
+
+def _bench_arguments(commands):
+    command = commands.add_parser(
+        "bench",
+        help="how fast: realistic rows, beside other implementations",
+        description=BENCH,
+        epilog=BENCH_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--rows", nargs="+", metavar="NAME", help="rows, or groups of them")
+    command.add_argument(
+        "--backends", nargs="+", default=[], metavar="NAME", help="backends, the first one in front; default: automatic"
+    )
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="instead of each row's own")
+    command.add_argument("--grad", nargs="?", const="also", choices=("also", "only"), help="gradients too, or only them")
+    command.add_argument("--peers", action="store_true", help="other implementations too, those that are installed")
+    command.add_argument(
+        "--scaling", action=argparse.BooleanOptionalAction, help="how time follows live tokens and the cache's size"
+    )
+    command.add_argument("--seed", type=int, metavar="N", help="of lengths and data; default: a new one")
+    command.add_argument("--runs", type=int, default=15, metavar="N", help="of each call (15)")
+    command.add_argument(
+        "--out", type=pathlib.Path, metavar="DIR", help="write DEVICE.json there, and pictures if matplotlib is installed"
+    )
+    command.add_argument("--json", action="store_true", help="print the data as JSON instead of tables")
+    command.set_defaults(run=bench)
+
+
+def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """The benchmark. The exit status is 1 if a backend of ours was wrong or failed."""
+    from . import _bench_report
+    from ._registry import registry
+
+    try:
+        _bench_report.named_rows(arguments.rows or [])
+        for name in arguments.backends:
+            registry.get(name)
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    options = ("rows", "backends", "dtype", "grad", "peers", "scaling", "seed", "runs")
+    data = _bench_report.run(**{name: getattr(arguments, name) for name in options})
+    if arguments.json:
+        print(json.dumps(data, indent=1, allow_nan=False))
+    elif not _bench_report.print_rich(data):
+        print(_bench_report.show(data))
+    if arguments.out:
+        for file in _bench_report.write(data, arguments.out):
+            print(f"wrote {file}", file=sys.stderr)
+    ours = [found for row in data["rows"] for found in row["candidates"] if found["ours"]]
+    return 1 if any("refused" in found for found in ours) else 0
 
 
 def report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:

@@ -154,3 +154,12 @@ ROWS = (
 
 # A step that two CPU cores do in a fraction of a second.
 CPU_STEP = Case("cpu-step", 8, 4096, 32, 8, 128, "float32", ("skew", 100, 700))
+
+# What the benchmark measures on a CPU. The two of few live tokens have the same lengths in caches of two sizes.
+CPU_ROWS = (
+    Case("cpu-full", 8, 4096, 32, 8, 128, "float32"),
+    Case("cpu-full-bf16", 8, 4096, 32, 8, 128, "bfloat16"),
+    Case("cpu-skew", 8, 4096, 32, 8, 128, "float32", ("skew", 100, 700)),
+    Case("cpu-short-4096", 8, 4096, 32, 8, 128, "float32", ("uniform", 100, 700)),
+    Case("cpu-short-32768", 8, 32768, 32, 8, 128, "float32", ("uniform", 100, 700)),
+)
