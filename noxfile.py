@@ -58,7 +58,8 @@ def tests(session, part):
     session.install("-e", ".", *group("test"))
     marks = part if part in BACKENDS else " and ".join(f"not {backend}" for backend in BACKENDS)
     coverage = {"COVERAGE_FILE": f".coverage.{part}"}
-    session.run("pytest", "-n", "2", "-m", marks, "--cov", "--cov-report=", *session.posargs, env=coverage)
+    measured = ("--cov", "--cov-report=", "--cov-fail-under=0")  # a part need not cover all: see `coverage`
+    session.run("pytest", "-n", "2", "-m", marks, *measured, *session.posargs, env=coverage)
 
 
 @nox.session
