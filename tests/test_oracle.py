@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ejk_ragged._cases import CHECKS, CPU_STEP, ROWS
 from ejk_ragged._oracle import oracle, oracle_gradients, relative_error, tolerance
+from ejk_ragged._verify import verify
 
 
 def test_worked_by_hand():
@@ -87,3 +89,19 @@ def test_poison_is_outside():
     assert np.isfinite(key).all(axis=(2, 3)).sum() == case.live_tokens()
     assert not np.isfinite(key).any(axis=(2, 3))[0].any()
     assert np.isfinite(key[3]).all()
+
+
+def test_unknown_lengths():
+    with pytest.raises(ValueError, match="unknown lengths"):
+        dataclasses.replace(CHECKS[0], lengths=("long",)).draw()
+
+
+def test_verdicts_of_the_output_alone():
+    arguments = CHECKS[3].draw()
+    call = lambda return_lse, **kw: tuple(map(jnp.float32, oracle(**{name: np.asarray(x) for name, x in kw.items()})))
+    assert [verdict.what for verdict in verify(call, arguments, gradients=False) if verdict.ok] == ["out", "lse"]
+    cut = lambda **kw: tuple(x[1:] for x in call(**kw))
+    assert [str(verdict) for verdict in verify(cut, arguments, gradients=False)] == [
+        "out: error inf, tolerance 2e-06",
+        "lse: error inf, tolerance 2e-06",
+    ]
