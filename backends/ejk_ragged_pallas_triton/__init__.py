@@ -57,6 +57,11 @@ class PallasTritonBackend(Backend):
 
         return resolve(problem, target)
 
+    def candidates(self, problem: Problem, target: Target):
+        from ._tuning import candidates
+
+        return candidates(problem, target)
+
     def lowering(self, target: Target):
         from ._jax import lowering
 

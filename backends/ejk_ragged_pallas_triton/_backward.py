@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from ._blocks import Block, dot, load, LOG2_E, logits, logits_slope, store, WHOLE
 from ._jax import compiler_params
-from ._schedule import Schedule
+from ._schedule import cdiv, Schedule
 from ._tuning import backward_tiles, Tiles
 
 
@@ -81,8 +81,7 @@ def _split_kernel(
     schedule = plan.schedule
     block = Block.of(pl.program_id(0), problem, plan)
     program = pl.program_id(1)
-    if wanted.query:
-        parts_ref, pieces_ref, *out_refs = out_refs
+    parts_ref, pieces_ref, *out_refs = out_refs if wanted.query else (None, None, *out_refs)
 
     line = schedule.line(program, start_ref, end_ref)
     num_tiles, tile_at = schedule.tiles(line)
@@ -146,5 +145,5 @@ def _sum_kernel(parts_ref, pieces_ref, d_query_ref, *, plan: Tiles):
         return total + jnp.sum(load((place, (piece < count)[:, None, None] & mask[None])), axis=0)
 
     total = jnp.zeros((plan.merge_heads, plan.block_dim), jnp.float32)
-    total = jax.lax.fori_loop(0, pl.cdiv(count, plan.merge_slots), add, total)
+    total = jax.lax.fori_loop(0, cdiv(count, plan.merge_slots), add, total)
     store((d_query_ref.at[b, heads[:, None], dims[None, :]], mask), total)

@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from ._blocks import Block, dot, load, LOG2_E, logits, LOWEST, store, WHOLE
 from ._jax import compiler_params
+from ._schedule import cdiv
 from ._tuning import forward_tiles, Tiles
 
 
@@ -133,7 +134,7 @@ def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, sink_ref, out_ref, lse_
         jnp.maximum(sink, LOWEST),
         jnp.where(sink > -jnp.inf, 1.0, 0.0),
     )
-    acc, high, total = jax.lax.fori_loop(0, pl.cdiv(count, plan.merge_slots), merge, init)
+    acc, high, total = jax.lax.fori_loop(0, cdiv(count, plan.merge_slots), merge, init)
     empty = total == 0
     out = acc / jnp.where(empty, 1.0, total)[:, None]
     lse = jnp.where(empty, -jnp.inf, high + jnp.log(jnp.where(empty, 1.0, total)))

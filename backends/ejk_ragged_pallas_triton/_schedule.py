@@ -27,7 +27,7 @@ class Line(NamedTuple):
     """A worker's number, and of each sequence on its line: number, first key and end, units, and where these stop."""
 
     worker: jax.Array
-    index: jax.Array
+    number: jax.Array
     start: jax.Array
     end: jax.Array
     units: jax.Array
@@ -67,30 +67,30 @@ class Schedule:
     def line(self, program, start_ref, end_ref) -> "Line":
         """The line on which `program` works, as it lays it out for itself: all sequences, or its own when `by_sequence`."""
         if self.by_sequence:
-            index = jnp.full(1, program // self.workers, jnp.int32)
+            number = jnp.full(1, program // self.workers, jnp.int32)
         else:
-            index = jnp.arange(pl.next_power_of_2(self.batch), dtype=jnp.int32)
-        start = plgpu.load(start_ref.at[index], mask=index < self.batch, other=0)
-        end = plgpu.load(end_ref.at[index], mask=index < self.batch, other=0)
-        units = jnp.where(end > start, pl.cdiv(end - start, UNIT) + self.overhead, 0)
-        return Line(program % self.workers, index, start, end, units, jnp.cumsum(units))
+            number = jnp.arange(pl.next_power_of_2(self.batch), dtype=jnp.int32)
+        start = plgpu.load(start_ref.at[number], mask=number < self.batch, other=0)
+        end = plgpu.load(end_ref.at[number], mask=number < self.batch, other=0)
+        units = jnp.where(end > start, cdiv(end - start, UNIT) + self.overhead, 0)
+        return Line(program % self.workers, number, start, end, units, running_sum(units))
 
     def store_pieces(self, line: "Line", pieces_ref):
         """The line's first worker writes down [2, B]: each sequence's first slot, and how many from there on are its pieces."""
 
         @pl.when(line.worker == 0)
         def _():
-            chunk = self._chunk(jnp.sum(line.units))
+            chunk = self._chunk(total_of(line.units))
             before = (line.stop - line.units) // chunk
             count = jnp.where(line.units > 0, (line.stop - 1) // chunk - before + 1, 0)
-            first = line.index * self.workers if self.by_sequence else line.index + before
+            first = line.number * self.workers if self.by_sequence else line.number + before
             for row, values in enumerate((first, count)):
-                plgpu.store(pieces_ref.at[row, line.index], values, mask=line.index < self.batch)
+                plgpu.store(pieces_ref.at[row, line.number], values, mask=line.number < self.batch)
 
     def tiles(self, line: "Line"):
         """How many tiles the line's worker has, and a function of a tile's number to (sequence, first key, end of the piece)."""
-        worker, index, start, end, units, stop = line
-        total = jnp.sum(units)
+        worker, number, start, end, units, stop = line
+        total = total_of(units)
         chunk = self._chunk(total)
         line_lo = jnp.maximum(stop - units, worker * chunk)
         line_hi = jnp.minimum(stop, jnp.minimum((worker + 1) * chunk, total))
@@ -98,20 +98,35 @@ class Schedule:
         key_lo = jnp.maximum(zero + line_lo * UNIT, start)
         key_hi = jnp.minimum(zero + line_hi * UNIT, end)
         # A piece that is all overhead gets a tile without keys, for its slot has to be filled.
-        count = jnp.where(line_hi > line_lo, jnp.maximum(pl.cdiv(key_hi - key_lo, self.block_keys), 1), 0)
-        tile_end = jnp.cumsum(count)
+        count = jnp.where(line_hi > line_lo, jnp.maximum(cdiv(key_hi - key_lo, self.block_keys), 1), 0)
+        tile_end = running_sum(count)
         tile_zero = key_lo - (tile_end - count) * self.block_keys
 
         def at(tile):
             here = (tile_end - count <= tile) & (tile < tile_end)  # one sequence; looked up in registers, without a load
 
             def pick(of_each):
-                return jnp.sum(jnp.where(here, of_each, 0))
+                return total_of(jnp.where(here, of_each, 0))
 
-            return pick(index), pick(tile_zero) + tile * self.block_keys, pick(key_hi)
+            return pick(number), pick(tile_zero) + tile * self.block_keys, pick(key_hi)
 
-        return jnp.sum(count), at
+        return total_of(count), at
 
     def _chunk(self, units):
         """Units of a chunk when `units` are cut; a tile at least, so that short batches are not cut to shreds."""
-        return jnp.maximum(pl.cdiv(units, self.workers), max(self.block_keys // UNIT, 1))
+        return jnp.maximum(cdiv(units, self.workers), max(self.block_keys // UNIT, 1))
+
+
+# Of int32 alone: where 64-bit types are enabled, jnp's own would go over to int64.
+
+
+def cdiv(a, b):
+    return jax.lax.div(a + (b - 1), jnp.asarray(b, a.dtype))
+
+
+def total_of(x):
+    return jnp.sum(x, dtype=x.dtype)
+
+
+def running_sum(x):
+    return jnp.cumsum(x, dtype=x.dtype)

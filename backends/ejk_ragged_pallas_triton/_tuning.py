@@ -76,10 +76,24 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     )
 
 
+def candidates(problem: Problem, target: Target):
+    """Hints for the tuner to try: around the defaults, those that fit."""
+    default = default_block_keys(problem)
+    for keys in (default, 2 * default, max(default // 2, 16)):
+        for warps in (NUM_WARPS, 2 * NUM_WARPS):
+            for stages in (NUM_STAGES, NUM_STAGES + 1, NUM_STAGES - 1):
+                hints = FwdParams(block_size_keys=keys, num_warps=warps, num_stages=stages)
+                try:
+                    resolve(dataclasses.replace(problem, fwd_params=hints), target)
+                except ValueError:
+                    continue
+                yield hints
+
+
 def forward_tiles(problem: Problem, target: Target) -> Tiles:
     """The shape of the forward work for a problem whose hints are resolved."""
     hints = problem.fwd_params
-    block_heads = max(hints.block_size_heads, 16)
+    block_heads = max(hints.block_size_heads or 0, 16)
     return _tiles(problem, target, block_heads, hints.block_size_keys, hints.num_warps, hints.num_stages)
 
 
