@@ -7,7 +7,7 @@ Each is a function that takes a `Case` and gives a call `f(query, key, value, st
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def _needs(case, **features):
         raise CannotExpress("no " + " and no ".join(words[name] for name in missing))
 
 
-def jax_nn(case: Case, implementation: str):
+def jax_nn(case: Case, implementation: Literal["xla", "cudnn"]):
     """`jax.nn.dot_product_attention`. Its local window stands at the first rows of the cache, not at a sequence's end."""
     _needs(case)
 
