@@ -8,13 +8,10 @@ from jax.core import min_dim
 from ._bits import from_bits, to_bits
 
 
-# Rows of a chunk where `block_size_keys` does not say.
-CHUNK_ROWS = {"cpu": 256}
-CHUNK_ROWS_ELSEWHERE = 512
-
-
-def default_rows(target) -> int:
-    return CHUNK_ROWS.get(target.platform, CHUNK_ROWS_ELSEWHERE)
+# Rows of a chunk where `block_size_keys` does not say. On a CPU (2 cores, heads 32:8, D 128) half of it takes 1.1 to 1.3 of the
+# time on full caches, about the same on sequences of 100 to 700 keys, and twice as much gains nothing. On a GPU (one H100) half
+# takes 1.5 and twice as much 0.8 of the time, but temporary memory grows with it: to 2 % of a cache of 32768 rows.
+CHUNK_ROWS = 512
 
 
 def by_kv_head(problem, target, *arrays):
