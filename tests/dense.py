@@ -57,7 +57,7 @@ class DenseBackend(Backend):
             total = jnp.where(total > 0, total, 1)
         weighted = _dot("bhgs,bshd->bhgd", weights, value.astype(accum))
         out = weighted if self.fault == "no denominator" else weighted / total
-        return out.reshape(query.shape).astype(query.dtype), lse.reshape(query.shape[:2])
+        return out.reshape(query.shape).astype(problem.out_dtype), lse.reshape(query.shape[:2])
 
     def _live(self, rows, start, end):
         """Cache rows with zeros outside the range."""
@@ -84,7 +84,7 @@ class DenseBackend(Backend):
             d_x = d_x.astype(jnp.bfloat16).astype(accum)
         gradients = []
         if wanted.query:
-            gradients.append(_dot("bhgs,bshd->bhgd", d_x, key.astype(accum)).reshape(query.shape).astype(query.dtype))
+            gradients.append(_dot("bhgs,bshd->bhgd", d_x, key.astype(accum)).reshape(query.shape).astype(problem.out_dtype))
         if wanted.key_value:
             d_key = _dot("bhgs,bhgd->bshd", d_x, query.reshape(*grouped, -1).astype(accum))
             d_value = _dot("bhgs,bhgd->bshd", p, d_out)

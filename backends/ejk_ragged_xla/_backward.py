@@ -26,4 +26,4 @@ def backward(problem, target, query, key, value, start, end, lse, d_out, delta, 
     written = [jnp.zeros_like(key), jnp.zeros_like(value)] * wanted.key_value
     per_sequence = by_kv_head(problem, target, query, d_out, lse, delta)
     d_query, d_cache = walk(problem, target, key, value, start, end, begin, step, per_sequence, written)
-    return [x.reshape(query.shape).astype(query.dtype) for x in d_query] + d_cache
+    return [x.reshape(query.shape).astype(problem.out_dtype) for x in d_query] + d_cache

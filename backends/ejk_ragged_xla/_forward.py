@@ -29,4 +29,4 @@ def forward(problem, target, query, key, value, start, end, sink):
     per_sequence = by_kv_head(problem, target, query, sink)
     (top, total, values), _ = walk(problem, target, key, value, start, end, begin, step, per_sequence)
     out = values / jnp.where(total == 0, 1, total)[..., None]
-    return out.reshape(query.shape).astype(query.dtype), (top + jnp.log(total)).reshape(sink.shape)
+    return out.reshape(query.shape).astype(problem.out_dtype), (top + jnp.log(total)).reshape(sink.shape)

@@ -40,4 +40,4 @@ class DenseBackend(Backend):
         out = jnp.einsum("bhgs,bshd->bhgd", weights, value, precision="highest")
         out = out / jnp.where(total > 0, total, 1)[..., None]
         lse = top + jnp.log(total)
-        return out.reshape(query.shape).astype(query.dtype), lse.reshape(query.shape[:2])
+        return out.reshape(query.shape).astype(problem.out_dtype), lse.reshape(query.shape[:2])
