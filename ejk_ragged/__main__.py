@@ -14,7 +14,7 @@ Prints the versions and devices, every installed backend, which backend would ru
 others would not, a check of each backend that can run here against a float64 oracle (output, log-sum-exp and
 gradients), and the time of one decode step beside jax.nn.dot_product_attention. Takes less than a minute.
 
-`bench` measures speed at length; `python -m ejk_ragged bench --help` says how.
+`bench` measures speed at length and `tune` searches the fastest hints; `python -m ejk_ragged bench --help` says more.
 """
 EPILOG = """\
 The exit status is 0 if all is well, 1 if a check failed or no backend works here, 2 for a wrong argument.
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(run=report)
     commands = parser.add_subparsers(title="commands", metavar="")
     _bench_arguments(commands)
+    _tune_arguments(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(parser, arguments)
 
@@ -118,6 +119,65 @@ def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
             print(f"wrote {file}", file=sys.stderr)
     ours = [found for row in data["rows"] for found in row["candidates"] if found["ours"]]
     return 1 if any("refused" in found for found in ours) else 0
+
+
+TUNE = """\
+Searches the tuning hints that a backend declares, for problems as they are met here, and remembers the best.
+
+Every candidate is compiled, compared with a float64 oracle and timed as `bench` does it; those that are wrong or do not
+compile are left out. The best is saved by backend and its version, device, and class of problem (dtype, heads, head
+dimension, soft cap or none, batch and cache length up to the next power of two). Calls that give no hints of their own
+pick it up by themselves, and `ejk_ragged.explain` says so. Nothing is ever tuned inside a call.
+"""
+TUNE_EPILOG = """\
+examples:
+  python -m ejk_ragged tune                                     the rows of `bench`
+  python -m ejk_ragged tune --problem 64,16384,32:8,128,bfloat16
+  python -m ejk_ragged tune --problem 16,8192,16:8,256,bfloat16,cap --limit 60
+  python -m ejk_ragged tune --rows cpu-skew --file hints.json   then: with ejk_ragged.tuned_hints("hints.json"): ...
+"""
+
+
+def _tune_arguments(commands):
+    command = commands.add_parser(
+        "tune",
+        help="search the fastest hints for this device, and remember them",
+        description=TUNE,
+        epilog=TUNE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="rows of the benchmark, or groups of them")
+    command.add_argument("--problem", nargs="+", default=[], metavar="B,S,Hq:Hkv,D,DTYPE[,cap]", help="problems of your own")
+    command.add_argument("--backends", nargs="+", default=[], metavar="NAME", help="backends; default: the automatic choice")
+    command.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="of time, shared among the problems (300)")
+    command.add_argument("--file", type=pathlib.Path, metavar="PATH", help="where to save; default: the user's cache folder")
+    command.add_argument("--seed", type=int, metavar="N", help="of lengths and data; default: a new one")
+    command.add_argument("--runs", type=int, default=15, metavar="N", help="of each call (15)")
+    command.add_argument("--json", action="store_true", help="print what was tried as JSON")
+    command.set_defaults(run=tune)
+
+
+def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """The tuner. The exit status is 1 if nothing was saved."""
+    from . import _bench_report, _tune
+    from ._hints import default_file
+    from ._registry import registry
+
+    try:
+        cases = [*_bench_report.named_rows(arguments.rows), *map(_tune.parse, arguments.problem)]
+        for name in arguments.backends:
+            registry.get(name)
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    file = arguments.file or default_file()
+    if file is None:
+        parser.error("without --file it needs platformdirs, which is not installed")
+    cases = cases or _bench_report.default_rows()
+    seed = _bench_report.new_seed() if arguments.seed is None else arguments.seed
+    with _bench_report.progress(len(cases) * max(len(arguments.backends), 1)) as advance:
+        results = _tune.run(cases, arguments.backends, file, arguments.limit, seed, arguments.runs, advance)
+    print(json.dumps(results, indent=1) if arguments.json else _tune.text(results, file))
+    return 0 if any("best" in result for result in results) else 1
 
 
 def report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:

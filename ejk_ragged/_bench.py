@@ -22,6 +22,7 @@ from ._cases import Case
 from ._explain import explain
 from ._oracle import oracle, oracle_gradients, relative_error, tolerance
 from ._peers import CannotExpress, Peer, PEERS
+from ._problem import FwdParams
 from ._registry import platform_of
 from ._timing import copy_bandwidth, graph_times, kernel_times, NotTimed, read_bandwidth, Timing, wall_times
 
@@ -117,6 +118,10 @@ def draw(case: Case, seed: int, copies: int, on_device: bool) -> Inputs:
 # Checks
 
 
+class Wrong(Exception):
+    """A result differs from the oracle's."""
+
+
 class Sample:
     """A few sequences and heads of a row, and what the oracle says of them: whole rows would take it minutes."""
 
@@ -154,6 +159,12 @@ class Sample:
     def of_cache(self, x):
         return np.stack([np.asarray(x[b][:, self.kv_heads]) for b in self.batch])
 
+    def verify(self, call: Callable[[int], Any]):
+        """Raises `Wrong` unless a forward call of ours is right."""
+        verdict = self.compare([call(0)], strict=True)
+        if not verdict["ok"]:
+            raise Wrong(_differs(verdict))
+
     def compare(self, results, strict: bool) -> dict[str, Any]:
         """The largest relative error of the results, what is tolerated, and whether that was kept."""
         worst = {"error": -1.0, "tolerance": 0.0, "ok": True}
@@ -186,7 +197,8 @@ class Candidate:
 def candidates(platform: str, backends: Sequence[str | None], peers: bool, gradients: bool) -> list[Candidate]:
     """Ours, once for each backend (None is the automatic choice), and the peers that run there."""
     ours = [
-        Candidate(f"ejk-ragged {name}" if name else "ejk-ragged", functools.partial(_ours, name), ours=True) for name in backends
+        Candidate(f"ejk-ragged {name}" if name else "ejk-ragged", functools.partial(decode_step, backend=name), ours=True)
+        for name in backends
     ]
     return ours + [_peer(p) for p in PEERS if peers and platform in p.platforms and (p.gradients or not gradients)]
 
@@ -195,7 +207,9 @@ def _peer(peer: Peer) -> Candidate:
     return Candidate(peer.name, peer.make, torch=peer.torch)
 
 
-def _ours(backend, case):
+def decode_step(case: Case, backend: Any = None, fwd_params: FwdParams | None = None):
+    """Our call for a case, as `Peer.make` gives those of others."""
+
     def call(query, key, value, start, end, aux):
         full = case.lengths == ("full",)
         return ragged_decode_attention(
@@ -205,6 +219,7 @@ def _ours(backend, case):
             None if case.lengths[0] != "ranges" else start,
             None if full else end,
             softmax_scale=case.softmax_scale,
+            fwd_params=fwd_params,
             sliding_window=case.sliding_window,
             logits_soft_cap=case.logits_soft_cap,
             softmax_aux=aux,
@@ -224,11 +239,11 @@ def _lower(call, inputs, gradients):
         return call(query, key, value, *rest)
 
     def gradient(query, key, value, rest, d_out):
-        loss = lambda *args: jnp.sum(step(*args, rest).astype(jnp.float32) * d_out.astype(jnp.float32))
+        loss = lambda q, k, v: jnp.sum(step(q, k, v, rest).astype(jnp.float32) * d_out.astype(jnp.float32))
         return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
 
     def forward(query, key, value, rest):
-        return jax.vjp(lambda *args: step(*args, rest), query, key, value)
+        return jax.vjp(lambda q, k, v: step(q, k, v, rest), query, key, value)
 
     query, key, value, *rest = arguments
     whole = jax.jit(gradient).lower(query, key, value, rest, inputs.d_out)
@@ -308,7 +323,7 @@ def reason(error: BaseException) -> str:
         return "not installed"
     text = str(error).strip().splitlines()
     short = text[0][:140] if text else ""
-    return short if isinstance(error, CannotExpress | NotTimed) else f"{type(error).__name__}: {short}"
+    return short if isinstance(error, CannotExpress | NotTimed | Wrong) else f"{type(error).__name__}: {short}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -333,13 +348,13 @@ def measure(
     entrants = list(entrants)
     made, waiting = [], {}
     for entrant in entrants:
-        with _findings(found, entrant.name):
+        with findings(found, entrant.name):
             call = entrant.make(case)
             made.append((entrant, call if entrant.torch else _lower(call, inputs, gradients)))
     with ThreadPoolExecutor(8) as threads:
         compiling = [(entrant, [threads.submit(_compile, one) for one in program]) for entrant, program in made]
     for entrant, futures in compiling:
-        with _findings(found, entrant.name):
+        with findings(found, entrant.name):
             works = _prepare(entrant, inputs, [future.result() for future in futures], gradients)
             found[entrant.name] = _check(entrant, works, sample)
             if "refused" in found[entrant.name]:
@@ -354,7 +369,7 @@ def measure(
 
 
 @contextlib.contextmanager
-def _findings(found, name):
+def findings(found, name):
     """Whatever an implementation raises is a finding about it."""
     try:
         yield

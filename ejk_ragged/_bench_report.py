@@ -3,16 +3,18 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from . import _bench
 from ._cases import Case, CPU_ROWS, ROWS
+from ._report import here
 from ._report import table as plain_table
 
 
@@ -32,6 +34,15 @@ def named_rows(names: Sequence[str]) -> list[Case]:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{', '.join(unknown)} not known; choose from {', '.join(known)}")
     return list(dict.fromkeys(row for name in names for row in known[name]))
+
+
+def default_rows() -> list[Case]:
+    """The rows that suit this machine."""
+    return named_rows(("cpu",) if here() == "cpu" else ("shapes", "models"))
+
+
+def new_seed() -> int:
+    return int.from_bytes(os.urandom(3), "little")
 
 
 def run(
@@ -58,8 +69,8 @@ def run(
     """
     began = time.monotonic()
     machine = _bench.Machine.here(copying=grad is not None)
-    seed = int.from_bytes(os.urandom(3), "little") if seed is None else seed
-    cases = named_rows(rows or (("cpu",) if machine.platform == "cpu" else ("shapes", "models")))
+    seed = new_seed() if seed is None else seed
+    cases = named_rows(rows) if rows else default_rows()
     scaling = rows is None if scaling is None else scaling
     jobs = [(case, False) for case in cases if grad != "only"]
     jobs += [(case, True) for case in cases if grad and (rows or case.name in GRADIENT_ROWS)]
@@ -71,7 +82,7 @@ def run(
         "rows": [],
         "skipped": {},
     }
-    with _progress(len(jobs) + bool(scaling)) as advance:
+    with progress(len(jobs) + bool(scaling)) as advance:
         for case, gradients in jobs:
             advance(f"{case.name}{' gradient' if gradients else ''}")
             case = dataclasses.replace(case, dtype=dtype or case.dtype)
@@ -97,19 +108,23 @@ def _versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator:
-    """Gives a function that says what comes next: a bar on a terminal, a line each elsewhere, on the error stream."""
-    done = iter(range(1, total + 1))
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """Gives a function to be called with the name of each of `total` parts when it begins: a bar on a terminal, lines elsewhere,
+    on the error stream."""
+    done = itertools.count()
+    bar = None
     if sys.stderr.isatty():
         with contextlib.suppress(ImportError):
             from rich.console import Console
             from rich.progress import Progress
 
-            with Progress(console=Console(stderr=True), transient=True) as bar:
-                task = bar.add_task("", total=total)
-                yield lambda text: bar.update(task, completed=next(done) - 1, description=text)
-            return
-    yield lambda text: print(f"[{next(done)}/{total}] {text}", file=sys.stderr, flush=True)
+            bar = Progress(console=Console(stderr=True), transient=True)
+    if bar is None:
+        yield lambda text: print(f"[{next(done) + 1}/{total}] {text}", file=sys.stderr, flush=True)
+        return
+    with bar:
+        task = bar.add_task("", total=total)
+        yield lambda text: bar.update(task, completed=next(done), description=text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

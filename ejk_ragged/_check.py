@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from . import _hints
 from ._problem import FwdParams, Problem, Settings
 from ._registry import registry
 
@@ -32,12 +33,14 @@ def check(query, key, value, start, end, scale, fwd_params, window, cap, aux, ba
             check_lengths(name, lengths, batch)
     if aux is not None:
         check_sinks(aux, query.shape[1], num_kv_heads)
+    fwd_params = check_fwd_params(fwd_params)
     settings = Settings(
         softmax_scale=head_dim**-0.5 if scale is None else check_scale(scale),
         logits_soft_cap=check_soft_cap(cap),
-        fwd_params=check_fwd_params(fwd_params),
+        fwd_params=fwd_params,
         matmul_precision=jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
         backend=registry.resolve(backend),
+        tuned=_hints.current() if fwd_params == FwdParams() else None,
     )
     registry.check_named(settings.backend, Problem.of(query, key, settings))
     return settings, check_window(window)

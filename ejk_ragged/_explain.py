@@ -7,7 +7,7 @@ from typing import Any
 from ._api import ragged_decode_attention
 from ._check import check
 from ._problem import FwdParams, Problem
-from ._registry import KNOWN_PLATFORMS, registry
+from ._registry import HintsFrom, KNOWN_PLATFORMS, registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Choice:
         forward: name of the backend that computes the output, or None.
         backward: name of the one that computes the gradients, or None.
         fwd_params: the tuning hints it would use.
+        hints_from: where they come from: "given" by the caller, "tuned" by `python -m ejk_ragged tune`, or the backend's "default".
         passed_over: reasons by backend, for those asked before the chosen one and for gradients.
         error: what a call there would raise, or its gradient, or None.
     """
@@ -29,6 +30,7 @@ class Choice:
     fwd_params: FwdParams
     passed_over: dict[str, str]
     error: str | None = None
+    hints_from: HintsFrom = "default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Explanation:
                 lines.append(f"  {choice.platform:<5} error: {choice.error}")
                 continue
             gradients = "" if choice.backward == choice.forward else f"; gradients by {choice.backward or 'none'}"
-            lines.append(f"  {choice.platform:<5} {choice.forward}{gradients}")
+            lines.append(f"  {choice.platform:<5} {choice.forward}{gradients}{_show_hints(choice)}")
             lines += [f"        not {name}: {reason}" for name, reason in choice.passed_over.items()]
         return "\n".join(lines)
 
@@ -69,12 +71,20 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     return Explanation(problem, {platform: _choose(platform, problem, settings.backend) for platform in KNOWN_PLATFORMS})
 
 
+def _show_hints(choice) -> str:
+    if choice.hints_from == "default":
+        return ""
+    hints = {name: value for name, value in dataclasses.asdict(choice.fwd_params).items() if value is not None}
+    return f"; {choice.hints_from} hints: " + ", ".join(f"{name} {value}" for name, value in hints.items())
+
+
 def _choose(platform, problem, backend) -> Choice:
     try:
         forward = registry.select(platform, problem, backend, "forward")
     except ValueError as error:
         return Choice(platform, None, None, problem.fwd_params, {}, str(error))
     choice = Choice(platform, forward.backend.name, None, forward.problem.fwd_params, dict(forward.passed_over))
+    choice = dataclasses.replace(choice, hints_from=forward.hints_from)
     try:
         backward = registry.select(platform, problem, backend, "backward")
     except ValueError as error:

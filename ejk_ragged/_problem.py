@@ -60,6 +60,7 @@ class Settings:
     matmul_precision: str | None = None
     backend: Any = None  # None, a name, or a Backend
     partial: bool = False
+    tuned: Any = None  # a `_hints.Tuned`, or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Problem:
         fwd_params: tuning hints.
         matmul_precision: what `jax.default_matmul_precision` asks for, or None.
         partial: whether output and d_query go on to be merged with those of other keys, and are not rounded before.
+        tuned: what the tuner found, for the registry to look into; backends see the hints in `fwd_params`.
     """
 
     batch: int
@@ -93,6 +95,7 @@ class Problem:
     fwd_params: FwdParams = FwdParams()
     matmul_precision: str | None = None
     partial: bool = False
+    tuned: Any = dataclasses.field(default=None, repr=False)
 
     @classmethod
     def of(cls, query, key, settings: Settings) -> "Problem":
@@ -110,6 +113,7 @@ class Problem:
             fwd_params=settings.fwd_params,
             matmul_precision=settings.matmul_precision,
             partial=settings.partial,
+            tuned=settings.tuned,
         )
 
     @property

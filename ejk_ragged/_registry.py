@@ -20,6 +20,7 @@ from ._problem import FwdParams, Problem
 GROUP = "ejk_ragged.backends"
 KNOWN_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # what JAX can lower for by these names; others take its default rule
 Direction = Literal["forward", "backward"]
+HintsFrom = Literal["given", "tuned", "default"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,11 @@ class Backend(abc.ABC):
         del target
         return problem.fwd_params
 
+    def candidates(self, problem: Problem, target: Target) -> Iterable[FwdParams]:
+        """Hints that the tuner should try for `problem` beside the defaults; the order says what to try first."""
+        del problem, target
+        return ()
+
     def lowering(self, target: Target) -> contextlib.AbstractContextManager:
         """What must surround the lowering of its operations for `target`: a device to assume, warnings to keep from users."""
         del target
@@ -95,7 +101,7 @@ class Backend(abc.ABC):
             sink: accumulation dtype [B, Hq], a logit without a value; -inf where there is none.
 
         Returns:
-            out [B, Hq, D] in the query's dtype, and lse [B, Hq] in the accumulation dtype.
+            out [B, Hq, D] in `problem.out_dtype`, and lse [B, Hq] in the accumulation dtype.
         """
 
     def backward(
@@ -111,8 +117,8 @@ class Backend(abc.ABC):
             wanted: which gradients to return.
 
         Returns:
-            [d_query] if `wanted.query`, then [d_key, d_value] if `wanted.key_value`, shaped and typed like their primals; exact
-            zeros outside the live range.
+            [d_query] if `wanted.query`, in `problem.out_dtype`, then [d_key, d_value] if `wanted.key_value`, in the cache's dtype,
+            with exact zeros outside the live range; shaped like their primals.
         """
         raise NotImplementedError
 
@@ -136,12 +142,14 @@ class Selection:
         problem: what it will be asked to do, tuning hints resolved.
         target: where.
         passed_over: names of the backends that were asked before, with their reasons.
+        hints_from: whether the tuning hints are the caller's ("given"), the tuner's ("tuned") or the backend's own ("default").
     """
 
     backend: Backend
     problem: Problem
     target: Target
     passed_over: tuple[tuple[str, str], ...] = ()
+    hints_from: HintsFrom = "default"
 
 
 class Registry:
@@ -267,14 +275,29 @@ class Registry:
         for candidate in ([named] if named else []) + self.automatic() * (named is None or direction == "backward"):
             reason = self.refusal(candidate, problem, target, direction)
             if reason is None:
-                hints = candidate.fwd_params(problem, target)
-                problem = dataclasses.replace(problem, fwd_params=hints)
-                return Selection(candidate, problem, target, tuple(passed_over))
+                hints, hints_from = self._hints(candidate, problem, target, direction)
+                problem = dataclasses.replace(problem, fwd_params=hints, tuned=None)
+                return Selection(candidate, problem, target, tuple(passed_over), hints_from)
             passed_over.append((candidate.name, reason))
         if named is None:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over) or "none is installed"
             raise ValueError(f"No backend can do this call ({problem}) on {platform}: {reasons}.")
         raise self._refused(named, passed_over[0][1], problem, target)
+
+    def _hints(self, backend, problem, target, direction) -> tuple[FwdParams, HintsFrom]:
+        """The hints for a call and where they come from: given, or else tuned (for the forward operation, which is what the tuner
+        times), or else the backend's own. Given ones stand alone: what was tuned was tuned together."""
+        if problem.fwd_params != FwdParams():
+            return backend.fwd_params(problem, target), "given"
+        tuned = problem.tuned and direction == "forward" and problem.tuned.best(backend, problem, target)
+        if tuned:
+            try:
+                return backend.fwd_params(dataclasses.replace(problem, fwd_params=tuned), target), "tuned"
+            except ValueError as error:  # of another device of the same name, or edited by hand
+                if str(error) not in self._warned:
+                    self._warned.add(str(error))
+                    warnings.warn(f"Tuned hints are ignored: {error}", RuntimeWarning, stacklevel=2)
+        return backend.fwd_params(problem, target), "default"
 
     def check_named(self, backend: Backend | None, problem: Problem):
         """A named backend that cannot do `problem` on any of its platforms is refused before anything is lowered.

@@ -146,7 +146,7 @@ def graph_times(torch: Any, call: Callable[[int], Any], runs: int) -> Timing:
 def read_bandwidth(platform: str, memory: int) -> float:
     """Bytes per second of reading memory once, in order, on a device with `memory` bytes: the best of what was tried."""
     size = _power_of_two(min(memory // 8, 4 << 30 if platform != "cpu" else 256 << 20))
-    rows = jax.random.bits(jax.random.key(0), (1 << 12, size >> 14), jnp.uint32)
+    rows = jax.random.bits(jax.random.key(0), (1 << 15, size >> 17), jnp.uint32)
     largest = jax.jit(lambda x: jnp.max(x, axis=1))
     if platform != "cpu":
         return rows.nbytes / kernel_times(lambda run: largest(rows), 8).time.least

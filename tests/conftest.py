@@ -7,6 +7,7 @@ import jax
 import pytest
 from support import subject
 
+from ejk_ragged import tuned_hints
 from ejk_ragged._registry import registry
 
 
@@ -34,6 +35,13 @@ def pytest_generate_tests(metafunc):
 def subject_fixture(request):
     """A backend as `support.Subject`; a test that takes it runs once for each."""
     return subject(request.param)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _untuned():
+    """What was tuned on this machine does not change the tests."""
+    with tuned_hints(None):
+        yield
 
 
 @pytest.fixture

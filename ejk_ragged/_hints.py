@@ -1,0 +1,174 @@
+"""The memory of the tuner: which hints were best for which class of problems, on which device, by which backend.
+
+A JSON file in the user's cache folder, which `python -m ejk_ragged tune` writes and calls read by themselves. What a file says is
+held as a `Tuned`, which travels with a call's static settings, so that compiled calls are compiled again when it changes.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ._problem import FwdParams, Problem
+
+
+FORMAT = 1
+LOCK_SECONDS = 10  # a lock older than this was left behind by a process that died
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What a file says. Two are equal when their files hold the same bytes."""
+
+    digest: str
+    entries: Mapping[str, FwdParams] = dataclasses.field(compare=False, repr=False)
+
+    def best(self, backend: Any, problem: Problem, target: Any) -> FwdParams | None:
+        """The hints that were found best for the class of `problem`, or None."""
+        return self.entries.get(key_of(backend, problem, target) or "")
+
+
+def key_of(backend: Any, problem: Problem, target: Any) -> str | None:
+    """The class of a problem, for a backend of one version on one kind of device; None where there is none: sizes that are
+    symbolic, or a platform without a device here."""
+    kind = getattr(target.device, "device_kind", None)
+    if kind is None or not all(isinstance(n, int) for n in (problem.batch, problem.seq_len)):
+        return None
+    batch, seq_len = (1 << (n - 1).bit_length() for n in (problem.batch, problem.seq_len))
+    cap = "" if problem.logits_soft_cap is None else ", cap"
+    return (
+        f"{backend.name} {backend.version}; {kind}; {problem.dtype.name}, heads {problem.num_q_heads}:{problem.num_kv_heads}, "
+        f"D {problem.head_dim}{cap}, B to {batch}, S to {seq_len}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+_NOT_GIVEN = object()
+_given: contextvars.ContextVar[Any] = contextvars.ContextVar("ejk_ragged_tuned_hints", default=_NOT_GIVEN)
+_read: dict[pathlib.Path, tuple[Any, Tuned | None]] = {}  # by path: what stat said of the file, and what was in it
+
+
+@contextlib.contextmanager
+def tuned_hints(file: str | os.PathLike | None) -> Iterator[None]:
+    """Inside, calls take tuned hints from `file` (as `python -m ejk_ragged tune --file` writes it), or, given None, from nowhere.
+
+    It holds for calls that are made, or traced under `jax.jit`, inside; what is compiled already keeps its hints. A damaged file is
+    warned about once and counts as none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = None if file is None else pathlib.Path(file)
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"There is no file of tuned hints at {path}; `python -m ejk_ragged tune --file {path}` makes one.")
+    token = _given.set(path)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def current() -> Tuned | None:
+    """What calls use now: a given file, or the one in the user's cache folder, or nothing. Costs a look at the file's date."""
+    given = _given.get()
+    path = default_file() if given is _NOT_GIVEN else given
+    if path is None:
+        return None
+    try:
+        stat = os.stat(path)
+    except OSError:  # nothing was tuned
+        return None
+    stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    if path not in _read or _read[path][0] != stamp:
+        _read[path] = (stamp, _load(path))
+    return _read[path][1]
+
+
+_default_file: pathlib.Path | None = None
+
+
+def default_file() -> pathlib.Path | None:
+    """The file in the user's cache folder."""
+    global _default_file
+    if _default_file is None:
+        try:
+            import platformdirs
+        except ModuleNotFoundError:  # then nothing has been tuned either
+            return None
+        _default_file = platformdirs.user_cache_path("ejk-ragged", appauthor=False) / "tuned.json"
+    return _default_file
+
+
+def _load(path) -> Tuned | None:
+    try:
+        text = path.read_bytes()
+        return Tuned(hashlib.sha256(text).hexdigest(), _entries(json.loads(text)))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(
+            f"The tuned hints in {path} are ignored: {type(error).__name__}: {error}. Delete it or tune again.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+
+
+def _entries(data) -> dict[str, FwdParams]:
+    if data["format"] != FORMAT:
+        raise ValueError(f"format {data['format']!r} is not {FORMAT}")
+    return {key: FwdParams(**entry["fwd_params"]) for key, entry in data["entries"].items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save(path: pathlib.Path, entries: Mapping[str, Mapping[str, Any]]):
+    """Adds entries, {"fwd_params": {...}, ...} by key, to those in the file. Readers see the old file or the new one; processes
+    that save at once wait for each other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path.with_suffix(".lock")):
+        try:
+            old = json.loads(path.read_bytes())
+            _entries(old)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or nothing to be kept
+            old = {"format": FORMAT, "entries": {}}
+        old["entries"] |= entries
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(old, file, indent=1, sort_keys=True)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+
+@contextlib.contextmanager
+def _lock(path):
+    """Holds a file that only one process can create."""
+    while True:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            break
+        except FileExistsError:
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > LOCK_SECONDS:
+                    path.unlink()
+                    continue
+            time.sleep(0.02)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()

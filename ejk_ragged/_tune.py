@@ -1,0 +1,176 @@
+"""The tuner: the hints that a backend declares for a problem are tried, and the best of those that are right is remembered."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from . import _hints
+from ._bench import decode_step, draw, findings, fit, Machine, reason, Sample
+from ._cases import Case
+from ._check import check
+from ._problem import FwdParams, Problem
+from ._registry import registry
+from ._timing import kernel_times, wall_times
+
+
+AT_ONCE = 8  # candidates that are compiled together
+GAIN = 0.98  # of the default's time; whatever is slower than this is no gain but noise
+
+
+def parse(text: str) -> Case:
+    """A problem as it is written on a command line: "B,S,Hq:Hkv,D,dtype" and perhaps ",cap".
+
+    Raises:
+        ValueError: it is not written so.
+    """
+    match = re.fullmatch(r"(\d+),(\d+),(\d+):(\d+),(\d+),(float32|bfloat16|float16)(?:,cap)?", text.replace(" ", ""))
+    if match is None:
+        raise ValueError(f"a problem is written B,S,Hq:Hkv,D,dtype or B,S,Hq:Hkv,D,dtype,cap, not {text!r}")
+    *sizes, dtype = match.groups()
+    batch, seq_len, heads, kv_heads, dim = map(int, sizes)
+    lengths = ("uniform", max(seq_len // 8, 1), seq_len)
+    return Case(text, batch, seq_len, heads, kv_heads, dim, dtype, lengths, logits_soft_cap=50.0 if "cap" in text else None)
+
+
+def tune(
+    case: Case,
+    machine: Machine,
+    backend: str | None,
+    seed: int,
+    deadline: float,
+    runs: int = 15,
+) -> dict[str, Any]:
+    """Tries the candidates of one problem until they are done or `deadline` (of `time.monotonic`) has come.
+
+    Returns:
+        What was tried, with seconds or the reason against it; and, where anything was timed, the entry to be saved and its key.
+    """
+    case = fit(case, machine.memory, 2)
+    inputs = draw(case, seed, 2 if machine.counts_kernels else 1, machine.platform != "cpu")
+    problem, chosen = _problem(case, inputs, machine, backend)
+    sample = Sample(case, inputs, gradients=False)
+    default = chosen.backend.fwd_params(problem, chosen.target)
+    hints = dict.fromkeys([default, *(h.over(default) for h in chosen.backend.candidates(problem, chosen.target))])
+    if len(hints) == 1:
+        raise ValueError(f"{chosen.backend.name} declares no hints to try for it")
+    tried: list[dict[str, Any]] = []
+    remaining = list(hints)
+    while remaining and (not tried or time.monotonic() < deadline):
+        batch, remaining = remaining[:AT_ONCE], remaining[AT_ONCE:]
+        tried += _try(case, chosen.backend, inputs, sample, machine, batch, runs)
+    result = {
+        "problem": str(problem),
+        "key": _hints.key_of(chosen.backend, problem, chosen.target),
+        "backend": chosen.backend.name,
+        "tried": tried,
+        "left_out": len(remaining),
+    }
+    timed = [one for one in tried if "seconds" in one]
+    if not timed:
+        return result
+    best = min(timed, key=lambda one: one["seconds"])
+    if "seconds" in tried[0] and best["seconds"] > GAIN * tried[0]["seconds"]:
+        best = tried[0]
+    return result | {"default": tried[0], "best": best}
+
+
+def _problem(case, inputs, machine, backend):
+    """The problem as a call has it, and who does it."""
+    query, key, value, *_ = inputs.arguments()
+    settings, _ = check(query, key, value, None, None, case.softmax_scale, None, None, case.logits_soft_cap, None, backend)
+    problem = dataclasses.replace(Problem.of(query, key, settings), tuned=None)
+    return problem, registry.select(machine.platform, problem, backend)
+
+
+def _try(case, backend, inputs, sample, machine, batch, runs) -> list[dict[str, Any]]:
+    """Compiles some hints together, checks each, and times those that are right."""
+    found: dict[FwdParams, dict[str, Any]] = {}
+    lowered, calls = {}, {}
+    for hints in batch:
+        with findings(found, hints):  # hints that a compiler cannot take are no reason to stop
+            lowered[hints] = jax.jit(decode_step(case, backend, hints)).lower(*inputs.arguments())
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        compiling = {hints: threads.submit(one.compile) for hints, one in lowered.items()}
+    for hints, future in compiling.items():
+        with findings(found, hints):
+            call = functools.partial(_call, future.result(), inputs)
+            sample.verify(call)
+            if machine.counts_kernels:
+                found[hints] = {"seconds": kernel_times(call, runs).seconds}
+            else:
+                calls[hints] = call
+    found |= {hints: {"seconds": timing.seconds} for hints, timing in wall_times(calls, min(runs, 5)).items()}
+    return [{"fwd_params": as_dict(hints), **found[hints]} for hints in batch]
+
+
+def _call(program, inputs, run):
+    return program(*inputs.arguments(run))
+
+
+def as_dict(hints: FwdParams) -> dict[str, int]:
+    return {name: value for name, value in dataclasses.asdict(hints).items() if value is not None}
+
+
+def show(hints: FwdParams | dict[str, int]) -> str:
+    values = as_dict(hints) if isinstance(hints, FwdParams) else hints
+    return ", ".join(f"{name} {value}" for name, value in values.items()) or "none"
+
+
+def run(
+    cases: Sequence[Case],
+    backends: Sequence[str],
+    file: pathlib.Path,
+    limit: float,
+    seed: int,
+    runs: int = 15,
+    advance: Callable[[str], Any] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Tunes every case for every backend, within `limit` seconds altogether, saving each as it is found."""
+    machine = Machine.here()
+    jobs = [(case, backend) for case in cases for backend in backends or [None]]
+    began = time.monotonic()
+    results: list[dict[str, Any]] = []
+    for i, (case, backend) in enumerate(jobs):
+        advance(case.name)
+        left = limit - (time.monotonic() - began)
+        if left <= 0:
+            results.append({"row": case.name, "refused": "the time limit had come"})
+            continue
+        deadline = time.monotonic() + left / (len(jobs) - i)  # so that the last ones have their share
+        try:
+            result: dict[str, Any] = {"row": case.name} | tune(case, machine, backend, seed, deadline, runs)
+        except Exception as error:
+            result = {"row": case.name, "refused": reason(error)}
+        best, key = result.get("best"), result.get("key")
+        if best and key:
+            entry = {"fwd_params": best["fwd_params"], "seconds": best["seconds"], "problem": result["problem"]}
+            _hints.save(file, {key: entry})
+        results.append(result)
+    return results
+
+
+def text(results: Sequence[dict[str, Any]], file: pathlib.Path) -> str:
+    """What was found, for reading."""
+    lines = []
+    for result in results:
+        if "best" not in result:
+            refused = result.get("refused") or "; ".join(dict.fromkeys(one["refused"] for one in result["tried"]))
+            lines.append(f"{result['row']}: nothing saved: {refused}")
+            continue
+        best, default = result["best"], result["default"]
+        gain = (
+            f"{default['seconds'] / best['seconds']:.2f}x the speed of the default" if "seconds" in default else "the default fails"
+        )
+        refused = sum("refused" in one for one in result["tried"])
+        counts = f"{len(result['tried'])} tried, {refused} refused" + (f", {result['left_out']} left" if result["left_out"] else "")
+        lines.append(
+            f"{result['row']} ({result['backend']}): {show(best['fwd_params'])}: {best['seconds'] * 1e6:.1f} us, {gain}; {counts}"
+        )
+    return "\n".join([*lines, f"Saved in {file}"])
