@@ -1,12 +1,14 @@
 """What README and the documentation show runs as shown."""
 
 import importlib.util
+import inspect
 import pathlib
 import re
 
 import pytest
 from support import assert_right
 
+import ejk_ragged
 from ejk_ragged import ragged_decode_attention
 from ejk_ragged._cases import CHECKS
 
@@ -29,6 +31,11 @@ def test_page(page):
     names = {"__name__": page}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
+
+
+def test_every_public_name_has_its_place_in_the_api():
+    public = {name for name, value in vars(ejk_ragged).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert public == set(re.findall(r"^::: ejk_ragged\.(\w+)$", (ROOT / "docs/api.md").read_text(), flags=re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
