@@ -417,32 +417,22 @@ def _summary(asked, case, machine, inputs, entrants, found, seed, gradients) -> 
     }
 
 
-def scaling(machine: Machine, seed: int, backend: str | None = None, runs: int = 15) -> dict[str, Any]:
-    """Time against live tokens in a cache of one size, and against the cache's size with the same live tokens."""
-    small = machine.platform == "cpu"
-    base = Case("scaling", 4 if small else 16, 8192 if small else 16384, 32, 8, 128, "float32" if small else "bfloat16")
-    fewest = 512 if small else 4096
-    ours = candidates(machine.platform, [backend], False, False)
+def scaling(machine: Machine, base: Case, seed: int, backend: str | None = None, runs: int = 15) -> dict[str, Any]:
+    """Time against live tokens in the cache of `base`, and against the cache's size with the same few live tokens."""
+    ours = candidates(machine.platform, [backend], peers=False, gradients=False)
 
     def points(cases):
         for case in cases:
             row = measure(case, machine, ours, seed, runs)
-            timing = row["candidates"][0].get("timings", {}).get("forward")
-            if timing:
-                yield {
-                    "seq_len": case.seq_len,
-                    "live_tokens": row["live_tokens"],
-                    "live_bytes": row["live_bytes"],
-                    "time": timing["time"],
-                    "seconds": timing["seconds"],
-                }
+            if timing := row["candidates"][0].get("timings", {}).get("forward"):
+                sizes = {"seq_len": case.seq_len, "live_tokens": row["live_tokens"], "live_bytes": row["live_bytes"]}
+                yield sizes | {"seconds": timing["seconds"], "time": timing["time"]}
 
-    def with_lengths(n):
-        return dataclasses.replace(base, lengths=("uniform", n // 2, n))
-
-    sizes = [base.seq_len // 4 * 2**i for i in range(3 if small else 5)]
+    longest = [base.seq_len * i // 6 for i in range(1, 7)]
+    sizes = [base.seq_len // 4 * 2**i for i in range(5)]
+    few = dataclasses.replace(base, lengths=("uniform", base.seq_len // 8, base.seq_len // 4))
     return {
-        "problem": f"B {base.batch}, heads 32:8, D 128, {base.dtype}",
-        "live": list(points(with_lengths(base.seq_len * i // 6) for i in range(1, 7))),
-        "size": list(points(dataclasses.replace(with_lengths(fewest), seq_len=size) for size in sizes)),
+        "problem": f"B {base.batch}, heads {base.num_q_heads}:{base.num_kv_heads}, D {base.head_dim}, {base.dtype}",
+        "live": list(points(dataclasses.replace(base, lengths=("uniform", n // 2, n)) for n in longest)),
+        "size": list(points(dataclasses.replace(few, seq_len=size) for size in sizes)),
     }

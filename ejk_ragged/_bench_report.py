@@ -21,6 +21,10 @@ from ._report import table as plain_table
 SHAPES, MODELS = ROWS[:10], ROWS[10:]
 GROUPS = {"shapes": SHAPES, "models": MODELS, "cpu": CPU_ROWS}
 GRADIENT_ROWS = {"full", "ragged", "mha", "cap", "skew", "cpu-full"}
+SCALING = {
+    "cpu": Case("scaling", 4, 4096, 32, 8, 128, "float32"),
+    "elsewhere": Case("scaling", 16, 16384, 32, 8, 128, "bfloat16"),
+}
 PACKAGES = ("ejk-ragged", "jax", "jaxlib", "torch", "tokamax", "ejkernel", "flash-attn3-jax")
 
 
@@ -93,7 +97,8 @@ def run(
                 data["skipped"][case.name] = str(error)
         if scaling:
             advance("scaling")
-            data["scaling"] = _bench.scaling(machine, seed, backends[0] if backends else None, runs)
+            base = SCALING["cpu" if machine.platform == "cpu" else "elsewhere"]
+            data["scaling"] = _bench.scaling(machine, base, seed, backends[0] if backends else None, runs)
     data["tables"] = [made for direction in ("forward", "gradient") if (made := _table(data, direction))]
     data["took_seconds"] = round(time.monotonic() - began, 1)
     return data

@@ -49,8 +49,8 @@ def _needs(case, **features):
     }
     missing = [name for name, wanted in asked.items() if wanted and not features.get(name, False)]
     if missing:
-        words = {"window": "a decode window", "cap": "a soft cap", "sinks": "sinks", "start": "a start"}
-        raise CannotExpress("no " + " and no ".join(words[name] for name in missing))
+        words = {"window": "decode window", "cap": "soft cap", "sinks": "sinks", "start": "start"}
+        raise CannotExpress(", ".join(f"no {words[name]}" for name in missing))
 
 
 def jax_nn(case: Case, implementation: Literal["xla", "cudnn"]):

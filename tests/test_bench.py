@@ -1,0 +1,288 @@
+"""The benchmark: what it times, what it refuses to time and why, and what it leaves behind. How fast anything is, no test says."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ejk_ragged
+from ejk_ragged import _bench, _bench_report, _peers, _timing, Backend
+from ejk_ragged.__main__ import main
+from ejk_ragged._cases import Case, ROWS
+from ejk_ragged._oracle import oracle
+from ejk_ragged._registry import registry
+
+
+TINY = Case("tiny", 3, 48, 4, 2, 64, lengths=("uniform", 3, 40))
+FEATURES = Case("features", 3, 48, 4, 2, 64, "bfloat16", ("skew", 3, 9), 0.2, (20, 0), 1.5, ("query", 1))
+MACHINE = _bench.Machine("cpu", "a test", 1 << 30, 1e9, 2e9)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(_bench_report, "CPU_ROWS", (TINY, FEATURES))
+    monkeypatch.setitem(_bench_report.GROUPS, "cpu", (TINY, FEATURES))
+    monkeypatch.setitem(_bench_report.SCALING, "cpu", dataclasses.replace(TINY, seq_len=24))
+    monkeypatch.setattr(_bench.Machine, "here", classmethod(lambda cls, copying=False: MACHINE))
+
+
+def peer(call, **fields):
+    return _peers.Peer("made up", lambda case: call, ("cpu",), gradients=True, **fields)
+
+
+def measure(case=TINY, gradients=False, peers=(), **options):
+    entrants = _bench.candidates("cpu", [None], False, gradients) + [_bench.Candidate(p.name, p.make) for p in peers]
+    row = _bench.measure(case, MACHINE, entrants, seed=5, runs=2, gradients=gradients, **options)
+    return row, {found["name"]: found for found in row["candidates"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+@pytest.mark.parametrize("case", [TINY, FEATURES], ids=lambda case: case.name)
+def test_forward(case):
+    row, found = measure(case)
+    ours = found["ejk-ragged"]
+    assert ours["ok"]
+    timing = ours["timings"]["forward"]
+    assert timing["clock"] == "wall"
+    assert timing["seconds"] == timing["time"]["least"] > 0
+    assert row["live_bytes"] == row["moved_bytes"] == case.live_bytes(5)
+    assert ours["fraction"] == pytest.approx(case.live_bytes(5) / timing["seconds"] / MACHINE.read)
+    assert ours["ratio"] == 1
+
+
+def test_gradient():
+    row, found = measure(gradients=True)
+    ours = found["ejk-ragged"]
+    assert ours["ok"]
+    assert set(ours["timings"]) == {"gradient", "backward"}
+    assert row["moved_bytes"] == TINY.live_bytes(5) + 2 * 3 * 48 * 2 * 64 * 4
+    assert ours["fraction"] == pytest.approx(row["moved_bytes"] / ours["timings"]["backward"]["seconds"] / MACHINE.copy)
+
+
+@pytest.mark.parametrize("case", [TINY, FEATURES], ids=lambda case: case.name)
+def test_sample(case):
+    """What the oracle says of a sample is what it says of the whole."""
+    inputs = _bench.draw(case, 5, 1, on_device=False)
+    query, key, value, start, end, aux = (None if x is None else np.asarray(x) for x in inputs.arguments())
+    out, _ = oracle(query, key, value, start, end, case.softmax_scale, case.sliding_window, case.logits_soft_cap, aux)
+    sample = _bench.Sample(case, inputs, gradients=False)
+    assert sample.compare([out], strict=True)["ok"]
+    assert sample.compare([out], strict=True)["error"] < 1e-7
+    out[int(end.argmax()), 0, 0] += 1
+    assert not sample.compare([out], strict=False)["ok"]
+    assert sample.compare([out * np.nan], strict=False)["error"] is None
+
+
+def test_fresh_data():
+    first, again, other = (_bench.draw(FEATURES, seed, 2, on_device) for seed, on_device in ((1, False), (1, False), (2, True)))
+    for x, y in zip(first.arguments(), again.arguments(), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert not np.array_equal(first.caches[0][0], first.caches[1][0])
+    assert not np.array_equal(first.end, other.end)
+    assert not np.array_equal(other.caches[0][0], other.caches[1][0])
+    assert first.arguments(3)[1] is first.caches[1][0]
+
+
+def test_memory():
+    large = dataclasses.replace(TINY, batch=100)
+    per_sequence = _bench.cache_bytes(large) // 100
+    assert _bench.fit(large, 20 * per_sequence, 2).batch == 6
+    assert _bench.fit(large, 1000 * per_sequence, 2) is not None
+    with pytest.raises(ValueError, match="one sequence needs"):
+        _bench.fit(large, per_sequence, 1)
+
+
+def test_fewer_sequences_are_noted(monkeypatch):
+    monkeypatch.setattr(_bench, "fit", lambda case, memory, copies: dataclasses.replace(case, batch=2))
+    (made,) = _bench_report.run(rows=["tiny"], runs=1)["tables"]
+    assert made["notes"] == ["B 2 sequences instead of 3, to fit into memory (tiny)"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Peers
+
+
+def test_peer_beside_us():
+    _, found = measure(peers=[peer(_peers.jax_nn(TINY, "xla"))])
+    assert found["made up"]["timings"]
+    assert found["made up"]["ratio"] > 0
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_wrong_peer_is_not_timed(gradients):
+    def wrong(query, key, value, start, end, aux):
+        return _peers.jax_nn(TINY, "xla")(query, key, value, start, end - 1, aux)
+
+    _, found = measure(peers=[peer(wrong)], gradients=gradients)
+    assert found["made up"]["refused"].startswith("differs from the oracle")
+    assert "timings" not in found["made up"]
+    assert found["ejk-ragged"]["timings"]
+
+
+def test_failing_peer():
+    def failing(*args):
+        raise ArithmeticError("not today\nand a long story")
+
+    _, found = measure(peers=[peer(failing)])
+    assert found["made up"]["refused"] == "ArithmeticError: not today"
+
+
+def test_absent_peer():
+    def make(case):
+        import no_such_module  # noqa: F401  # pyright: ignore
+
+    _, found = measure(peers=[dataclasses.replace(peer(None), make=make)])
+    assert found["made up"]["refused"] == "not installed"
+
+
+@pytest.mark.parametrize("name", [p.name for p in _peers.PEERS])
+def test_peers_say_what_they_lack(name):
+    """Each either is absent, or makes a call, or says what it cannot express; none takes a soft cap and drops it."""
+    (found,) = (p for p in _peers.PEERS if p.name == name)
+    if name.startswith("ejkernel") and importlib.util.find_spec("ejkernel"):
+        found.make(FEATURES)  # it takes all of it; the oracle decides
+        return
+    with pytest.raises((_peers.CannotExpress, ImportError)):
+        found.make(FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("change", "lacks"),
+    [
+        ({"sliding_window": (3, 0)}, "no decode window"),
+        ({"logits_soft_cap": 5.0}, "no soft cap"),
+        ({"sinks": ("query", 1)}, "no sinks"),
+    ],
+)
+def test_jax_nn_cannot_express(change, lacks):
+    with pytest.raises(_peers.CannotExpress, match=lacks):
+        _peers.jax_nn(dataclasses.replace(TINY, **change), "xla")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Clocks
+
+
+def test_kernel_times_of_events():
+    """Two runs of two kernels each, nanoseconds; the second kernel of the first run overlaps the first one."""
+    events = [(0, 3000, "a"), (1000, 1000, "b"), (5000, 2000, "a"), (7000, 2000, "b")]
+    timing = _timing._of_events(events, 2)
+    assert timing.clock == "kernels"
+    assert timing.seconds == timing.time.median == pytest.approx(4e-6)
+    assert timing.span.least == pytest.approx(3e-6)
+    assert timing.span.median == pytest.approx(3.5e-6)
+    assert timing.kernels == (("a", pytest.approx(2.5e-6)), ("b", pytest.approx(1.5e-6)))
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_kernels_that_do_not_fit_the_runs(count):
+    with pytest.raises(_timing.NotTimed, match=f"saw {count} kernels in 2 runs"):
+        _timing._of_events([(i, 1, "a") for i in range(count)], 2)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there it has kernels")
+def test_trace_without_kernels():
+    with pytest.raises(_timing.NotTimed, match="0 kernels in 2 runs"):
+        _timing.kernel_times(lambda run: jnp.ones(3) + run, 2)
+
+
+def test_wall_times_take_turns():
+    seen = []
+    timings = _timing.wall_times({"a": lambda run: seen.append(("a", run)), "b": lambda run: seen.append(("b", run))}, 2)
+    assert seen == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert timings["a"].time.p10 <= timings["a"].time.median <= timings["a"].time.p90
+
+
+def test_bandwidths():
+    assert _timing.read_bandwidth("cpu", 1 << 26) > 0
+    assert _timing.copy_bandwidth("cpu", 1 << 26) > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_command(capsys, tmp_path):
+    assert main(["bench", "--peers", "--grad", "--runs", "1", "--out", str(tmp_path), "--seed", "7"]) == 0
+    out = capsys.readouterr().out
+    assert "Decode steps on a test" in out
+    assert "jax.nn xla" in out
+    assert "no decode window, no soft cap, no sinks (features)" in out
+    assert "live tokens:" in out
+    assert "seed 7" in out
+    data = json.loads((tmp_path / "a-test.json").read_text())
+    assert data["seed"] == 7
+    assert [row["row"] for row in data["rows"]] == ["tiny", "features"]  # the rows with gradients are others
+    assert [point["seq_len"] for point in data["scaling"]["size"]] == [6, 12, 24, 48, 96]
+    assert len({point["live_tokens"] for point in data["scaling"]["size"]}) == 1
+    assert len({point["live_tokens"] for point in data["scaling"]["live"]}) == 6
+
+
+def test_gradients_of_named_rows(capsys):
+    assert main(["bench", "--rows", "tiny", "--grad", "only", "--runs", "1", "--json", "--dtype", "bfloat16"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    (row,) = data["rows"]
+    assert row["direction"] == "gradient"
+    assert "bfloat16" in row["problem"]
+    assert "scaling" not in data
+    (made,) = data["tables"]
+    assert made["columns"][2:4] == ["forward + backward", "backward"]
+
+
+def test_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    data = _bench_report.run(grad="also", runs=1, rows=["tiny"], scaling=True)
+    files = _bench_report.write(data, tmp_path)
+    assert [file.name for file in files] == ["a-test.json", "a-test-forward.png", "a-test-gradient.png", "a-test-scaling.png"]
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ejk_ragged._plots", None)
+    monkeypatch.delattr(ejk_ragged, "_plots", raising=False)
+    assert [file.name for file in _bench_report.write(_bench_report.run(rows=["tiny"], runs=1), tmp_path)] == ["a-test.json"]
+
+
+def test_too_large_is_skipped(monkeypatch, capsys):
+    monkeypatch.setattr(_bench.Machine, "here", classmethod(lambda cls, copying=False: dataclasses.replace(MACHINE, memory=1000)))
+    assert main(["bench", "--rows", "tiny"]) == 0
+    assert "skipped tiny: tiny: one sequence needs" in capsys.readouterr().out
+
+
+def test_wrong_backend_is_an_exit_status(monkeypatch, capsys):
+    class Zeros(Backend):
+        name = "zeros"
+        platforms = frozenset({"cpu"})
+
+        def supports(self, problem, target):
+            return None
+
+        def forward(self, problem, target, query, key, value, start, end, sink):
+            return query * 0, sink
+
+    monkeypatch.setattr(registry, "get", lambda name: Zeros())
+    assert main(["bench", "--rows", "tiny", "--backends", "zeros"]) == 1
+    assert "ejk-ragged zeros: differs from the oracle: out 1.0e+00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--rows", "nonsense"], ["--backends", "nonsense"]])
+def test_unknown_names(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["bench", *arguments])
+    assert exit.value.code == 2
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_help_names_the_rows(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    words = capsys.readouterr().out.split()
+    assert {row.name for row in ROWS} <= set(words)
+    assert set(_bench_report.GROUPS) <= set(words)
