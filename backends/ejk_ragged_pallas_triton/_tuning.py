@@ -45,7 +45,9 @@ CAPABILITY = "9.0"
 # Shared memory that one program may have, in KiB (CUDA C++ Programming Guide, technical specifications per compute capability).
 SHARED_MEMORY = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227, "11.0": 227}
 SHARED_MEMORY_ELSEWHERE = 99
-SHARED_MEMORY_MARGIN = 24  # what reductions and changes of layout take beside the stages, at the most seen
+# What products and changes of layout take beside the stages, in KiB, with room to spare. The backward kernel transposes more.
+FORWARD_MARGIN = 40
+BACKWARD_MARGIN = 96
 
 
 def resolve(problem: Problem, target: Target) -> FwdParams:
@@ -65,7 +67,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     heads = given.block_size_heads or min(max(power_of_two(problem.group), 16), 64)
     keys = given.block_size_keys or default_block_keys(problem)
     stage = _stage_bytes(problem, keys, heads, query_like=1)
-    stages = given.num_stages or _fitting_stages(stage, target)
+    stages = given.num_stages or _fitting_stages(stage, target, FORWARD_MARGIN)
     if stage * stages > _shared_memory(target):
         raise ValueError(
             f"FwdParams.block_size_keys {keys}, block_size_heads {heads} and num_stages {stages} need {stage * stages} bytes of "
@@ -100,7 +102,7 @@ def forward_tiles(problem: Problem, target: Target) -> Tiles:
 def backward_tiles(problem: Problem, target: Target) -> Tiles:
     """The shape of the backward work. All heads of a group stand in one block: they add up in d_key and d_value."""
     block_heads, block_keys = max(power_of_two(problem.group), 16), default_block_keys(problem)
-    stages = _fitting_stages(_stage_bytes(problem, block_keys, block_heads, query_like=2), target)
+    stages = _fitting_stages(_stage_bytes(problem, block_keys, block_heads, query_like=2), target, BACKWARD_MARGIN)
     return _tiles(problem, target, block_heads, block_keys, NUM_WARPS, stages)
 
 
@@ -139,12 +141,13 @@ def _stage_bytes(problem, block_keys, block_heads, query_like) -> int:
     return rows * block_dim(problem) * problem.dtype.itemsize
 
 
-def _fitting_stages(stage_bytes, target) -> int:
-    room = _shared_memory(target) - SHARED_MEMORY_MARGIN * 1024
+def _fitting_stages(stage_bytes, target, margin) -> int:
+    room = _shared_memory(target) - margin * 1024
     return min(max(room // stage_bytes, 1), NUM_STAGES)
 
 
 def _shared_memory(target) -> int:
     """Bytes of shared memory that one program may have."""
-    capability = getattr(target.device, "compute_capability", CAPABILITY)
-    return SHARED_MEMORY.get(str(capability), SHARED_MEMORY_ELSEWHERE) * 1024
+    capability = str(getattr(target.device, "compute_capability", CAPABILITY))
+    by_capability = SHARED_MEMORY.get(capability, SHARED_MEMORY_ELSEWHERE) * 1024
+    return getattr(target.device, "shared_memory_per_block_optin", by_capability)

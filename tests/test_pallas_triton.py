@@ -1,0 +1,236 @@
+"""What is the Pallas-Triton backend's own: its schedule, its lowering for cuda on any machine, its hints and its refusals.
+
+What it computes is the shared suite's matter, in the interpreter here and compiled where there is a GPU.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import types
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+import ejk_ragged_pallas_triton
+from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Target
+from ejk_ragged._registry import registry
+from ejk_ragged_pallas_triton import PallasTritonBackend
+from ejk_ragged_pallas_triton._schedule import Schedule
+
+
+CUSTOM_CALL = "__gpu$xla.gpu.triton"
+BATCH, SEQ_LEN = 5, 200
+
+
+def problem(**changes):
+    return dataclasses.replace(Problem(4, 1000, 28, 4, 128, np.dtype(jnp.bfloat16), softmax_scale=1.0), **changes)
+
+
+def arrays(dtype="bfloat16", head_dim=128, group=7):
+    shape = jax.ShapeDtypeStruct
+    cache = shape((4, 1000, 4, head_dim), dtype)
+    return shape((4, 4 * group, head_dim), dtype), cache, cache, shape((4,), "int32"), shape((4,), "int32")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The schedule
+
+
+@functools.cache
+def walk(schedule):
+    """A function of start and end that lets every program count the rows of its tiles, and note in which slots it ends a piece."""
+
+    def kernel(start_ref, end_ref, rows_ref, slots_ref, pieces_ref):
+        program = pl.program_id(0)
+
+        @pl.when(program == 0)
+        def _():
+            rows_ref[...] = jnp.zeros_like(rows_ref)
+            slots_ref[...] = jnp.full_like(slots_ref, -1)
+
+        line = schedule.line(program, start_ref, end_ref)
+        num_tiles, at = schedule.tiles(line)
+
+        def tile(i, _):
+            b, row, stop = at(i)
+            index = jnp.arange(SEQ_LEN, dtype=jnp.int32)
+            mine = (index >= row) & (index < jnp.minimum(row + schedule.block_keys, stop))
+            rows_ref[b, :] = rows_ref[b, :] + mine.astype(jnp.int32)
+
+            @pl.when(row + schedule.block_keys >= stop)
+            def _():
+                slot = schedule.slot(program, b)
+                slots_ref[slot] = jnp.where(slots_ref[slot] == -1, b, -2)  # -2: two pieces in one slot
+
+        jax.lax.fori_loop(0, num_tiles, tile, None)
+        schedule.store_pieces(line, pieces_ref)
+
+    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    shapes = [int32((BATCH, SEQ_LEN)), int32((schedule.slots,)), int32((2, BATCH))]
+    return jax.jit(pl.pallas_call(kernel, grid=(schedule.programs,), out_shape=shapes, interpret=True))
+
+
+@hypothesis.given(
+    by_sequence=st.booleans(),
+    workers=st.sampled_from([1, 3, 8]),
+    ranges=st.lists(st.tuples(st.integers(0, SEQ_LEN), st.integers(0, SEQ_LEN)), min_size=BATCH, max_size=BATCH),
+)
+@hypothesis.example(by_sequence=False, workers=8, ranges=[(0, 0)] * BATCH)
+@hypothesis.example(by_sequence=False, workers=8, ranges=[(0, SEQ_LEN)] + [(7, 8)] * (BATCH - 1))
+def test_schedule_covers_every_live_row_once(by_sequence, workers, ranges):
+    schedule = Schedule(BATCH, workers, 32, by_sequence, 0 if by_sequence else 2)
+    start, end = np.array(ranges, np.int32).T
+    rows, slots, (first, count) = map(np.asarray, walk(schedule)(start, end))
+    index = np.arange(SEQ_LEN)
+    np.testing.assert_array_equal(rows, (index >= start[:, None]) & (index < end[:, None]))
+    # The slots that were filled are those in which the pieces are looked for, each by one piece.
+    expected = np.full_like(slots, -1)
+    for b in range(BATCH):
+        assert np.all(expected[first[b] : first[b] + count[b]] == -1)
+        expected[first[b] : first[b] + count[b]] = b
+    np.testing.assert_array_equal(slots, expected)
+
+
+def test_a_long_sequence_is_shared_out():
+    """13 units of 16 keys and four of one: three programs for the first, whose last one begins with the others."""
+    start, end = np.zeros(BATCH, np.int32), np.array([SEQ_LEN, 3, 1, 2, 5], np.int32)
+    schedule = Schedule(BATCH, 4, 16, by_sequence=False, overhead=0)
+    *_, (_, count) = map(np.asarray, walk(schedule)(start, end))
+    assert count.tolist() == [3, 1, 1, 1, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Lowering
+
+
+def lowered(function, args):
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+FEATURES = {
+    "plain": {},
+    "window": {"sliding_window": (100, 0)},
+    "cap": {"logits_soft_cap": 30.0},
+    "sinks": {"softmax_aux": np.zeros((28, 2), np.float32)},
+    "splits": {"fwd_params": FwdParams(num_key_splits=4)},
+    "hints": {"fwd_params": FwdParams(block_size_heads=8, block_size_keys=32, num_warps=8, num_stages=2)},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_lowers_for_cuda_anywhere(dtype, feature):
+    """Chosen for cuda by itself; two kernels forward, two more backward, and no warning of JAX's reaches the user."""
+
+    def loss(query, key, value, start, end):
+        out = ragged_decode_attention(query, key, value, start, end, **FEATURES[feature])
+        return out.astype(jnp.float32).sum()
+
+    assert lowered(loss, arrays(dtype)).count(CUSTOM_CALL) == 2
+    assert lowered(jax.grad(loss, (0, 1, 2)), arrays(dtype)).count(CUSTOM_CALL) == 4
+
+
+@pytest.mark.parametrize("head_dim", [8, 80, 112, 256])
+@pytest.mark.parametrize("group", [1, 5, 16, 64])
+def test_lowers_for_cuda_in_any_shape(head_dim, group):
+    assert lowered(ragged_decode_attention, arrays(head_dim=head_dim, group=group)).count(CUSTOM_CALL) == 2
+
+
+def test_lowers_with_64_bit_types(x64):
+    assert (
+        lowered(jax.grad(lambda *args: ragged_decode_attention(*args).astype(jnp.float32).sum()), arrays()).count(CUSTOM_CALL) == 4
+    )
+
+
+def test_unwanted_gradients_are_not_computed():
+    """Without d_key and d_value nothing of the cache's size is written; the sinks' gradient takes no kernel at all."""
+    query, *rest = arrays()
+    cache = "tensor<4x1000x4x128xbf16>"
+    loss = lambda *args, **more: ragged_decode_attention(*args, **more).astype(jnp.float32).sum()
+    text = lowered(jax.grad(loss), (query, *rest))
+    assert not [line for line in text.splitlines() if CUSTOM_CALL in line and cache in line.split("->")[-1]]
+    sinks = jax.ShapeDtypeStruct((28, 1), jnp.float32)
+    text = lowered(jax.grad(lambda sinks, *args: loss(*args, softmax_aux=sinks)), (sinks, query, *rest))
+    assert text.count(CUSTOM_CALL) == 2  # those of the forward operation
+
+
+def test_one_artifact_for_cpu_and_cuda():
+    shapes = arrays("float32", 16)
+    safe = [jax.export.DisabledSafetyCheck.custom_call(CUSTOM_CALL)]
+    exported = jax.export.export(jax.jit(ragged_decode_attention), platforms=("cpu", "cuda"), disabled_checks=safe)(*shapes)
+    assert CUSTOM_CALL in exported.mlir_module()
+    keys = jax.random.split(jax.random.key(0), 3)
+    args = [jax.random.normal(key, shape.shape, shape.dtype) for key, shape in zip(keys, shapes, strict=False)]
+    args += [jnp.array([0, 5, 900, 20]), jnp.array([1000, 6, 950, 10])]
+    artifact = jax.export.deserialize(exported.serialize())
+    if jax.default_backend() in ("cpu", "gpu"):
+        np.testing.assert_allclose(artifact.call(*args), ragged_decode_attention(*args), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Hints and refusals
+
+
+@pytest.mark.parametrize(
+    ("hints", "message"),
+    [
+        (FwdParams(block_size_heads=12), "FwdParams.block_size_heads must be a power of two"),
+        (FwdParams(block_size_keys=8), "FwdParams.block_size_keys must be a power of two and at least 16"),
+        (FwdParams(num_warps=6), "FwdParams.num_warps must be a power of two"),
+        (FwdParams(num_warps=64), "FwdParams.num_warps must be at most 32"),
+        (FwdParams(num_stages=9), "num_stages 9 need .* bytes of shared memory"),
+    ],
+)
+def test_hints_that_cannot_work(hints, message):
+    with pytest.raises(ValueError, match=message):
+        PallasTritonBackend().fwd_params(problem(fwd_params=hints), Target("cuda"))
+
+
+def test_defaults_fit_the_device():
+    small = types.SimpleNamespace(compute_capability="8.6", core_count=84)
+    large = types.SimpleNamespace(compute_capability="9.0", core_count=132, shared_memory_per_block_optin=227 * 1024)
+    shape = problem(head_dim=256, num_q_heads=64, num_kv_heads=1)
+    stages = [PallasTritonBackend().fwd_params(shape, Target("cuda", device)).num_stages for device in (small, large)]
+    assert stages == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "reason"),
+    [
+        ({"dtype": np.dtype("float64")}, None, "no float64"),
+        ({"head_dim": 320}, None, "head_dim of up to 256, not 320"),
+        ({}, types.SimpleNamespace(compute_capability="7.5"), "compute capability 8.0 or newer, not 7.5"),
+        ({"batch": jax.export.symbolic_shape("b")[0]}, None, "not symbolic"),
+    ],
+)
+def test_says_what_it_cannot_do(changes, device, reason):
+    assert reason in PallasTritonBackend().supports(problem(**changes), Target("cuda", device))
+    assert PallasTritonBackend().supports(problem(), Target("cuda")) is None
+
+
+def test_gradients_of_large_groups_come_from_another_backend():
+    choice = explain(*arrays(group=128))["cuda"]
+    assert (choice.forward, choice.backward) == ("pallas_triton", "xla")
+    assert "groups of up to 64" in choice.passed_over["pallas_triton"]
+
+
+def test_a_jax_without_triton(monkeypatch):
+    """The day JAX drops it, this backend says so and the others go on."""
+    find_spec = importlib.util.find_spec
+    gone = lambda name, *args: None if name == "jax.experimental.pallas.triton" else find_spec(name, *args)
+    monkeypatch.setattr(ejk_ragged_pallas_triton.importlib.util, "find_spec", gone)
+    info = {info.name: info for info in registry.backends()}
+    assert "no jax.experimental.pallas.triton" in info["pallas_triton"].broken
+    assert info["xla"].broken is None
+    assert explain(*arrays())["cuda"].forward == "xla"
+
+
+def test_instances_are_values():
+    """So that calls with equal ones share what JAX compiled."""
+    assert PallasTritonBackend(interpret=True) == PallasTritonBackend(interpret=True)
+    assert hash(dataclasses.replace(PallasTritonBackend())) == hash(PallasTritonBackend())
