@@ -173,4 +173,6 @@ def text(results: Sequence[dict[str, Any]], file: pathlib.Path) -> str:
         lines.append(
             f"{result['row']} ({result['backend']}): {show(best['fwd_params'])}: {best['seconds'] * 1e6:.1f} us, {gain}; {counts}"
         )
-    return "\n".join([*lines, f"Saved in {file}"])
+    if any("best" in result for result in results):
+        lines.append(f"Saved in {file}")
+    return "\n".join(lines)
