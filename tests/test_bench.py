@@ -201,6 +201,17 @@ def test_wall_times_take_turns():
     assert timings["a"].time.p10 <= timings["a"].time.median <= timings["a"].time.p90
 
 
+def test_the_first_run_is_not_counted(monkeypatch):
+    now = [0.0]
+
+    def call(run):
+        now[0] += 100 if run == 0 else run
+
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: now[0])
+    time = _timing.wall_times({"a": call}, 2)["a"].time
+    assert (time.least, time.median) == (1, 1.5)
+
+
 def test_bandwidths():
     assert _timing.read_bandwidth("cpu", 1 << 26) > 0
     assert _timing.copy_bandwidth("cpu", 1 << 26) > 0
