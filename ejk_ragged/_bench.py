@@ -363,7 +363,7 @@ def measure(
                 found[entrant.name]["timings"] = _time(entrant, works, runs)
             else:
                 waiting |= {(entrant.name, name): call for name, call in works.calls.items()}
-    for (entrant, name), timing in wall_times(waiting, min(runs, 5)).items():
+    for (entrant, name), timing in wall_times(waiting, min(runs, 7)).items():
         found[entrant].setdefault("timings", {})[name] = timing
     return _summary(asked, case, machine, inputs, entrants, found, seed, gradients)
 

@@ -71,7 +71,7 @@ def _scaling(scaling, machine):
         axes.errorbar(at, times, [low, high], fmt="o", color=OURS, capsize=3)
         axes.set_xlabel(label)
         axes.set_ylabel("time (us)")
-        axes.set_ylim(0, 1.25 * max([*times, 1e-9]))
+        axes.set_ylim(0, 1.1 * max([t + h for t, h in zip(times, high, strict=True)], default=1))
         axes.spines[["top", "right"]].set_visible(False)
     if scaling["live"]:
         last = scaling["live"][-1]

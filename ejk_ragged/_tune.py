@@ -106,7 +106,7 @@ def _try(case, backend, inputs, sample, machine, batch, runs) -> list[dict[str, 
                 found[hints] = {"seconds": kernel_times(call, runs).seconds}
             else:
                 calls[hints] = call
-    found |= {hints: {"seconds": timing.seconds} for hints, timing in wall_times(calls, min(runs, 5)).items()}
+    found |= {hints: {"seconds": timing.seconds} for hints, timing in wall_times(calls, min(runs, 7)).items()}
     return [{"fwd_params": as_dict(hints), **found[hints]} for hints in batch]
 
 
