@@ -14,7 +14,15 @@ from ejk_ragged._cases import CHECKS
 
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ["README.md", "docs/index.md", "docs/backends.md", "docs/write-a-backend.md", "docs/faq.md"]
+PAGES = [
+    "README.md",
+    "docs/index.md",
+    "docs/backends.md",
+    "docs/write-a-backend.md",
+    "docs/faq.md",
+    "docs/gallery.md",
+    "docs/tuning.md",
+]
 
 
 def python_blocks(page):
