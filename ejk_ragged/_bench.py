@@ -7,8 +7,10 @@ Everything comes out as plain data; `_bench_report` shows it and `_plots` draws 
 import contextlib
 import dataclasses
 import functools
+import gc
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -345,27 +347,44 @@ def measure(
     inputs = draw(case, seed, copies, machine.platform != "cpu")
     sample = Sample(case, inputs, gradients)
     found: dict[str, dict[str, Any]] = {}
-    entrants = list(entrants)
     made, waiting = [], {}
     for entrant in entrants:
-        with findings(found, entrant.name):
+        with findings(found, entrant.name), _quiet(not entrant.ours):
             call = entrant.make(case)
             made.append((entrant, call if entrant.torch else _lower(call, inputs, gradients)))
     with ThreadPoolExecutor(8) as threads:
         compiling = [(entrant, [threads.submit(_compile, one) for one in program]) for entrant, program in made]
+    del made
     for entrant, futures in compiling:
         with findings(found, entrant.name):
-            works = _prepare(entrant, inputs, [future.result() for future in futures], gradients)
-            found[entrant.name] = _check(entrant, works, sample)
-            if "refused" in found[entrant.name]:
-                continue
-            if machine.counts_kernels:
-                found[entrant.name]["timings"] = _time(entrant, works, runs)
-            else:
-                waiting |= {(entrant.name, name): call for name, call in works.calls.items()}
+            found[entrant.name], calls = _take_part(entrant, futures, inputs, sample, machine, runs)
+            waiting |= {(entrant.name, name): call for name, call in calls.items()}
     for (entrant, name), timing in wall_times(waiting, min(runs, 7)).items():
         found[entrant].setdefault("timings", {})[name] = timing
-    return _summary(asked, case, machine, inputs, entrants, found, seed, gradients)
+    summary = _summary(asked, case, machine, inputs, entrants, found, seed, gradients)
+    del inputs, sample, compiling, waiting
+    gc.collect()  # the next row needs the memory
+    return summary
+
+
+def _take_part(entrant, futures, inputs, sample, machine, runs) -> tuple[dict[str, Any], dict[str, Callable]]:
+    """One candidate checked, and timed if kernels are what is timed; otherwise its calls, to be timed with those of others."""
+    works = _prepare(entrant, inputs, [future.result() for future in futures], sample.gradients)
+    verdict = _check(entrant, works, sample)
+    if "refused" in verdict:
+        return verdict, {}
+    if not machine.counts_kernels:
+        return verdict, works.calls
+    return verdict | {"timings": _time(entrant, works, runs)}, {}
+
+
+@contextlib.contextmanager
+def _quiet(wanted):
+    """Without the warnings of others' code."""
+    with warnings.catch_warnings():
+        if wanted:
+            warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager

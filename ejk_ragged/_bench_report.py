@@ -93,6 +93,8 @@ def run(
             entrants = _bench.candidates(machine.platform, backends or [None], peers, gradients)
             try:
                 data["rows"].append(_bench.measure(case, machine, entrants, seed, runs, gradients))
+                if not sys.stderr.isatty():  # what a run that is cut short has found
+                    print("   ", _line(data["rows"][-1]), file=sys.stderr, flush=True)
             except ValueError as error:  # too large, and the like
                 data["skipped"][case.name] = str(error)
         if scaling:
@@ -102,6 +104,12 @@ def run(
     data["tables"] = [made for direction in ("forward", "gradient") if (made := _table(data, direction))]
     data["took_seconds"] = round(time.monotonic() - began, 1)
     return data
+
+
+def _line(row) -> str:
+    """A row in a line: everyone's time, or that there is none."""
+    gradients = row["direction"] == "gradient"
+    return ", ".join(f"{c['name']} {_theirs(c, gradients) if 'timings' in c else 'not timed'}" for c in row["candidates"])
 
 
 def _versions() -> dict[str, str]:
@@ -162,7 +170,7 @@ def _table(data, direction) -> dict[str, Any] | None:
             )
     what = "Gradients" if gradient else "Decode steps"
     title = f"{what} on {machine['device']}; fraction of {bandwidth / 1e9:.0f} GB/s {kind} memory, measured in the same run"
-    return {"title": title, "columns": columns, "rows": body, "notes": _grouped(notes)}
+    return {"title": title, "columns": columns, "rows": body, "notes": _grouped(notes, len(rows))}
 
 
 def _ours(found, gradient) -> list[str]:
@@ -187,13 +195,13 @@ def _time(seconds: float, unit: bool = True) -> str:
     return f"{text} {name}" if unit else text
 
 
-def _grouped(notes: Sequence[str]) -> list[str]:
-    """Notes that differ in the row only, as one."""
+def _grouped(notes: Sequence[str], count: int) -> list[str]:
+    """Notes on `count` rows; those that differ in the row only, as one."""
     rows: dict[str, list[str]] = {}
     for note in notes:
         row, rest = note.split(": ", 1)
         rows.setdefault(rest, []).append(row)
-    return [f"{rest} ({', '.join(which)})" for rest, which in rows.items()]
+    return [f"{rest} ({'all rows' if len(which) == count > 1 else ', '.join(which)})" for rest, which in rows.items()]
 
 
 def show(data: dict[str, Any]) -> str:

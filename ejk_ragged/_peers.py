@@ -53,13 +53,23 @@ def _needs(case, **features):
         raise CannotExpress(", ".join(f"no {words[name]}" for name in missing))
 
 
+def _unless_full(case, end):
+    """Lengths, where there is anything to say: without them a peer may be faster."""
+    return None if case.lengths == ("full",) else end
+
+
 def jax_nn(case: Case, implementation: Literal["xla", "cudnn"]):
     """`jax.nn.dot_product_attention`. Its local window stands at the first rows of the cache, not at a sequence's end."""
     _needs(case)
 
     def call(query, key, value, start, end, aux):
         out = jax.nn.dot_product_attention(
-            query[:, None], key, value, scale=case.softmax_scale, key_value_seq_lengths=end, implementation=implementation
+            query[:, None],
+            key,
+            value,
+            scale=case.softmax_scale,
+            key_value_seq_lengths=_unless_full(case, end),
+            implementation=implementation,
         )
         return out[:, 0]
 
@@ -73,7 +83,8 @@ def jax_pallas(case: Case):
     _needs(case, start=True)
 
     def call(query, key, value, start, end, aux):
-        return gqa(query, key, value, start_idx=start, kv_seq_len=end, sm_scale=case.softmax_scale)
+        start = start if case.lengths[0] == "ranges" else None
+        return gqa(query, key, value, start_idx=start, kv_seq_len=_unless_full(case, end), sm_scale=case.softmax_scale)
 
     return call
 
@@ -89,7 +100,7 @@ def tokamax(case: Case):
             key,
             value,
             scale=case.softmax_scale,
-            key_value_seq_lengths=end,
+            key_value_seq_lengths=_unless_full(case, end),
             logits_soft_cap=case.logits_soft_cap,
         )
         return out[:, 0]

@@ -158,7 +158,7 @@ def read_bandwidth(platform: str, memory: int) -> float:
 def copy_bandwidth(platform: str, memory: int) -> float:
     """Bytes per second, read plus written, of copying memory once: the best of XLA's and, on a GPU, PyTorch's copy."""
     size = _power_of_two(min(memory // 16, 2 << 30 if platform != "cpu" else 256 << 20))
-    source = jax.random.bits(jax.random.key(0), (size >> 2,), jnp.uint32)
+    source = jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(0), (size >> 2,), jnp.uint32), jnp.int32)
     inverted = jax.jit(lambda x: ~x)  # a plain copy might not be a kernel
     if platform == "cpu":
         return 2 * size / wall_times({"xla": lambda run: inverted(source)}, 5)["xla"].seconds
@@ -166,7 +166,7 @@ def copy_bandwidth(platform: str, memory: int) -> float:
     try:
         import torch  # pyright: ignore[reportMissingImports]
 
-        best = min(best, _torch_copy(torch, torch.from_dlpack(source).view(torch.float32)))
+        best = min(best, _torch_copy(torch, torch.from_dlpack(source)))
     except Exception:  # not installed, or without this GPU, or no room: XLA's copy stands
         pass
     return 2 * size / best

@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import pathlib
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -253,6 +255,22 @@ def test_pictures(tmp_path):
     data = _bench_report.run(grad="also", runs=1, rows=["tiny"], scaling=True)
     files = _bench_report.write(data, tmp_path)
     assert [file.name for file in files] == ["a-test.json", "a-test-forward.png", "a-test-gradient.png", "a-test-scaling.png"]
+
+
+def test_page_of_results(tmp_path):
+    """The documentation shows the same table."""
+    file = pathlib.Path(__file__).parents[1] / "docs/hooks/results.py"
+    spec = importlib.util.spec_from_file_location("results", file)
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    _bench_report.write(_bench_report.run(rows=["tiny"], runs=1, peers=True), tmp_path / "performance")
+    page = results.on_page_markdown("before <!-- results --> after", None, types.SimpleNamespace(docs_dir=tmp_path), None)
+    assert page.startswith("before ### a test")
+    assert page.endswith("after")
+    assert "| tiny | " in page
+    assert "jax.nn&nbsp;xla" in page
+    (tmp_path / "performance" / "a-test.json").unlink()
+    assert "No results" in results.on_page_markdown("<!-- results -->", None, types.SimpleNamespace(docs_dir=tmp_path), None)
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
