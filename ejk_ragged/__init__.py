@@ -5,6 +5,7 @@ from ._explain import Choice as Choice
 from ._explain import explain as explain
 from ._explain import Explanation as Explanation
 from ._hints import tuned_hints as tuned_hints
+from ._merge import merge as merge
 from ._module import RaggedDecodeAttention as RaggedDecodeAttention
 from ._op import Wanted as Wanted
 from ._problem import FwdParams as FwdParams

@@ -5,7 +5,8 @@ the batch or the heads), what spreads an operation over devices (`_sharding`), a
 registry, platform by platform.
 
 Canonical arguments, B sequences, Hq query heads on Hkv kv heads, S rows of cache:
-    query [B, Hq, D]; key, value [B, S, Hkv, D]; start, end int32 [B], 0 <= start and end <= S, empty when start >= end;
+    query [B, Hq, D]; key, value [B, S, Hkv, D];
+    start, end int32 [B], empty when start >= end, and clipped to [0, S] before a backend sees them, unless it does so itself;
     sink [B, Hq], one logit in the softmax's denominator, -inf for none.
 """
 
@@ -52,13 +53,13 @@ def _primitive(name, direction, abstract_eval) -> Primitive:
         chosen = select(platform, ctx.avals_in[0], ctx.avals_in[1], settings)
 
         def run(*args):
-            results = getattr(chosen.backend, direction)(chosen.problem, chosen.target, *args, **params)
+            results = _run(chosen, direction, *args, **params)
             _check_results(chosen, direction, results, ctx.avals_out)
             return results
 
         # Of how arrays vary over the devices of a mesh, a backend hears nothing: it need not say it of what it makes.
         ctx = ctx.replace(avals_in=[ShapedArray(x.shape, x.dtype) for x in ctx.avals_in])
-        with chosen.backend.lowering(chosen.target):
+        with chosen.backend.lowering(chosen.target), _sharding.wide(ctx.avals_in[0].dtype):
             return mlir.lower_fun(run, multiple_results=True)(ctx, *args)
 
     mlir.register_lowering(primitive, lower)
@@ -69,9 +70,16 @@ def _primitive(name, direction, abstract_eval) -> Primitive:
     def _(*args, settings, **params):  # only reached under jax.disable_jit: the backend, operation by operation
         device, *_ = args[0].devices()
         chosen = select(_registry.platform_of(device), args[0], args[1], settings)
-        return getattr(chosen.backend, direction)(chosen.problem, chosen.target, *args, **params)
+        return _run(chosen, direction, *args, **params)
 
     return primitive
+
+
+def _run(chosen, direction, query, key, value, start, end, *args, **params):
+    if not chosen.backend.clips_lengths:
+        start, end = (jnp.clip(x, 0, key.shape[1]) for x in (start, end))
+    operation = getattr(chosen.backend, direction)
+    return operation(chosen.problem, chosen.target, query, key, value, start, end, *args, **params)
 
 
 def _check_results(chosen, direction, results, avals):

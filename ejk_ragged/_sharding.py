@@ -5,6 +5,7 @@ rows that it holds, and what they find is merged by one collective over results,
 split differs: XLA's partitioner (plain `jax.jit`), the cache's own type (a mesh with explicit axes), or the caller (`shard_map`).
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -66,8 +67,7 @@ def align(layout: Layout, args):
     """
     mesh = jax.typeof(args[KEY]).sharding.mesh
     if AxisType.Explicit in mesh.axis_types:
-        specs = _explicit_specs(layout, args)
-        args = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(args, specs, strict=True)]
+        args = _reshard(mesh, _explicit_specs(layout, args), args)
     return _vary_alike(args, args)
 
 
@@ -88,10 +88,14 @@ def spread(part, layout: Layout, fold, *args):
         run = fold(functools.partial(part, _axes(cache[-3])))
         # Unchecked: by its type, what is merged on every device differs between them.
         run = jax.shard_map(run, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, axis_names=explicit, check_vma=False)
-        return _vary_alike(run(*args), args)
+        return _vary_alike(run(*_reshard(mesh, in_specs, args)), args)  # cotangents come as callers of vjp made them
     if AxisType.Manual in mesh.axis_types:
         return fold(functools.partial(part, ()))(*args)
     return fold(_automatic(part, layout))(*args)
+
+
+def _reshard(mesh, specs, arrays):
+    return [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
 
 
 def _vary_alike(arrays, others):
@@ -110,7 +114,12 @@ def _automatic(part, layout: Layout):
         _check_cache(cache, _spec(operands[VALUE]))
         in_specs, out_specs = layout.specs(cache)
         shardings = [[NamedSharding(mesh, spec) for spec in specs] for specs in (out_specs, in_specs)]
-        return mesh, functools.partial(part, _axes(cache[-3])), shardings[0], tuple(shardings[1])
+
+        def local(*args):
+            with wide(operands[KEY].dtype):
+                return part(_axes(cache[-3]), *args)
+
+        return mesh, local, shardings[0], tuple(shardings[1])
 
     def run(*args):
         query, key = args[0], args[KEY]
@@ -120,6 +129,11 @@ def _automatic(part, layout: Layout):
         return op(*args)
 
     return run
+
+
+def wide(dtype):
+    """float64 stays float64 inside: the partitioner calls back from a thread that knows of no `jax.enable_x64` around the call."""
+    return jax.enable_x64(True) if dtype == jnp.float64 else contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -155,7 +169,7 @@ def _own_rows(axes, key, start, end):
     """Lengths as seen from the rows that this device holds."""
     rows = key.shape[-3]
     first = lax.axis_index(axes) * rows
-    return [jnp.clip(x - first, 0, rows) for x in (start, end)]
+    return [jnp.clip(jnp.maximum(x, 0) - first, 0, rows) for x in (start, end)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

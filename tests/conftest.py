@@ -11,6 +11,9 @@ from ejk_ragged import tuned_hints
 from ejk_ragged._registry import registry
 
 
+# For the tests of many devices. The other tests are as fast beside them.
+jax.config.update("jax_num_cpu_devices", 8)
+
 # Nobody's arrays should be promoted behind their back.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
