@@ -139,10 +139,10 @@ def _canonical(query, key, value, sequence_start, sequence_end, softmax_aux, set
     """The checked call as the canonical operation. Jitted, so that an eager call is one dispatch."""
     batch, seq_len = key.shape[:2]
     num_q_heads = query.shape[1]
-    start = jnp.zeros(batch, jnp.int32) if sequence_start is None else _clip(sequence_start, seq_len)
-    end = jnp.full(batch, seq_len, jnp.int32) if sequence_end is None else _clip(sequence_end, seq_len)
+    start = jnp.zeros(batch, jnp.int32) if sequence_start is None else _int32(sequence_start, seq_len)
+    end = jnp.full(batch, seq_len, jnp.int32) if sequence_end is None else _int32(sequence_end, seq_len)
     if left is not None:
-        start = jnp.maximum(start, end - 1 - left)
+        start = jnp.maximum(start, jnp.clip(end, 0, seq_len) - 1 - left)
     accum = accum_dtype(query.dtype)
     if softmax_aux is None:
         sink = jnp.full(num_q_heads, -jnp.inf, accum)
@@ -155,7 +155,8 @@ def _canonical(query, key, value, sequence_start, sequence_end, softmax_aux, set
     return out, lse.astype(jnp.float32)
 
 
-def _clip(lengths, seq_len):
-    if lengths.dtype.itemsize < 4:  # too narrow to hold seq_len
-        lengths = lengths.astype(jnp.int32)
-    return jnp.clip(lengths, 0, seq_len).astype(jnp.int32)
+def _int32(lengths, seq_len):
+    """Lengths that clip to the same as these; `_op` leaves clipping to those backends that have it for nothing."""
+    if not np.can_cast(lengths.dtype, np.int32):
+        lengths = jnp.clip(lengths, 0, seq_len)
+    return lengths.astype(jnp.int32)

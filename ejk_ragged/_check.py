@@ -33,17 +33,19 @@ def check(query, key, value, start, end, scale, fwd_params, window, cap, aux, ba
             check_lengths(name, lengths, batch)
     if aux is not None:
         check_sinks(aux, query.shape[1], num_kv_heads)
-    fwd_params = check_fwd_params(fwd_params)
+    fwd_params, left = check_fwd_params(fwd_params), check_window(window)
+    present = {"start": start is not None or left is not None, "end": end is not None, "sink": aux is not None}
     settings = Settings(
         softmax_scale=head_dim**-0.5 if scale is None else check_scale(scale),
         logits_soft_cap=check_soft_cap(cap),
         fwd_params=fwd_params,
         matmul_precision=jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
         backend=registry.resolve(backend),
+        given=frozenset(name for name in present if present[name]),
         tuned=_hints.current() if fwd_params == FwdParams() else None,
     )
     registry.check_named(settings.backend, Problem.of(query, key, settings))
-    return settings, check_window(window)
+    return settings, left
 
 
 def check_cache(query, key, value):

@@ -50,6 +50,9 @@ class FwdParams:
         return dataclasses.replace(defaults, **given)
 
 
+GIVEN = frozenset({"start", "end", "sink"})
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The static half of a call that does not depend on shapes; it travels with the operation through every transformation."""
@@ -59,6 +62,7 @@ class Settings:
     fwd_params: FwdParams = FwdParams()
     matmul_precision: str | None = None
     backend: Any = None  # None, a name, or a Backend
+    given: frozenset[str] = GIVEN
     partial: bool = False
     tuned: Any = None  # a `_hints.Tuned`, or None
 
@@ -80,6 +84,7 @@ class Problem:
         logits_soft_cap: cap of the logits, or None.
         fwd_params: tuning hints.
         matmul_precision: what `jax.default_matmul_precision` asks for, or None.
+        given: which of "start", "end" and "sink" say something; the others hold 0, seq_len and -inf, and need not be read.
         partial: whether output and d_query go on to be merged with those of other keys, and are not rounded before.
         tuned: what the tuner found, for the registry to look into; backends see the hints in `fwd_params`.
     """
@@ -94,6 +99,7 @@ class Problem:
     logits_soft_cap: float | None = None
     fwd_params: FwdParams = FwdParams()
     matmul_precision: str | None = None
+    given: frozenset[str] = GIVEN
     partial: bool = False
     tuned: Any = dataclasses.field(default=None, repr=False)
 
@@ -112,6 +118,7 @@ class Problem:
             logits_soft_cap=settings.logits_soft_cap,
             fwd_params=settings.fwd_params,
             matmul_precision=settings.matmul_precision,
+            given=settings.given,
             partial=settings.partial,
             tuned=settings.tuned,
         )

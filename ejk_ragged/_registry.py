@@ -47,12 +47,14 @@ class Backend(abc.ABC):
         name: what users write in `backend=`.
         platforms: the JAX platforms it runs on, or None for all.
         priority: automatic selection asks backends of higher priority first.
+        clips_lengths: whether it clips `start` and `end` to [0, S] itself, as kernels can that read them anyway.
         version: changes whenever hints that were tuned before may no longer be the best.
     """
 
     name: ClassVar[str]
     platforms: ClassVar[frozenset[str] | None] = None
     priority: ClassVar[int] = 0
+    clips_lengths: ClassVar[bool] = False
     version: ClassVar[str] = "1"
 
     def unavailable(self) -> str | None:
@@ -97,7 +99,7 @@ class Backend(abc.ABC):
             target: where it runs.
             query: [B, Hq, D].
             key, value: [B, S, Hkv, D]; rows outside the live range may hold anything.
-            start, end: int32 [B], within [0, S]; empty where start >= end.
+            start, end: int32 [B], within [0, S] unless it `clips_lengths`; empty where start >= end.
             sink: accumulation dtype [B, Hq], a logit without a value; -inf where there is none.
 
         Returns:

@@ -83,7 +83,7 @@ def walk(schedule):
 @hypothesis.example(by_sequence=False, workers=8, ranges=[(0, 0)] * BATCH)
 @hypothesis.example(by_sequence=False, workers=8, ranges=[(0, SEQ_LEN)] + [(7, 8)] * (BATCH - 1))
 def test_schedule_covers_every_live_row_once(by_sequence, workers, ranges):
-    schedule = Schedule(BATCH, workers, 32, by_sequence, 0 if by_sequence else 2)
+    schedule = Schedule(BATCH, SEQ_LEN, workers, 32, by_sequence, 0 if by_sequence else 2)
     start, end = np.array(ranges, np.int32).T
     rows, slots, (first, count) = map(np.asarray, walk(schedule)(start, end))
     index = np.arange(SEQ_LEN)
@@ -99,7 +99,7 @@ def test_schedule_covers_every_live_row_once(by_sequence, workers, ranges):
 def test_a_long_sequence_is_shared_out():
     """13 units of 16 keys and four of one: three programs for the first, whose last one begins with the others."""
     start, end = np.zeros(BATCH, np.int32), np.array([SEQ_LEN, 3, 1, 2, 5], np.int32)
-    schedule = Schedule(BATCH, 4, 16, by_sequence=False, overhead=0)
+    schedule = Schedule(BATCH, SEQ_LEN, 4, 16, by_sequence=False, overhead=0)
     *_, (_, count) = map(np.asarray, walk(schedule)(start, end))
     assert count.tolist() == [3, 1, 1, 1, 1]
 
@@ -133,6 +133,16 @@ def test_lowers_for_cuda_anywhere(dtype, feature):
 
     assert lowered(loss, arrays(dtype)).count(CUSTOM_CALL) == 2
     assert lowered(jax.grad(loss, (0, 1, 2)), arrays(dtype)).count(CUSTOM_CALL) == 4
+
+
+def test_nothing_is_made_around_the_kernels():
+    """A short call would wait for it: lengths are clipped in the kernel, and what the caller left out is not even filled in."""
+    compiled = lowered(lambda query, key, value, end: ragged_decode_attention(query, key, value, None, end), arrays()[:4])
+    entry = [line for line in compiled.splitlines() if CUSTOM_CALL in line]
+    assert len(entry) == 2
+    assert "clamp" not in compiled
+    split, combine = (line.split("(", 1)[1].split(")", 1)[0].split(",") for line in entry)
+    assert (len(split), len(combine)) == (4, 3)  # query, key, value, end; partial results, their lse, their places
 
 
 @pytest.mark.parametrize("head_dim", [8, 80, 112, 256])

@@ -24,6 +24,7 @@ class PallasTritonBackend(Backend):
 
     name: ClassVar[str] = "pallas_triton"
     priority: ClassVar[int] = 100
+    clips_lengths: ClassVar[bool] = True
 
     @property
     def platforms(self):  # pyright: ignore[reportIncompatibleVariableOverride]

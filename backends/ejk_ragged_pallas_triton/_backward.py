@@ -23,7 +23,8 @@ def backward(problem, target, query, key, value, start, end, lse, d_out, delta, 
     plan = backward_tiles(problem, target)
     schedule = plan.schedule
     # The rows before each live range and those after it, twice as many ranges, shared out among all programs alike.
-    idle = Schedule(2 * problem.batch, schedule.programs, schedule.block_keys, by_sequence=False, overhead=0)
+    idle = Schedule(2 * problem.batch, problem.seq_len, schedule.programs, schedule.block_keys, by_sequence=False, overhead=0)
+    start, end = (jnp.clip(x, 0, problem.seq_len) for x in (start, end))
     live_end = jnp.maximum(start, end)
     idle_start = jnp.concatenate([jnp.zeros_like(start), live_end])
     idle_end = jnp.concatenate([start, jnp.full_like(end, problem.seq_len)])

@@ -23,11 +23,15 @@ def forward(problem, target, query, key, value, start, end, sink, *, interpret):
     accum = problem.accum_dtype
     batch, num_q_heads, head_dim = query.shape
 
+    # What says nothing is not read: XLA then does not make it, which on a short call is a tenth of the time.
+    lengths = {name: x for name, x in (("start", start), ("end", end)) if name in problem.given}
+    sinks = [sink] if "sink" in problem.given else []
+
     parts, part_lse, pieces = pl.pallas_call(
-        functools.partial(_split_kernel, problem=problem, plan=plan),
+        functools.partial(_split_kernel, lengths=tuple(lengths), problem=problem, plan=plan),
         name="ragged_decode_split",
         grid=(problem.num_kv_heads * plan.head_blocks, schedule.programs),
-        in_specs=[WHOLE] * 5,
+        in_specs=[WHOLE] * (3 + len(lengths)),
         out_specs=[WHOLE] * 3,
         out_shape=[
             jax.ShapeDtypeStruct((schedule.slots, num_q_heads, head_dim), accum),
@@ -36,13 +40,13 @@ def forward(problem, target, query, key, value, start, end, sink, *, interpret):
         ],
         compiler_params=compiler_params(plan.num_warps, plan.num_stages),
         interpret=interpret,
-    )(query, key, value, start, end)
+    )(query, key, value, *lengths.values())
 
     out, lse = pl.pallas_call(
         functools.partial(_combine_kernel, plan=plan),
         name="ragged_decode_combine",
         grid=(batch, pl.cdiv(num_q_heads, plan.merge_heads)),
-        in_specs=[WHOLE] * 4,
+        in_specs=[WHOLE] * (3 + len(sinks)),
         out_specs=[WHOLE] * 2,
         out_shape=[
             jax.ShapeDtypeStruct(query.shape, problem.out_dtype),
@@ -50,16 +54,18 @@ def forward(problem, target, query, key, value, start, end, sink, *, interpret):
         ],
         compiler_params=compiler_params(plan.merge_warps, 1),
         interpret=interpret,
-    )(parts, part_lse, pieces, sink)
+    )(parts, part_lse, pieces, *sinks)
     return out, lse
 
 
-def _split_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, parts_ref, part_lse_ref, pieces_ref, *, problem, plan: Tiles):
-    """One program: its tiles, for one block of the query heads that share a kv head."""
+def _split_kernel(q_ref, k_ref, v_ref, *refs, lengths, problem, plan: Tiles):
+    """One program: its tiles, for one block of the query heads that share a kv head. `lengths` names the refs that are there."""
+    *length_refs, parts_ref, part_lse_ref, pieces_ref = refs
+    given = dict(zip(lengths, length_refs, strict=True))
     schedule = plan.schedule
     block = Block.of(pl.program_id(0), problem, plan)
     program = pl.program_id(1)
-    line = schedule.line(program, start_ref, end_ref)
+    line = schedule.line(program, given.get("start"), given.get("end"))
     num_tiles, tile_at = schedule.tiles(line)
 
     def tile(i, carry):
@@ -100,8 +106,9 @@ def _split_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, parts_ref, part_lse_r
     pl.when(pl.program_id(0) == 0)(lambda: schedule.store_pieces(line, pieces_ref))
 
 
-def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, sink_ref, out_ref, lse_ref, *, plan: Tiles):
+def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, *refs, plan: Tiles):
     """One program: some heads of one sequence. Weights its partial outputs by their softmax denominators, the sink's too."""
+    *sink_refs, out_ref, lse_ref = refs
     num_q_heads, head_dim = out_ref.shape[1:]
     b = pl.program_id(0)
     heads = pl.program_id(1) * plan.merge_heads + jnp.arange(plan.merge_heads, dtype=jnp.int32)
@@ -128,7 +135,9 @@ def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, sink_ref, out_ref, lse_
         acc = acc * fade[:, None] + jnp.sum(part * weight[:, :, None], axis=0)
         return acc, new_high, total
 
-    sink = plgpu.load(sink_ref.at[b, heads], mask=heads_ok, other=-jnp.inf)
+    sink = jnp.full(plan.merge_heads, -jnp.inf, jnp.float32)
+    for sink_ref in sink_refs:  # one, or none
+        sink = plgpu.load(sink_ref.at[b, heads], mask=heads_ok, other=-jnp.inf)
     init = (
         jnp.zeros((plan.merge_heads, plan.block_dim), jnp.float32),
         jnp.maximum(sink, LOWEST),

@@ -40,6 +40,7 @@ class Schedule:
 
     Attributes:
         batch: sequences, B.
+        seq_len: rows of the cache, S, to which lengths are clipped.
         workers: programs of a line.
         block_keys: keys of a tile.
         by_sequence: every sequence has a line of its own.
@@ -47,6 +48,7 @@ class Schedule:
     """
 
     batch: int
+    seq_len: int
     workers: int
     block_keys: int
     by_sequence: bool
@@ -65,13 +67,19 @@ class Schedule:
         return program if self.by_sequence else program + b
 
     def line(self, program, start_ref, end_ref) -> "Line":
-        """The line on which `program` works, as it lays it out for itself: all sequences, or its own when `by_sequence`."""
+        """The line on which `program` works, as it lays it out for itself: all sequences, or its own when `by_sequence`.
+
+        A ref may be None: ranges then begin at 0, or end at seq_len.
+        """
         if self.by_sequence:
             number = jnp.full(1, program // self.workers, jnp.int32)
         else:
             number = jnp.arange(pl.next_power_of_2(self.batch), dtype=jnp.int32)
-        start = plgpu.load(start_ref.at[number], mask=number < self.batch, other=0)
-        end = plgpu.load(end_ref.at[number], mask=number < self.batch, other=0)
+        start, end = jnp.zeros_like(number), jnp.where(number < self.batch, self.seq_len, 0)
+        if start_ref is not None:
+            start = jnp.maximum(plgpu.load(start_ref.at[number], mask=number < self.batch, other=0), 0)
+        if end_ref is not None:
+            end = jnp.minimum(plgpu.load(end_ref.at[number], mask=number < self.batch, other=0), self.seq_len)
         units = jnp.where(end > start, cdiv(end - start, UNIT) + self.overhead, 0)
         return Line(program % self.workers, number, start, end, units, running_sum(units))
 

@@ -124,7 +124,7 @@ def _tiles(problem, target, block_heads, block_keys, num_warps, num_stages) -> T
     splits = problem.fwd_params.num_key_splits
     multiprocessors = getattr(target.device, "core_count", None) or MULTIPROCESSORS
     workers = splits or max(multiprocessors // (problem.num_kv_heads * head_blocks), 1)
-    schedule = Schedule(problem.batch, workers, block_keys, splits is not None, 0 if splits else OVERHEAD_UNITS)
+    schedule = Schedule(problem.batch, problem.seq_len, workers, block_keys, splits is not None, 0 if splits else OVERHEAD_UNITS)
 
     # Merging is short: as many programs as run at once, each with a few heads. The slots at a time set the order of the sums, so
     # with splits given they must not depend on the batch.
