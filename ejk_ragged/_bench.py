@@ -322,7 +322,7 @@ def _time(candidate, works, runs) -> dict[str, Timing]:
 def reason(error: BaseException) -> str:
     """An exception in a line."""
     if isinstance(error, ModuleNotFoundError):
-        return "not installed"
+        return f"{error.name} is not installed"
     text = str(error).strip().splitlines()
     short = text[0][:140] if text else ""
     return short if isinstance(error, CannotExpress | NotTimed | Wrong) else f"{type(error).__name__}: {short}"

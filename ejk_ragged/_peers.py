@@ -78,9 +78,8 @@ def jax_nn(case: Case, implementation: Literal["xla", "cudnn"]):
 
 def jax_pallas(case: Case):
     """JAX's own example of decode attention in Pallas, for as long as it is there."""
-    from jax.experimental.pallas.ops.gpu.decode_attention import gqa
-
     _needs(case, start=True)
+    from jax.experimental.pallas.ops.gpu.decode_attention import gqa
 
     def call(query, key, value, start, end, aux):
         start = start if case.lengths[0] == "ranges" else None
@@ -90,9 +89,8 @@ def jax_pallas(case: Case):
 
 
 def tokamax(case: Case):
-    from tokamax import dot_product_attention  # pyright: ignore[reportMissingImports]
-
     _needs(case, cap=True)
+    from tokamax import dot_product_attention  # pyright: ignore[reportMissingImports]
 
     def call(query, key, value, start, end, aux):
         out = dot_product_attention(

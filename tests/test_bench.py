@@ -142,7 +142,7 @@ def test_absent_peer():
         import no_such_module  # noqa: F401  # pyright: ignore
 
     _, found = measure(peers=[dataclasses.replace(peer(None), make=make)])
-    assert found["made up"]["refused"] == "not installed"
+    assert found["made up"]["refused"] == "no_such_module is not installed"
 
 
 @pytest.mark.parametrize("name", [p.name for p in _peers.PEERS])
