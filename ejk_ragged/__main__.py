@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON; nothing else goes to standard output")
     parser.add_argument("--checks", nargs="+", metavar="NAME", help="check only these cases")
     parser.set_defaults(run=report)
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _bench_arguments(commands)
     _tune_arguments(commands)
     arguments = parser.parse_args(argv)
@@ -83,7 +83,13 @@ def _bench_arguments(commands):
         "--backends", nargs="+", default=[], metavar="NAME", help="backends, the first one in front; default: automatic"
     )
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="instead of each row's own")
-    command.add_argument("--grad", nargs="?", const="also", choices=("also", "only"), help="gradients too, or only them")
+    command.add_argument(
+        "--grad",
+        nargs="?",
+        const="also",
+        choices=("also", "only"),
+        help="gradients too, or only them: of named rows, and of some of a group",
+    )
     command.add_argument("--peers", action="store_true", help="other implementations too, those that are installed")
     command.add_argument(
         "--scaling", action=argparse.BooleanOptionalAction, help="how time follows live tokens and the cache's size"

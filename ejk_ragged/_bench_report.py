@@ -65,7 +65,8 @@ def run(
         rows: names of rows or groups; None is what suits the platform, and the scaling with it.
         backends: names; none is the automatic choice.
         dtype: of all rows, instead of each row's own.
-        grad: None, "also" for gradients beside the forward rows, "only" for gradients alone.
+        grad: None, "also" for gradients beside the forward rows, "only" for gradients alone: of rows that are named, and of some of
+            those in a group.
         peers: also measure other implementations.
         scaling: also measure how time follows live tokens and the cache's size.
         seed: of lengths and data; None draws one.
@@ -77,7 +78,7 @@ def run(
     cases = named_rows(rows) if rows else default_rows()
     scaling = rows is None if scaling is None else scaling
     jobs = [(case, False) for case in cases if grad != "only"]
-    jobs += [(case, True) for case in cases if grad and (rows or case.name in GRADIENT_ROWS)]
+    jobs += [(case, True) for case in cases if grad and (case.name in GRADIENT_ROWS or case.name in (rows or ()))]
     data: dict[str, Any] = {
         "machine": dataclasses.asdict(machine),
         "versions": _versions(),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import ejk_ragged
-from ejk_ragged import _bench, _bench_report, _peers, _timing, Backend
+from ejk_ragged import _bench, _bench_report, _peers, _timing, Backend, ragged_decode_attention
 from ejk_ragged.__main__ import main
 from ejk_ragged._cases import Case, ROWS
 from ejk_ragged._oracle import oracle
@@ -169,6 +169,75 @@ def test_jax_nn_cannot_express(change, lacks):
         _peers.jax_nn(dataclasses.replace(TINY, **change), "xla")
 
 
+def _theirs(**given):
+    """Stands in for a peer's function: whatever they call their arguments, it does what ours does."""
+    return ragged_decode_attention(**{name: value for name, value in given.items() if value is not None})
+
+
+def fake_tokamax(
+    query, key, value, bias=None, mask=None, *, scale=None, key_value_seq_lengths=None, logits_soft_cap=None, implementation=None
+):
+    ours = {"softmax_scale": scale, "sequence_end": key_value_seq_lengths, "logits_soft_cap": logits_soft_cap}
+    return _theirs(query=query[:, 0], key=key, value=value, **ours)[:, None]
+
+
+def fake_flash_attention(
+    q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, softmax_scale=None, is_causal=False, window_size=(-1, -1), num_splits=1
+):
+    ours = {"softmax_scale": softmax_scale, "sequence_end": cache_seqlens, "sliding_window": window_size}
+    assert is_causal == (window_size != (-1, -1))
+    assert num_splits >= 1
+    return _theirs(query=q[:, 0], key=k_cache, value=v_cache, **ours)[:, None]
+
+
+def fake_jax_pallas(q, k, v, start_idx=None, kv_seq_len=None, sm_scale=None):
+    return _theirs(query=q, key=k, value=v, sequence_start=start_idx, sequence_end=kv_seq_len, softmax_scale=sm_scale)
+
+
+def fake_ejkernel(query, key, value, sequence_start, sequence_end, **options):
+    return _theirs(query=query, key=key, value=value, sequence_start=sequence_start, sequence_end=sequence_end, **options)
+
+
+FAKES = {
+    "tokamax": ("tokamax", "dot_product_attention", fake_tokamax),
+    "flash-attn3-jax": ("flash_attn3_jax", "flash_mha_with_kvcache", fake_flash_attention),
+    "jax pallas op": ("jax.experimental.pallas.ops.gpu.decode_attention", "gqa", fake_jax_pallas),
+    "ejkernel pallas": ("ejkernel.kernels._pallas.gpu.ragged_decode_attention", "ragged_decode_attention", fake_ejkernel),
+    "ejkernel triton": ("ejkernel.kernels._triton.ragged_decode_attention", "ragged_decode_attention", fake_ejkernel),
+}
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_peers_are_asked_the_right_question(name, monkeypatch):
+    """With the peer's signature and our meaning behind it, every case that it takes is answered right."""
+    module, attribute, function = FAKES[name]
+    parts = module.split(".")
+    for i in range(1, len(parts) + 1):
+        if parts[0] != "jax" or i == len(parts):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(parts[i - 1]))
+    setattr(sys.modules[module], attribute, function)
+    (found,) = (p for p in _peers.PEERS if p.name == name)
+    cases = [TINY, dataclasses.replace(TINY, lengths=("full",)), FEATURES]
+    cases += [
+        dataclasses.replace(TINY, **{feature: getattr(FEATURES, feature)}) for feature in ("logits_soft_cap", "sliding_window")
+    ]
+    verdicts = []
+    for case in cases:
+        try:
+            found.make(case)
+        except _peers.CannotExpress:
+            continue
+        _, results = measure(case, peers=[found])
+        verdicts.append(results[name].get("refused"))
+    assert verdicts == [None] * len(verdicts)
+    assert len(verdicts) == {"tokamax": 3, "flash-attn3-jax": 3, "jax pallas op": 2}.get(name, 5)
+
+
+def test_ejkernel_triton_is_spared_long_caches():
+    with pytest.raises(_peers.CannotExpress, match="unrolls"):
+        _peers.ejkernel(dataclasses.replace(TINY, seq_len=8192), "triton")
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Clocks
 
@@ -212,6 +281,29 @@ def test_the_first_run_is_not_counted(monkeypatch):
     monkeypatch.setattr(_timing.time, "perf_counter", lambda: now[0])
     time = _timing.wall_times({"a": call}, 2)["a"].time
     assert (time.least, time.median) == (1, 1.5)
+
+
+def test_kernels_are_what_counts_on_a_gpu(monkeypatch):
+    """There each candidate is traced by itself, on copies of the cache that differ."""
+    traced = []
+
+    def trace(call, runs, wait):
+        traced.append([np.asarray(call(run)) for run in range(runs)])
+        return _timing.Timing("kernels", _timing.Spread(2e-6, 1e-6, 4e-6, 1e-6))
+
+    monkeypatch.setattr(_bench, "kernel_times", trace)
+    monkeypatch.setattr(_bench.Machine, "counts_kernels", property(lambda self: True))
+    row, found = measure()
+    assert row["copies"] == 2
+    (results,) = traced
+    assert not np.array_equal(results[0], results[1])
+    assert found["ejk-ragged"]["bytes_per_second"] == pytest.approx(TINY.live_bytes(5) / 2e-6)
+
+    def cannot(*arguments):
+        raise _timing.NotTimed("the profiler saw nothing")
+
+    monkeypatch.setattr(_bench, "kernel_times", cannot)
+    assert measure()[1]["ejk-ragged"]["refused"] == "the profiler saw nothing"
 
 
 def test_bandwidths():
@@ -299,6 +391,29 @@ def test_wrong_backend_is_an_exit_status(monkeypatch, capsys):
     monkeypatch.setattr(registry, "get", lambda name: Zeros())
     assert main(["bench", "--rows", "tiny", "--backends", "zeros"]) == 1
     assert "ejk-ragged zeros: differs from the oracle: out 1.0e+00" in capsys.readouterr().out
+
+
+def test_on_a_terminal(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["bench", "--rows", "tiny", "--runs", "1", "--scaling"]) == 0
+    out, err = capsys.readouterr()
+    assert "fraction" in out
+    assert "tiny" in out
+    assert "live tokens:" in out
+    assert "[1/2]" not in err
+
+
+def test_machine(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(_bench, "read_bandwidth", lambda platform, memory: memory * 1.0)
+    monkeypatch.setattr(_bench, "copy_bandwidth", lambda platform, memory: memory * 2.0)
+    machine = _bench.Machine.here()
+    assert machine.copy is None
+    assert machine.memory > 1 << 28
+    assert _bench.Machine.here(copying=True).copy > 0
+    assert machine.counts_kernels == (machine.platform in ("cuda", "rocm"))
 
 
 @pytest.mark.parametrize("arguments", [["--rows", "nonsense"], ["--backends", "nonsense"]])
