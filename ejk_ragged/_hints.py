@@ -7,6 +7,7 @@ held as a `Tuned`, which travels with a call's static settings, so that compiled
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -95,19 +96,14 @@ def current() -> Tuned | None:
     return _read[path][1]
 
 
-_default_file: pathlib.Path | None = None
-
-
+@functools.cache
 def default_file() -> pathlib.Path | None:
     """The file in the user's cache folder."""
-    global _default_file
-    if _default_file is None:
-        try:
-            import platformdirs
-        except ModuleNotFoundError:  # then nothing has been tuned either
-            return None
-        _default_file = platformdirs.user_cache_path("ejk-ragged", appauthor=False) / "tuned.json"
-    return _default_file
+    try:
+        import platformdirs
+    except ModuleNotFoundError:  # then nothing has been tuned either
+        return None
+    return platformdirs.user_cache_path("ejk-ragged", appauthor=False) / "tuned.json"
 
 
 def _load(path) -> Tuned | None:

@@ -5,6 +5,7 @@ import contextvars
 import dataclasses
 import json
 import os
+import sys
 import time
 import warnings
 
@@ -167,16 +168,31 @@ def test_another_version(backend, file, monkeypatch):
 
 def test_the_users_own_file(backend, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(_hints, "_default_file", None)
+    _hints.default_file.cache_clear()
 
     def outside():  # of what the tests' own fixture gives
         before = chosen(backend=backend).hints_from
         save(_hints.default_file(), backend, num_warps=8)
         return before, chosen(backend=backend).hints_from
 
-    if _hints.default_file() != tmp_path / "ejk-ragged" / "tuned.json":
-        pytest.skip("another system's folders")
-    assert contextvars.Context().run(outside) == ("default", "tuned")
+    try:
+        if _hints.default_file() != tmp_path / "ejk-ragged" / "tuned.json":
+            pytest.skip("another system's folders")
+        assert contextvars.Context().run(outside) == ("default", "tuned")
+    finally:
+        _hints.default_file.cache_clear()
+
+
+def test_without_platformdirs(backend, monkeypatch):
+    """Calls go on with defaults; nothing can have been tuned there."""
+    _hints.default_file.cache_clear()
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    try:
+        assert contextvars.Context().run(lambda: chosen(backend=backend).hints_from) == "default"
+        with pytest.raises(SystemExit):
+            main(["tune", "--problem", "3,48,4:2,64,float32"])
+    finally:
+        _hints.default_file.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
