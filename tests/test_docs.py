@@ -22,6 +22,7 @@ PAGES = [
     "docs/faq.md",
     "docs/gallery.md",
     "docs/tuning.md",
+    "docs/many-devices.md",
 ]
 
 
