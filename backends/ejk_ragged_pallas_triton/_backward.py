@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ._blocks import Block, dot, load, LOG2_E, logits, logits_slope, store, WHOLE
-from ._jax import compiler_params
+from ._jax import array, compiler_params
 from ._schedule import cdiv, Schedule
 from ._tuning import backward_tiles, Tiles
 
@@ -30,10 +30,10 @@ def backward(problem, target, query, key, value, start, end, lse, d_out, delta, 
     idle_end = jnp.concatenate([start, jnp.full_like(end, problem.seq_len)])
 
     partial_shapes = [
-        jax.ShapeDtypeStruct((schedule.slots, *query.shape[1:]), problem.accum_dtype),
-        jax.ShapeDtypeStruct((2, problem.batch), jnp.int32),
+        array((schedule.slots, *query.shape[1:]), problem.accum_dtype),
+        array((2, problem.batch), jnp.int32),
     ]
-    cache_shapes = [jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2
+    cache_shapes = [array(key.shape, key.dtype)] * 2
     results = pl.pallas_call(
         functools.partial(_split_kernel, problem=problem, plan=plan, idle=idle, wanted=wanted),
         name="ragged_decode_backward",
@@ -54,7 +54,7 @@ def backward(problem, target, query, key, value, start, end, lse, d_out, delta, 
         grid=(problem.batch, pl.cdiv(problem.num_q_heads, plan.merge_heads)),
         in_specs=[WHOLE] * 2,
         out_specs=WHOLE,
-        out_shape=jax.ShapeDtypeStruct(query.shape, problem.out_dtype),
+        out_shape=array(query.shape, problem.out_dtype),
         compiler_params=compiler_params(plan.merge_warps, 1),
         interpret=interpret,
     )(parts, pieces)

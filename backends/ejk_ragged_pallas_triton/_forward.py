@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ._blocks import Block, dot, load, LOG2_E, logits, LOWEST, store, WHOLE
-from ._jax import compiler_params
+from ._jax import array, compiler_params
 from ._schedule import cdiv
 from ._tuning import forward_tiles, Tiles
 
@@ -34,9 +34,9 @@ def forward(problem, target, query, key, value, start, end, sink, *, interpret):
         in_specs=[WHOLE] * (3 + len(lengths)),
         out_specs=[WHOLE] * 3,
         out_shape=[
-            jax.ShapeDtypeStruct((schedule.slots, num_q_heads, head_dim), accum),
-            jax.ShapeDtypeStruct((schedule.slots, num_q_heads), accum),
-            jax.ShapeDtypeStruct((2, batch), jnp.int32),
+            array((schedule.slots, num_q_heads, head_dim), accum),
+            array((schedule.slots, num_q_heads), accum),
+            array((2, batch), jnp.int32),
         ],
         compiler_params=compiler_params(plan.num_warps, plan.num_stages),
         interpret=interpret,
@@ -49,8 +49,8 @@ def forward(problem, target, query, key, value, start, end, sink, *, interpret):
         in_specs=[WHOLE] * (3 + len(sinks)),
         out_specs=[WHOLE] * 2,
         out_shape=[
-            jax.ShapeDtypeStruct(query.shape, problem.out_dtype),
-            jax.ShapeDtypeStruct(query.shape[:2], accum),
+            array(query.shape, problem.out_dtype),
+            array(query.shape[:2], accum),
         ],
         compiler_params=compiler_params(plan.merge_warps, 1),
         interpret=interpret,

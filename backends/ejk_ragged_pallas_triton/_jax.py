@@ -5,7 +5,7 @@ import warnings
 
 import jax
 from jax.experimental.pallas import triton as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, ManualAxisType
 
 
 @contextlib.contextmanager
@@ -26,3 +26,9 @@ def lowering(target):
 def compiler_params(num_warps, num_stages):
     # Always given: which compiler None means has changed between versions of JAX.
     return plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+
+
+def array(shape, dtype):
+    """The type of what a kernel writes."""
+    # Inside a `shard_map` Pallas wants to know how it varies over the mesh. Types here say nothing of that, in and out.
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType())
