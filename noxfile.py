@@ -47,7 +47,7 @@ def lint(session):
 @nox.session
 def types(session):
     """Pyright."""
-    session.install(".[bench]", *group("types"))
+    session.install(".[bench,tune]", *group("types"))
     session.run("pyright", "--pythonpath", session.bin + "/python", *session.posargs)
 
 

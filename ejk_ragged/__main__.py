@@ -177,7 +177,7 @@ def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         parser.error(str(error))
     file = arguments.file or default_file()
     if file is None:
-        parser.error("without --file it needs platformdirs, which is not installed")
+        parser.error("without --file it needs platformdirs, which is not installed: pip install 'ejk-ragged[tune]'")
     cases = cases or _bench_report.default_rows()
     seed = _bench_report.new_seed() if arguments.seed is None else arguments.seed
     with _bench_report.progress(len(cases) * max(len(arguments.backends), 1)) as advance:
