@@ -392,6 +392,21 @@ def test_merged_by_hand(mesh):
         assert_close([np.asarray(x)[i] for x in got], [np.asarray(x) for x in want])
 
 
+@pytest.mark.parametrize("kind", ["explicit axes", "shard_map"])
+def test_lowers_for_gpus(kind):
+    """With kernels inside, on a machine that has no GPU to run them."""
+    mesh = make_mesh(*["Explicit" if kind == "explicit axes" else "Auto"] * 3)
+    spec = P(None, "x") if kind == "explicit axes" else P("x")
+    arrays, _ = placed(CASE, mesh, spec)
+    function = gradients
+    if kind == "shard_map":
+        specs = (*[P("x")] * 5, P())
+        local = jax.shard_map(lambda *args: loss(*args)[None], mesh=mesh, in_specs=specs, out_specs=P("x"))
+        function = jax.grad(lambda *args: jnp.sum(local(*args)), (0, 1, 2, 5))
+    text = jax.jit(function).trace(*arrays.values()).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("triton") >= 2  # forward and backward
+
+
 def test_vmap_inside(mesh):
     arrays, _ = draw(CASE)
     query, key, value, start, end, _ = arrays.values()
