@@ -178,11 +178,7 @@ def _own_rows(axes, key, start, end):
 
 def _spec(array):
     """The partition spec of an array with a sharding, an entry for each axis."""
-    spec = getattr(array.sharding, "spec", None)
-    if spec is None:
-        raise ValueError(
-            f"key must be sharded by jax.sharding.NamedSharding, all arguments of a call on one mesh; got {array.sharding}."
-        )
+    spec = array.sharding.spec
     return tuple(spec) + (None,) * (len(array.shape) - len(spec))
 
 
