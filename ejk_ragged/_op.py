@@ -70,7 +70,8 @@ def _primitive(name, direction, abstract_eval) -> Primitive:
     def _(*args, settings, **params):  # only reached under jax.disable_jit: the backend, operation by operation
         device, *_ = args[0].devices()
         chosen = select(_registry.platform_of(device), args[0], args[1], settings)
-        return _run(chosen, direction, *args, **params)
+        with chosen.backend.lowering(chosen.target):
+            return _run(chosen, direction, *args, **params)
 
     return primitive
 
