@@ -21,6 +21,7 @@ from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Tar
 from ejk_ragged._registry import registry
 from ejk_ragged_pallas_triton import PallasTritonBackend
 from ejk_ragged_pallas_triton._schedule import Schedule
+from ejk_ragged_pallas_triton._tuning import backward_tiles, forward_tiles
 
 
 CUSTOM_CALL = "__gpu$xla.gpu.triton"
@@ -207,6 +208,19 @@ def test_defaults_fit_the_device():
     shape = problem(head_dim=256, num_q_heads=64, num_kv_heads=1)
     stages = [PallasTritonBackend().fwd_params(shape, Target("cuda", device)).num_stages for device in (small, large)]
     assert stages == [1, 2]
+
+
+@pytest.mark.parametrize("tiles", [forward_tiles, backward_tiles])
+def test_with_splits_nothing_but_the_schedule_knows_the_batch(tiles):
+    """Not the merging of pieces either: another shape of it would be another order of sums."""
+
+    def shape(batch):
+        given = problem(batch=batch, fwd_params=FwdParams(num_key_splits=7))
+        hints = PallasTritonBackend().fwd_params(given, Target("cuda"))
+        found = tiles(dataclasses.replace(given, fwd_params=hints), Target("cuda"))
+        return dataclasses.replace(found, schedule=dataclasses.replace(found.schedule, batch=0))
+
+    assert shape(1) == shape(64) == shape(4096)
 
 
 @pytest.mark.parametrize(

@@ -126,10 +126,11 @@ def _tiles(problem, target, block_heads, block_keys, num_warps, num_stages) -> T
     workers = splits or max(multiprocessors // (problem.num_kv_heads * head_blocks), 1)
     schedule = Schedule(problem.batch, problem.seq_len, workers, block_keys, splits is not None, 0 if splits else OVERHEAD_UNITS)
 
-    # Merging is short: as many programs as run at once, each with a few heads. The slots at a time set the order of the sums, so
-    # with splits given they must not depend on the batch.
+    # Merging is short: as many programs as run at once, each with a few heads. The shape of that work sets the order of the sums,
+    # so with splits given it must not depend on the batch.
     dim = block_dim(problem)
-    merge_heads = min(power_of_two(problem.batch * problem.num_q_heads // (4 * multiprocessors)), 4, max(512 // dim, 1))
+    heads_each = 1 if splits else power_of_two(problem.batch * problem.num_q_heads // (4 * multiprocessors))
+    merge_heads = min(heads_each, 4, max(512 // dim, 1))
     merge_slots = min(max(power_of_two(schedule.slots // problem.batch), 8), 16)
     merge_warps = min(max(merge_heads * merge_slots * dim // 4096, 1), 8)
     return Tiles(block_heads, head_blocks, dim, num_warps, num_stages, merge_heads, merge_slots, merge_warps, schedule)
