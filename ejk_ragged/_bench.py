@@ -116,6 +116,16 @@ def draw(case: Case, seed: int, copies: int, on_device: bool) -> Inputs:
     return Inputs(query, caches, jnp.asarray(start), jnp.asarray(end), None if aux is None else jnp.asarray(aux), d_out)
 
 
+def draw_cold(case: Case, seed: int, machine: Machine, runs: int, per_copy: int = 1) -> Inputs:
+    """With as many copies of the cache as it takes, and as fit, so that none comes from a GPU's own caches.
+
+    `per_copy` is how many times the cache's size each copy needs.
+    """
+    wanted = max(2, min(math.ceil(COLD_BYTES / max(case.live_bytes(seed), 1)), runs, MOST_COPIES)) if machine.counts_kernels else 1
+    copies = max(1, min(wanted, int(0.6 * machine.memory // (per_copy * cache_bytes(case)))))
+    return draw(case, seed, copies, machine.platform != "cpu")
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Checks
 
@@ -342,9 +352,7 @@ def measure(
     """
     per_copy = 4 if gradients else 1  # the cache, its copy among the residuals, and the gradients
     asked, case = case, fit(case, machine.memory, per_copy)
-    wanted = max(2, min(math.ceil(COLD_BYTES / max(case.live_bytes(seed), 1)), runs, MOST_COPIES)) if machine.counts_kernels else 1
-    copies = max(1, min(wanted, int(0.6 * machine.memory // (per_copy * cache_bytes(case)))))
-    inputs = draw(case, seed, copies, machine.platform != "cpu")
+    inputs = draw_cold(case, seed, machine, runs, per_copy)
     sample = Sample(case, inputs, gradients)
     found: dict[str, dict[str, Any]] = {}
     made, waiting = [], {}

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from . import _hints
-from ._bench import decode_step, draw, findings, fit, Machine, reason, Sample
+from ._bench import decode_step, draw_cold, findings, fit, Machine, reason, Sample
 from ._cases import Case
 from ._check import check
 from ._problem import FwdParams, Problem
@@ -52,8 +52,8 @@ def tune(
     Returns:
         What was tried, with seconds or the reason against it; and, where anything was timed, the entry to be saved and its key.
     """
-    case = fit(case, machine.memory, 2)
-    inputs = draw(case, seed, 2 if machine.counts_kernels else 1, machine.platform != "cpu")
+    case = fit(case, machine.memory, 1)
+    inputs = draw_cold(case, seed, machine, runs)
     problem, chosen = _problem(case, inputs, machine, backend)
     sample = Sample(case, inputs, gradients=False)
     default = chosen.backend.fwd_params(problem, chosen.target)

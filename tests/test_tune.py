@@ -320,6 +320,19 @@ def test_noise_is_no_gain(backend, clock):
     assert tune(backend)["best"]["fwd_params"] == {"num_warps": 1}
 
 
+def test_no_candidate_is_timed_from_a_cache_that_the_gpu_still_holds(backend, clock, monkeypatch):
+    traced = []
+
+    def trace(call, runs):
+        traced.append({np.asarray(call(run)).tobytes() for run in range(runs)})
+        return Timing("kernels", Spread(1.0, 1.0, 1.0, 1.0))
+
+    monkeypatch.setattr(_tune, "kernel_times", trace)
+    monkeypatch.setattr(_bench.Machine, "counts_kernels", property(lambda self: True))
+    tune(backend)
+    assert [len(results) for results in traced] == [15, 15, 15]  # as many copies of the cache as runs, for it is small
+
+
 def test_time_limit(backend, clock, monkeypatch):
     monkeypatch.setattr(_tune, "AT_ONCE", 2)
     result = tune(backend, deadline=0)
