@@ -21,7 +21,7 @@ from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Tar
 from ejk_ragged._registry import registry
 from ejk_ragged_pallas_triton import PallasTritonBackend
 from ejk_ragged_pallas_triton._schedule import Schedule
-from ejk_ragged_pallas_triton._tuning import backward_tiles, forward_tiles
+from ejk_ragged_pallas_triton._tuning import backward_tiles, forward_tiles, resolve
 
 
 CUSTOM_CALL = "__gpu$xla.gpu.triton"
@@ -63,7 +63,7 @@ def walk(schedule):
             mine = (index >= row) & (index < jnp.minimum(row + schedule.block_keys, stop))
             rows_ref[b, :] = rows_ref[b, :] + mine.astype(jnp.int32)
 
-            @pl.when(row + schedule.block_keys >= stop)
+            @pl.when(row + schedule.stride >= stop)
             def _():
                 slot = schedule.slot(program, b)
                 slots_ref[slot] = jnp.where(slots_ref[slot] == -1, b, -2)  # -2: two pieces in one slot
@@ -79,12 +79,17 @@ def walk(schedule):
 @hypothesis.given(
     by_sequence=st.booleans(),
     workers=st.sampled_from([1, 3, 8]),
+    deal=st.sampled_from([1, 2, 4]),
     ranges=st.lists(st.tuples(st.integers(0, SEQ_LEN), st.integers(0, SEQ_LEN)), min_size=BATCH, max_size=BATCH),
 )
-@hypothesis.example(by_sequence=False, workers=8, ranges=[(0, 0)] * BATCH)
-@hypothesis.example(by_sequence=False, workers=8, ranges=[(0, SEQ_LEN)] + [(7, 8)] * (BATCH - 1))
-def test_schedule_covers_every_live_row_once(by_sequence, workers, ranges):
-    schedule = Schedule(BATCH, SEQ_LEN, workers, 32, by_sequence, 0 if by_sequence else 2)
+@hypothesis.example(by_sequence=False, workers=8, deal=1, ranges=[(0, 0)] * BATCH)
+@hypothesis.example(by_sequence=False, workers=8, deal=1, ranges=[(0, SEQ_LEN)] + [(7, 8)] * (BATCH - 1))
+@hypothesis.example(by_sequence=False, workers=8, deal=4, ranges=[(0, SEQ_LEN)] + [(7, 8)] * (BATCH - 1))
+def test_schedule_covers_every_live_row_once(by_sequence, workers, deal, ranges):
+    if by_sequence:
+        schedule = Schedule(BATCH, SEQ_LEN, workers, 32, by_sequence, overhead=0)
+    else:
+        schedule = Schedule(BATCH, SEQ_LEN, workers * deal, 32, by_sequence, overhead=2, deal=deal)
     start, end = np.array(ranges, np.int32).T
     rows, slots, (first, count) = map(np.asarray, walk(schedule)(start, end))
     index = np.arange(SEQ_LEN)
@@ -103,6 +108,19 @@ def test_a_long_sequence_is_shared_out():
     schedule = Schedule(BATCH, SEQ_LEN, 4, 16, by_sequence=False, overhead=0)
     *_, (_, count) = map(np.asarray, walk(schedule)(start, end))
     assert count.tolist() == [3, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "splits", "workers", "deal"),
+    [(8, 8, None, 16, 2), (8, 4, None, 32, 4), (1, 8, None, 16, 4), (32, 8, None, 16, 1), (64, 1, None, 132, 2), (1, 8, 6, 6, 1)],
+)
+def test_few_sequences_share_stretches(batch, kv_heads, splits, workers, deal):
+    """Of 132 multiprocessors; never with splits, whose results must not depend on the batch."""
+    hints = FwdParams(num_key_splits=splits)
+    one = problem(batch=batch, num_q_heads=4 * kv_heads, num_kv_heads=kv_heads, fwd_params=hints)
+    target = Target("cuda", None)
+    schedule = forward_tiles(dataclasses.replace(one, fwd_params=resolve(one, target)), target).schedule
+    assert (schedule.workers, schedule.deal) == (workers, deal)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

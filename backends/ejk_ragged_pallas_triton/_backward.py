@@ -103,7 +103,7 @@ def _split_kernel(
             d_k_ref, d_v_ref = out_refs
             store(block.of_cache(d_k_ref, b, rows, live), dot(problem, d_x.T, q))
             store(block.of_cache(d_v_ref, b, rows, live), dot(problem, p.T, d_out))
-        last = row + schedule.block_keys >= key_hi
+        last = row + schedule.stride >= key_hi
         if wanted.query:
             d_q = jnp.where(fresh, 0.0, d_q) + dot(problem, d_x, k)
 

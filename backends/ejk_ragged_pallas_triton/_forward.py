@@ -83,7 +83,7 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, lengths, problem, plan: Tiles):
         p = jnp.exp2(x - new_high[:, None])
         total = total * fade + jnp.sum(p, axis=1)
         acc = acc * fade[:, None] + dot(problem, p.astype(v.dtype), v)
-        last = row + schedule.block_keys >= key_hi
+        last = row + schedule.stride >= key_hi
 
         @pl.when(last)
         def _():

@@ -1,9 +1,10 @@
 """Who works on what: every sequence's live range is laid end to end on one line, and the line is cut evenly.
 
-The line is counted in units of `UNIT` keys. Each of `workers` programs (a block of heads) takes `chunk` consecutive units, whatever
-sequences they belong to, so that the load is even however ragged the batch is. A stretch of one sequence in one chunk is a piece.
-Worker c and sequence b meet in at most one piece, and from piece to piece along the line c or b grows, so that c + b numbers them:
-nothing is planned beforehand, each program finds its own pieces from the lengths, and the numbers are slots for their results.
+The line is counted in units of `UNIT` keys. Each of `workers` programs (a block of heads) takes a stretch of it, whatever sequences
+that meets, so that the load is even however ragged the batch is. Where sequences are few, `deal` workers share a longer stretch and
+take its tiles in turn, as cards are dealt: the memory then serves fewer places at a time. A worker's part of a sequence is a piece.
+Worker c and sequence b meet in at most one, and c + b * deal numbers them, for from piece to piece along the line the stretch or b
+grows: nothing is planned beforehand, each program finds its own pieces from the lengths, and the numbers are their results' slots.
 
 A program walks through the tiles of all its pieces in one loop, for only one loop keeps the loads of the next tiles in flight
 across the border between two sequences.
@@ -45,6 +46,7 @@ class Schedule:
         block_keys: keys of a tile.
         by_sequence: every sequence has a line of its own.
         overhead: units that a sequence takes on the line beyond its keys, for what starting on it costs.
+        deal: workers that share a stretch; divides `workers`.
     """
 
     batch: int
@@ -53,6 +55,12 @@ class Schedule:
     block_keys: int
     by_sequence: bool
     overhead: int
+    deal: int = 1
+
+    @property
+    def stride(self) -> int:
+        """Keys from one tile of a piece to its next."""
+        return self.deal * self.block_keys
 
     @property
     def programs(self) -> int:
@@ -60,11 +68,11 @@ class Schedule:
 
     @property
     def slots(self) -> int:
-        return self.batch * self.workers if self.by_sequence else self.workers + self.batch - 1
+        return self.batch * self.workers if self.by_sequence else self.workers + (self.batch - 1) * self.deal
 
     def slot(self, program, b):
         """Where `program` puts its piece of sequence `b`."""
-        return program if self.by_sequence else program + b
+        return program if self.by_sequence else program + b * self.deal
 
     def line(self, program, start_ref, end_ref) -> "Line":
         """The line on which `program` works, as it lays it out for itself: all sequences, or its own when `by_sequence`.
@@ -91,8 +99,8 @@ class Schedule:
             chunk = self._chunk(total_of(line.units))
             before = (line.stop - line.units) // chunk
             count = jnp.where(line.units > 0, (line.stop - 1) // chunk - before + 1, 0)
-            first = line.number * self.workers if self.by_sequence else line.number + before
-            for row, values in enumerate((first, count)):
+            first = line.number * self.workers if self.by_sequence else (line.number + before) * self.deal
+            for row, values in enumerate((first, count * self.deal)):
                 plgpu.store(pieces_ref.at[row, line.number], values, mask=line.number < self.batch)
 
     def tiles(self, line: "Line"):
@@ -100,15 +108,17 @@ class Schedule:
         worker, number, start, end, units, stop = line
         total = total_of(units)
         chunk = self._chunk(total)
-        line_lo = jnp.maximum(stop - units, worker * chunk)
-        line_hi = jnp.minimum(stop, jnp.minimum((worker + 1) * chunk, total))
+        stretch, turn = worker // self.deal, worker % self.deal
+        line_lo = jnp.maximum(stop - units, stretch * chunk)
+        line_hi = jnp.minimum(stop, jnp.minimum((stretch + 1) * chunk, total))
         zero = start - (stop - units + self.overhead) * UNIT  # the key that would stand at the beginning of the line
         key_lo = jnp.maximum(zero + line_lo * UNIT, start)
         key_hi = jnp.minimum(zero + line_hi * UNIT, end)
-        # A piece that is all overhead gets a tile without keys, for its slot has to be filled.
-        count = jnp.where(line_hi > line_lo, jnp.maximum(cdiv(key_hi - key_lo, self.block_keys), 1), 0)
+        key_lo += turn * self.block_keys
+        # A piece that is all overhead, or too short for all who share it, gets a tile without keys, for its slot has to be filled.
+        count = jnp.where(line_hi > line_lo, jnp.maximum(cdiv(key_hi - key_lo, self.stride), 1), 0)
         tile_end = running_sum(count)
-        tile_zero = key_lo - (tile_end - count) * self.block_keys
+        tile_zero = key_lo - (tile_end - count) * self.stride
 
         def at(tile):
             here = (tile_end - count <= tile) & (tile < tile_end)  # one sequence; looked up in registers, without a load
@@ -116,13 +126,13 @@ class Schedule:
             def pick(of_each):
                 return total_of(jnp.where(here, of_each, 0))
 
-            return pick(number), pick(tile_zero) + tile * self.block_keys, pick(key_hi)
+            return pick(number), pick(tile_zero) + tile * self.stride, pick(key_hi)
 
         return total_of(count), at
 
     def _chunk(self, units):
-        """Units of a chunk when `units` are cut; a tile at least, so that short batches are not cut to shreds."""
-        return jnp.maximum(cdiv(units, self.workers), max(self.block_keys // UNIT, 1))
+        """Units of a stretch when `units` are cut; a tile at least for each, so that short batches are not cut to shreds."""
+        return jnp.maximum(cdiv(units, self.workers // self.deal), max(self.stride // UNIT, 1))
 
 
 # Of int32 alone: where 64-bit types are enabled, jnp's own would go over to int64.

@@ -36,6 +36,7 @@ TILE_BYTES = 16 * 1024  # of keys in a tile, and as many of values: enough in fl
 NUM_WARPS = 4  # eight wait for each other in the softmax, two are too few for a tile
 NUM_STAGES = 3  # two tiles on their way while one is worked on
 OVERHEAD_UNITS = 2  # starting on a sequence costs about as much as reading 32 of its keys
+LEAST_STRETCHES = 4  # of a line, however few sequences are on it; fewer and longer ones are read more slowly again
 # One program a multiprocessor, all of them there from the beginning to the end: each gets an equal share of the bytes, and an equal
 # share of the bandwidth. More programs than fit at once leave a tail.
 
@@ -124,7 +125,14 @@ def _tiles(problem, target, block_heads, block_keys, num_warps, num_stages) -> T
     splits = problem.fwd_params.num_key_splits
     multiprocessors = getattr(target.device, "core_count", None) or MULTIPROCESSORS
     workers = splits or max(multiprocessors // (problem.num_kv_heads * head_blocks), 1)
-    schedule = Schedule(problem.batch, problem.seq_len, workers, block_keys, splits is not None, 0 if splits else OVERHEAD_UNITS)
+    if splits:
+        schedule = Schedule(problem.batch, problem.seq_len, workers, block_keys, by_sequence=True, overhead=0)
+    else:
+        # As many share a stretch as leave one for each sequence: each sequence more on it is a piece more for all of them.
+        share = max(workers // max(problem.batch, LEAST_STRETCHES), 1)
+        deal = 1 << (share.bit_length() - 1)  # the power of two below
+        workers -= workers % deal
+        schedule = Schedule(problem.batch, problem.seq_len, workers, block_keys, False, OVERHEAD_UNITS, deal)
 
     # Merging is short: as many programs as run at once, each with a few heads. The shape of that work sets the order of the sums,
     # so with splits given it must not depend on the batch.
