@@ -75,6 +75,28 @@ def test_chunk_boundaries(form, rows):
     assert_right(call(form, block_size_keys=rows), case.draw(poison=True))
 
 
+# Large chunks of 512 rows and small ones of 128 in a cache of 1100, with products in blocks of rows and without.
+LARGE_AND_SMALL = (
+    "ranges",
+    (0, 511),
+    (0, 512),
+    (0, 513),
+    (0, 640),
+    (3, 644),
+    (5, 1029),
+    (587, 1100),
+    (589, 1100),
+    (1, 1100),
+    (9, 9),
+)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (4, 2), (40, 8)])
+def test_large_and_small_chunks(form, heads, kv_heads):
+    case = Case("large and small", 10, 1100, heads, kv_heads, 8, lengths=LARGE_AND_SMALL, sinks=("query", 1))
+    assert_right(call(form, block_size_keys=512), case.draw(poison=True))
+
+
 def test_one_row(form):
     assert_right(call(form), Case("one row", 2, 1, 4, 2, 8).draw())
 
@@ -159,6 +181,17 @@ def test_chunks_follow_the_live_tokens(seq_len):
 @pytest.mark.parametrize("rows", [1, 16, 98, 99])
 def test_every_row_is_new_once(form, rows):
     assert count(form, 99, *RANGES, rows)[1] == [sum(range(start, end)) for start, end in zip(*RANGES, strict=True)]
+
+
+def test_what_a_large_chunk_would_leave_empty_is_done_in_small_ones():
+    ranges = [0, 3, 70, 4000, 5], [512, 700, 1094, 4100, 5]
+    want = [1, 1 + 2, 2, 1, 0]
+    assert count("cpu", 4100, *ranges, 512)[0] == want
+    assert count("accelerator", 4100, *ranges, 512)[0] == [2] * 5
+    for form in TARGETS:
+        assert count(form, 1100, [0, 3, 587], [512, 700, 1100], 512)[1] == [
+            sum(range(start, end)) for start, end in ((0, 512), (3, 700), (587, 1100))
+        ]
 
 
 def test_only_what_is_wanted(form):

@@ -8,8 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def product(problem, a, b, contract):
-    """Batched over the first axis of both, summed over axis `contract[0]` of `a` and `contract[1]` of `b`, accumulation dtype.
+# Of `weighted`: rows of a block, and how many products XLA's CPU library takes as one piece of work.
+BLOCK_ROWS = 32
+LEAST_PRODUCTS = 128
+
+
+def product(problem, a, b, contract, batch=((0,), (0,))):
+    """Summed over axis `contract[0]` of `a` and `contract[1]` of `b`, batched over the axes `batch` of both, accumulation dtype.
 
     Two narrow operands stay narrow, for their products are exact; beside a wide one a narrow one is widened.
     """
@@ -18,7 +23,7 @@ def product(problem, a, b, contract):
     return lax.dot_general(
         a,
         b,
-        (((contract[0],), (contract[1],)), ((0,), (0,))),
+        (((contract[0],), (contract[1],)), batch),
         precision=problem.matmul_precision or "highest",  # some accelerators round float32 otherwise
         preferred_element_type=problem.accum_dtype,
     )
@@ -31,9 +36,19 @@ def dots(problem, q, rows):
     return lax.optimization_barrier(product(problem, rows, q, (2, 2))).transpose(0, 2, 1)
 
 
-def weighted(problem, weights, rows):
-    """Rows [H, C, D] summed with weights [H, G, C]: [H, G, D]."""
-    return product(problem, weights, rows, (2, 1))
+def weighted(problem, target, weights, rows):
+    """Rows [H, C, D] summed with weights [H, G, C]: [H, G, D].
+
+    On a CPU block by block first: a library shares many small products out between cores, but not a few of small results.
+    """
+    heads, num_rows, dim = rows.shape
+    group = weights.shape[1]
+    block = max(BLOCK_ROWS, 8 * group)  # so that the blocks' sums are few beside the rows
+    blocks = num_rows // block if isinstance(num_rows, int) and num_rows % block == 0 else 1
+    if target.platform != "cpu" or heads * blocks < LEAST_PRODUCTS:
+        return product(problem, weights, rows, (2, 1))
+    weights, rows = weights.reshape(heads, group, blocks, block), rows.reshape(heads, blocks, block, dim)
+    return jnp.sum(product(problem, weights, rows, (3, 2), ((0, 2), (0, 1))), axis=1)
 
 
 def outer(problem, weights, q):

@@ -19,7 +19,7 @@ def backward(problem, target, query, key, value, start, end, lse, d_out, delta, 
         p = jnp.where(live, jnp.exp(x - lse[..., None]), 0)
         d_x = p * (dots(problem, d_o, v) - delta[..., None]) * slope * problem.softmax_scale
         d_x = jnp.where(live, d_x, 0)
-        state = [d_q + weighted(problem, jnp.where(new, d_x, 0), k) for d_q in state]
+        state = [d_q + weighted(problem, target, jnp.where(new, d_x, 0), k) for d_q in state]
         # Rows that the chunk before had get the same gradients again: cheaper than to read those back.
         return state, [outer(problem, d_x, q), outer(problem, p, d_o)] * wanted.key_value
 

@@ -1,5 +1,7 @@
 """How the cache is walked: the live range of each sequence, chunk by chunk, in the order that suits the platform."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -8,10 +10,12 @@ from jax.core import min_dim
 from ._bits import from_bits, to_bits
 
 
-# Rows of a chunk where `block_size_keys` does not say. On a CPU (2 cores, heads 32:8, D 128) half of it takes 1.1 to 1.3 of the
-# time on full caches, about the same on sequences of 100 to 700 keys, and twice as much gains nothing. On a GPU (one H100) half
-# takes 1.5 and twice as much 0.8 of the time, but temporary memory grows with it: to 2 % of a cache of 32768 rows.
-CHUNK_ROWS = 512
+# Rows of a chunk where `block_size_keys` does not say; docs/performance/cpu.md has the figures.
+CHUNK_ROWS_CPU = 1024  # large chunks keep two cores busy
+CHUNK_ROWS = 512  # twice as much takes 0.8 of the time on a GPU, but temporary memory that grows to 2 % of a cache of 32768 rows
+# On a CPU, what is less than a large chunk is done in chunks of this fraction of one, if they have so many rows at least.
+FRACTION = 4
+LEAST_FRACTION = 128
 
 
 def by_kv_head(problem, target, *arrays):
@@ -28,11 +32,11 @@ def _operand(problem, target, x):
 def walk(problem, target, key, value, start, end, begin, step, per_sequence, written=()):
     """Run `step` over the chunks of every sequence's live range, in order.
 
-    Chunk i of a sequence holds `rows` rows from start + i * rows on, so what a sequence gives does not depend on the others. A
-    chunk that would pass the end of the cache is moved back; the rows that it shares with the one before are not `new`.
+    Chunks follow each other from `start` on, so what a sequence gives does not depend on the others. A chunk that would pass the
+    end of the cache is moved back; the rows that it shares with the one before are not `new`.
 
-    On a CPU one sequence is done after another: time follows the live tokens of the whole batch. Elsewhere that would starve the
-    device, and all sequences go together: time follows the longest live range.
+    On a CPU one sequence is done after another, in large chunks and then in small ones: time follows the live tokens of the whole
+    batch. Elsewhere that would starve the device, and all sequences go together: time follows the longest live range.
 
     Args:
         begin: `begin(*arrays) -> state`, for one sequence.
@@ -47,16 +51,12 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
     """
     seq_len = problem.seq_len
     rows = min_dim(problem.fwd_params.block_size_keys, seq_len)  # sizes may be symbolic
-
-    def count(start, end):
-        return jnp.maximum(end - start + rows - 1, 0) // rows
-
-    def first_row(i, start):
-        return jnp.clip(start + i * rows, 0, seq_len - rows)
-
     zero = jnp.int32(0)  # all of one type, under jax_enable_x64 too
 
-    def load(cache, b, row):
+    def count(start, end, rows):
+        return jnp.maximum(end - start + rows - 1, 0) // rows
+
+    def load(cache, b, row, rows):
         chunk = lax.dynamic_slice(cache, (b, row, zero, zero), (1, rows, *cache.shape[2:]))[0]
         return _operand(problem, target, chunk).transpose(1, 0, 2)
 
@@ -64,28 +64,36 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
         chunk = chunk.transpose(1, 0, 2).astype(problem.dtype)
         return lax.dynamic_update_slice(cache, to_bits(chunk)[None], (b, row, zero, zero))
 
-    def do(i, b, start, end, arrays, state):
-        row = first_row(i, start)
+    def do(rows, first, b, start, end, arrays, state):
+        row = jnp.clip(first, 0, seq_len - rows)  # as slices and their updates clip it themselves
         here = row + jnp.arange(rows, dtype=row.dtype)
         live = (here >= start) & (here < end)
-        new = live & (here >= start + i * rows)
+        new = live & (here >= first)
         # Without the barrier XLA's CPU compiler in JAX 0.10 widens the whole bfloat16 cache before the loop.
         row, k, v = lax.optimization_barrier((row, key, value))
-        return step(arrays, state, load(k, b, row), load(v, b, row), live, new)
+        return step(arrays, state, load(k, b, row, rows), load(v, b, row, rows), live, new)
 
     index = jnp.arange(problem.batch, dtype=jnp.int32)
     written = [to_bits(x) for x in written]
     if target.platform == "cpu":
+        fraction = rows // FRACTION if isinstance(rows, int) and rows % FRACTION == 0 else 0
+        sizes = [rows, fraction] if fraction >= LEAST_FRACTION else [rows]
 
         def sequence(written, xs):
             b, start, end, *arrays = xs
 
-            def chunk(i, carry):
+            def chunk(size, begun, i, carry):
                 state, written = carry
-                state, chunks = do(i, b, start, end, arrays, state)
-                return state, [store(x, c, b, first_row(i, start)) for x, c in zip(written, chunks, strict=True)]
+                first = begun + i * size
+                state, chunks = do(size, first, b, start, end, arrays, state)
+                return state, [store(x, c, b, first) for x, c in zip(written, chunks, strict=True)]
 
-            state, written = lax.fori_loop(zero, count(start, end), chunk, (begin(*arrays), written))
+            carry, begun = (begin(*arrays), written), start
+            for size in sizes:
+                number = count(begun, end, size) if size == sizes[-1] else jnp.maximum(end - begun, 0) // size
+                carry = lax.fori_loop(zero, number, functools.partial(chunk, size, begun), carry)
+                begun += number * size
+            state, written = carry
             return written, state
 
         written, states = lax.scan(sequence, written, (index, start, end, *per_sequence))
@@ -93,11 +101,11 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
 
     def chunk(i, carry):
         states, written = carry
-        states, chunks = jax.vmap(do, (None, 0, 0, 0, 0, 0))(i, index, start, end, per_sequence, states)
-        row = first_row(i, start)
+        first = start + i * rows
+        states, chunks = jax.vmap(functools.partial(do, rows))(first, index, start, end, per_sequence, states)
         put = jax.vmap(lambda x, c, r: store(x[None], c, zero, r)[0])
-        return states, [put(x, c, row) for x, c in zip(written, chunks, strict=True)]
+        return states, [put(x, c, first) for x, c in zip(written, chunks, strict=True)]
 
     states = jax.vmap(begin)(*per_sequence)
-    states, written = lax.fori_loop(zero, jnp.max(count(start, end)), chunk, (states, written))
+    states, written = lax.fori_loop(zero, jnp.max(count(start, end, rows)), chunk, (states, written))
     return states, [from_bits(x, problem.dtype) for x in written]

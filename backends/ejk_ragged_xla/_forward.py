@@ -24,7 +24,7 @@ def forward(problem, target, query, key, value, start, end, sink):
         base = jnp.where(new_top == -jnp.inf, 0, new_top)  # no key yet: -inf - -inf is NaN
         kept = jnp.exp(top - base)
         p = jnp.exp(x - base[..., None])
-        return (new_top, total * kept + jnp.sum(p, axis=2), values * kept[..., None] + weighted(problem, p, v)), []
+        return (new_top, total * kept + jnp.sum(p, axis=2), values * kept[..., None] + weighted(problem, target, p, v)), []
 
     per_sequence = by_kv_head(problem, target, query, sink)
     (top, total, values), _ = walk(problem, target, key, value, start, end, begin, step, per_sequence)
