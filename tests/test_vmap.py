@@ -121,7 +121,7 @@ def test_other_axes():
 # A shared cache is read where it lies
 
 
-LARGE = Case("", 2, 2048, 4, 2, 64, lengths=("ranges", (3, 2000), (0, 100)), sinks=("query", 1))
+LARGE = Case("", 2, 8192, 4, 2, 64, lengths=("ranges", (3, 8000), (0, 100)), sinks=("query", 1))
 NUM_MAPPED = 8
 
 
