@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 
 
 OURS = "#00796b"
+ROWS_OF_PANEL = 8
 THEIRS = ("#b0bec5", "#ffb74d", "#90caf9", "#ce93d8", "#bcaaa4", "#aed581", "#f48fb1")
 
 
@@ -37,23 +38,26 @@ def _fractions(rows, machine, direction):
     """Bars: the fraction of the bandwidth by row, ours and the peers'."""
     names = list(dict.fromkeys(c["name"] for row in rows for c in row["candidates"] if "fraction" in c))
     ours = {c["name"] for row in rows for c in row["candidates"] if c["ours"]}
-    figure, axes = plt.subplots(figsize=(max(6, 1.05 * len(rows) + 1), 4))
+    colors = dict(zip([name for name in names if name not in ours], THEIRS * len(names), strict=False)) | dict.fromkeys(ours, OURS)
+    panels = [rows[i : i + ROWS_OF_PANEL] for i in range(0, len(rows), ROWS_OF_PANEL)]
+    figure, all_axes = plt.subplots(len(panels), 1, figsize=(9, 3.2 * len(panels)), sharey=True, squeeze=False)
     width = 0.85 / max(len(names), 1)
-    theirs = iter(THEIRS * len(names))
-    for i, name in enumerate(names):
-        fractions = [next((c.get("fraction", 0) for c in row["candidates"] if c["name"] == name), 0) for row in rows]
-        at = [j + (i - (len(names) - 1) / 2) * width for j in range(len(rows))]
-        bars = axes.bar(at, fractions, width * 0.92, label=name, color=OURS if name in ours else next(theirs))
-        if name in ours:
-            axes.bar_label(bars, [f"{f:.2f}" if f else "" for f in fractions], fontsize=7)
-    axes.set_xticks(range(len(rows)), [row["row"] for row in rows], rotation=30, ha="right")
-    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    for axes, panel in zip(all_axes[:, 0], panels, strict=True):
+        for i, name in enumerate(names):
+            fractions = [next((c.get("fraction", 0) for c in row["candidates"] if c["name"] == name), 0) for row in panel]
+            at = [j + (i - (len(names) - 1) / 2) * width for j in range(len(panel))]
+            bars = axes.bar(at, fractions, width * 0.92, label=name, color=colors[name])
+            if name in ours:
+                axes.bar_label(bars, [f"{f:.2f}" if f else "" for f in fractions], fontsize=8)
+        axes.set_xticks(range(len(panel)), [row["row"] for row in panel])
+        axes.set_xlim(-0.6, min(len(rows), ROWS_OF_PANEL) - 0.4)
+        axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.spines[["top", "right"]].set_visible(False)
     bandwidth, kind = (machine["copy"], "copy") if direction == "gradient" else (machine["read"], "read")
-    axes.set_ylabel(f"fraction of {bandwidth / 1e9:.0f} GB/s ({kind})")
     what = "backward operation" if direction == "gradient" else "decode step"
-    axes.set_title(f"{what}, {machine['device']}", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+    figure.suptitle(f"{what}, {machine['device']}: fraction of {bandwidth / 1e9:.0f} GB/s ({kind})", fontsize=10)
+    figure.tight_layout()
+    all_axes[-1, 0].legend(fontsize=8, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     return figure
 
 
