@@ -21,7 +21,7 @@ class XlaBackend(Backend):
         return None
 
     def fwd_params(self, problem: Problem, target: Target) -> FwdParams:
-        """`block_size_keys` is the rows of a chunk; the other hints have no meaning here."""
+        """`block_size_keys` is the rows of a chunk, on a CPU of a large one; the other hints have no meaning here."""
         rows = CHUNK_ROWS_CPU if target.platform == "cpu" else CHUNK_ROWS
         return problem.fwd_params.over(FwdParams(block_size_keys=rows))
 
