@@ -48,6 +48,13 @@ def _untuned():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compiled():
+    """What a file compiled goes with it: a process may hold so many mappings of memory, and some hundred tests reach that."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """float64 inside the test."""
