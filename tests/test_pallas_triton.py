@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from support import assert_right, pallas_triton
 
 import ejk_ragged_pallas_triton
 from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Target
+from ejk_ragged._cases import Case
 from ejk_ragged._registry import registry
 from ejk_ragged_pallas_triton import PallasTritonBackend
 from ejk_ragged_pallas_triton._schedule import Schedule
-from ejk_ragged_pallas_triton._tuning import backward_tiles, forward_tiles, resolve
+from ejk_ragged_pallas_triton._tuning import backward_tiles, default_block_keys, forward_tiles, resolve, shared_bytes
 
 
 CUSTOM_CALL = "__gpu$xla.gpu.triton"
@@ -44,9 +46,9 @@ def arrays(dtype="bfloat16", head_dim=128, group=7):
 
 @functools.cache
 def walk(schedule):
-    """A function of start and end that lets every program count the rows of its tiles, and note in which slots it ends a piece."""
+    """A function of start and end: every program counts its tiles and their rows, and notes in which slots it ends a piece."""
 
-    def kernel(start_ref, end_ref, rows_ref, slots_ref, pieces_ref):
+    def kernel(start_ref, end_ref, tiles_ref, rows_ref, slots_ref, pieces_ref):
         program = pl.program_id(0)
 
         @pl.when(program == 0)
@@ -56,6 +58,7 @@ def walk(schedule):
 
         line = schedule.line(program, start_ref, end_ref)
         num_tiles, at = schedule.tiles(line)
+        tiles_ref[program] = num_tiles
 
         def tile(i, _):
             b, row, stop = at(i)
@@ -63,7 +66,7 @@ def walk(schedule):
             mine = (index >= row) & (index < jnp.minimum(row + schedule.block_keys, stop))
             rows_ref[b, :] = rows_ref[b, :] + mine.astype(jnp.int32)
 
-            @pl.when(row + schedule.stride >= stop)
+            @pl.when(schedule.is_last(program, row, stop))
             def _():
                 slot = schedule.slot(program, b)
                 slots_ref[slot] = jnp.where(slots_ref[slot] == -1, b, -2)  # -2: two pieces in one slot
@@ -72,7 +75,7 @@ def walk(schedule):
         schedule.store_pieces(line, pieces_ref)
 
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    shapes = [int32((BATCH, SEQ_LEN)), int32((schedule.slots,)), int32((2, BATCH))]
+    shapes = [int32((schedule.programs,)), int32((BATCH, SEQ_LEN)), int32((schedule.slots,)), int32((2, BATCH))]
     return jax.jit(pl.pallas_call(kernel, grid=(schedule.programs,), out_shape=shapes, interpret=True))
 
 
@@ -86,12 +89,10 @@ def walk(schedule):
 @hypothesis.example(by_sequence=False, workers=8, deal=1, ranges=[(0, SEQ_LEN)] + [(7, 8)] * (BATCH - 1))
 @hypothesis.example(by_sequence=False, workers=8, deal=4, ranges=[(0, SEQ_LEN)] + [(7, 8)] * (BATCH - 1))
 def test_schedule_covers_every_live_row_once(by_sequence, workers, deal, ranges):
-    if by_sequence:
-        schedule = Schedule(BATCH, SEQ_LEN, workers, 32, by_sequence, overhead=0)
-    else:
-        schedule = Schedule(BATCH, SEQ_LEN, workers * deal, 32, by_sequence, overhead=2, deal=deal)
+    deal = 1 if by_sequence else deal
+    schedule = Schedule(BATCH, SEQ_LEN, workers * deal, 32, by_sequence, deal=deal)
     start, end = np.array(ranges, np.int32).T
-    rows, slots, (first, count) = map(np.asarray, walk(schedule)(start, end))
+    tiles, rows, slots, (first, count) = map(np.asarray, walk(schedule)(start, end))
     index = np.arange(SEQ_LEN)
     np.testing.assert_array_equal(rows, (index >= start[:, None]) & (index < end[:, None]))
     # The slots that were filled are those in which the pieces are looked for, each by one piece.
@@ -100,14 +101,36 @@ def test_schedule_covers_every_live_row_once(by_sequence, workers, deal, ranges)
         assert np.all(expected[first[b] : first[b] + count[b]] == -1)
         expected[first[b] : first[b] + count[b]] = b
     np.testing.assert_array_equal(slots, expected)
+    # No tile is cut in two, and no program has more than its share of them.
+    rounds = -(-np.maximum(end - start, 0) // (32 * deal))
+    rounds = rounds if by_sequence else rounds.sum(keepdims=True)
+    shares = -(-rounds // workers)
+    tiles = tiles.reshape(len(rounds), -1)
+    assert np.all(tiles.sum(axis=1) == rounds * deal)
+    assert np.all(tiles.max(axis=1) == shares)
 
 
 def test_a_long_sequence_is_shared_out():
-    """13 units of 16 keys and four of one: three programs for the first, whose last one begins with the others."""
+    """13 tiles of 16 keys and four of fewer: three programs for the first, whose last one begins with the others."""
     start, end = np.zeros(BATCH, np.int32), np.array([SEQ_LEN, 3, 1, 2, 5], np.int32)
-    schedule = Schedule(BATCH, SEQ_LEN, 4, 16, by_sequence=False, overhead=0)
+    schedule = Schedule(BATCH, SEQ_LEN, 4, 16, by_sequence=False)
     *_, (_, count) = map(np.asarray, walk(schedule)(start, end))
     assert count.tolist() == [3, 1, 1, 1, 1]
+
+
+def test_a_line_longer_than_int32():
+    """Of 5 * 2**30 keys; each of eight programs finds the sequence in which its stretch begins, and the key."""
+    rows, workers = 2**30, 8
+    schedule = Schedule(BATCH, rows, workers, 32, by_sequence=False)
+
+    def kernel(first_ref):
+        program = pl.program_id(0)
+        _, at = schedule.tiles(schedule.line(program, None, None))
+        first_ref[program, 0], first_ref[program, 1], _ = at(0)
+
+    shape = jax.ShapeDtypeStruct((workers, 2), jnp.int32)
+    found = pl.pallas_call(kernel, grid=(workers,), out_shape=shape, interpret=True)()
+    assert found.tolist() == [list(divmod(BATCH * rows // workers * program, rows)) for program in range(workers)]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +144,13 @@ def test_few_sequences_share_stretches(batch, kv_heads, splits, workers, deal):
     target = Target("cuda", None)
     schedule = forward_tiles(dataclasses.replace(one, fwd_params=resolve(one, target)), target).schedule
     assert (schedule.workers, schedule.deal) == (workers, deal)
+
+
+@pytest.mark.pallas_triton
+def test_a_last_round_of_which_some_have_no_keys():
+    """Four programs share a stretch, whose second round, the sixth of the sequence, ends within the first one's tile."""
+    case = Case("", 1, 1320, 8, 8, 64, lengths=("ranges", (3, 3 + 5 * 4 * 64 + 30)))
+    assert_right(functools.partial(ragged_decode_attention, backend=pallas_triton()), case.draw(poison=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -220,12 +250,48 @@ def test_hints_that_cannot_work(hints, message):
         PallasTritonBackend().fwd_params(problem(fwd_params=hints), Target("cuda"))
 
 
-def test_defaults_fit_the_device():
-    small = types.SimpleNamespace(compute_capability="8.6", core_count=84)
-    large = types.SimpleNamespace(compute_capability="9.0", core_count=132, shared_memory_per_block_optin=227 * 1024)
+# Bytes of shared memory that the compiler took on an H100 for the split kernels, JAX 0.11.2.
+TAKEN = [
+    ("bfloat16", 64, 4, 3, 73728, 86528),
+    ("bfloat16", 64, 64, 3, 139264, 165888),
+    ("bfloat16", 128, 4, 2, 45056, 51456),
+    ("bfloat16", 128, 4, 3, 81920, 92672),
+    ("bfloat16", 128, 32, 3, 90112, 111616),
+    ("bfloat16", 128, 64, 2, 131072, 164864),
+    ("bfloat16", 256, 4, 3, 98304, 115200),
+    ("bfloat16", 256, 32, 3, 114688, 148480),
+    ("bfloat16", 256, 64, 2, 196608, 197632),
+    ("float32", 64, 64, 2, 65536, 115712),
+    ("float32", 128, 4, 3, 90112, 111104),
+    ("float32", 256, 4, 3, 102400, 137728),
+    ("float32", 256, 32, 2, 69632, 107008),
+]
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "group", "stages", "forward", "backward"), TAKEN)
+def test_estimates_of_shared_memory_cover_what_is_taken(dtype, head_dim, group, stages, forward, backward):
+    one = problem(dtype=np.dtype(dtype), head_dim=head_dim, num_q_heads=group, num_kv_heads=1)
+    shape = (one, default_block_keys(one), group, stages)
+    assert shared_bytes(*shape, query_like=1) >= forward
+    assert shared_bytes(*shape, query_like=2) >= backward
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "group", "stages"),
+    [("9.0", 128, 4, (3, 3)), ("9.0", 256, 2, (3, 3)), ("9.0", 256, 64, (2, 1)), ("8.6", 128, 4, (3, 3)), ("8.6", 256, 64, (1, 1))],
+)
+def test_as_many_stages_as_fit(capability, head_dim, group, stages):
+    """Forward and backward. One stage alone waits for every tile, so a device with little shared memory has more where they fit."""
+    target = Target("cuda", types.SimpleNamespace(compute_capability=capability, core_count=84))
+    shape = problem(head_dim=head_dim, num_q_heads=group, num_kv_heads=1)
+    shape = dataclasses.replace(shape, fwd_params=resolve(shape, target))
+    assert (forward_tiles(shape, target).num_stages, backward_tiles(shape, target).num_stages) == stages
+
+
+def test_the_device_says_what_memory_it_has():
     shape = problem(head_dim=256, num_q_heads=64, num_kv_heads=1)
-    stages = [PallasTritonBackend().fwd_params(shape, Target("cuda", device)).num_stages for device in (small, large)]
-    assert stages == [1, 2]
+    device = types.SimpleNamespace(compute_capability="8.6", core_count=84, shared_memory_per_block_optin=227 * 1024)
+    assert resolve(shape, Target("cuda", device)).num_stages == 2
 
 
 @pytest.mark.parametrize("tiles", [forward_tiles, backward_tiles])

@@ -23,7 +23,7 @@ def backward(problem, target, query, key, value, start, end, lse, d_out, delta, 
     plan = backward_tiles(problem, target)
     schedule = plan.schedule
     # The rows before each live range and those after it, twice as many ranges, shared out among all programs alike.
-    idle = Schedule(2 * problem.batch, problem.seq_len, schedule.programs, schedule.block_keys, by_sequence=False, overhead=0)
+    idle = Schedule(2 * problem.batch, problem.seq_len, schedule.programs, schedule.block_keys, by_sequence=False)
     start, end = (jnp.clip(x, 0, problem.seq_len) for x in (start, end))
     live_end = jnp.maximum(start, end)
     idle_start = jnp.concatenate([jnp.zeros_like(start), live_end])
@@ -88,9 +88,9 @@ def _split_kernel(
     num_tiles, tile_at = schedule.tiles(line)
 
     def tile(i, carry):
-        d_q, fresh, b, row, key_hi = carry
+        d_q, fresh, b, row, end = carry
         rows = row + jnp.arange(schedule.block_keys, dtype=jnp.int32)
-        live = rows < key_hi
+        live = rows < end
         q, d_out = load(block.of_query(q_ref, b)), load(block.of_query(d_out_ref, b))
         k, v = load(block.of_cache(k_ref, b, rows, live)), load(block.of_cache(v_ref, b, rows, live))
         lse = plgpu.load(lse_ref.at[b, block.heads], mask=block.heads_ok, other=0.0)
@@ -103,7 +103,7 @@ def _split_kernel(
             d_k_ref, d_v_ref = out_refs
             store(block.of_cache(d_k_ref, b, rows, live), dot(problem, d_x.T, q))
             store(block.of_cache(d_v_ref, b, rows, live), dot(problem, p.T, d_out))
-        last = row + schedule.stride >= key_hi
+        last = schedule.is_last(program, row, end)
         if wanted.query:
             d_q = jnp.where(fresh, 0.0, d_q) + dot(problem, d_x, k)
 

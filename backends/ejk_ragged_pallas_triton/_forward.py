@@ -69,9 +69,9 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, lengths, problem, plan: Tiles):
     num_tiles, tile_at = schedule.tiles(line)
 
     def tile(i, carry):
-        acc, high, total, fresh, b, row, key_hi = carry
+        acc, high, total, fresh, b, row, end = carry
         rows = row + jnp.arange(schedule.block_keys, dtype=jnp.int32)
-        live = rows < key_hi
+        live = rows < end
         q = load(block.of_query(q_ref, b))
         k, v = load(block.of_cache(k_ref, b, rows, live)), load(block.of_cache(v_ref, b, rows, live))
         x = jnp.where(live[None, :], logits(problem, dot(problem, q, k.T)), -jnp.inf)
@@ -81,15 +81,16 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, lengths, problem, plan: Tiles):
         new_high = jnp.maximum(jnp.maximum(high, jnp.max(x, axis=1)), LOWEST)
         fade = jnp.exp2(high - new_high)
         p = jnp.exp2(x - new_high[:, None])
-        total = total * fade + jnp.sum(p, axis=1)
+        total = total * fade[:, None] + p  # summed over keys at the end of a piece only: warps wait for each other once less
         acc = acc * fade[:, None] + dot(problem, p.astype(v.dtype), v)
-        last = row + schedule.stride >= key_hi
+        last = schedule.is_last(program, row, end)
 
         @pl.when(last)
         def _():
             slot = schedule.slot(program, b)
-            denominator = jnp.where(total > 0, total, 1.0)
-            lse = jnp.where(total > 0, new_high / LOG2_E + jnp.log(denominator), -jnp.inf)
+            sum_p = jnp.sum(total, axis=1)
+            denominator = jnp.where(sum_p > 0, sum_p, 1.0)
+            lse = jnp.where(sum_p > 0, new_high / LOG2_E + jnp.log(denominator), -jnp.inf)
             store(block.of_query(parts_ref, slot), acc / denominator[:, None])
             plgpu.store(part_lse_ref.at[slot, block.heads], lse, mask=block.heads_ok)
 
@@ -98,7 +99,7 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, lengths, problem, plan: Tiles):
     init = (
         jnp.zeros((plan.block_heads, plan.block_dim), jnp.float32),
         jnp.full(plan.block_heads, -jnp.inf, jnp.float32),
-        jnp.zeros(plan.block_heads, jnp.float32),
+        jnp.zeros((plan.block_heads, schedule.block_keys), jnp.float32),
         jnp.asarray(True),
         *tile_at(0),
     )

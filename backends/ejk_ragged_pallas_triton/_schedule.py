@@ -1,10 +1,13 @@
 """Who works on what: every sequence's live range is laid end to end on one line, and the line is cut evenly.
 
-The line is counted in units of `UNIT` keys. Each of `workers` programs (a block of heads) takes a stretch of it, whatever sequences
-that meets, so that the load is even however ragged the batch is. Where sequences are few, `deal` workers share a longer stretch and
-take its tiles in turn, as cards are dealt: the memory then serves fewer places at a time. A worker's part of a sequence is a piece.
-Worker c and sequence b meet in at most one, and c + b * deal numbers them, for from piece to piece along the line the stretch or b
-grows: nothing is planned beforehand, each program finds its own pieces from the lengths, and the numbers are their results' slots.
+The line is counted in tiles, for a tile costs the same whether it is full or not: a range begins a new one, and the line is cut
+between two. Each of `workers` programs (a block of heads) takes a stretch of it, whatever sequences that meets, so that the load is
+even however ragged the batch is. Where sequences are few, `deal` workers share a stretch and take its tiles in turn, as cards are
+dealt: the memory then serves fewer places at a time, and the line is counted in rounds, of a tile for each of them.
+
+A worker's part of a sequence is a piece. Worker c and sequence b meet in at most one, and c + b * deal numbers them, for from piece
+to piece along the line the stretch or b grows: nothing is planned beforehand, each program finds its own pieces from the lengths,
+and the numbers are their results' slots.
 
 A program walks through the tiles of all its pieces in one loop, for only one loop keeps the loads of the next tiles in flight
 across the border between two sequences.
@@ -21,17 +24,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 
-UNIT = 16  # keys; small enough that chunks differ by little, large enough that the line of any batch fits int32
-
-
 class Line(NamedTuple):
-    """A worker's number, and of each sequence on its line: number, first key and end, units, and where these stop."""
+    """A worker's number, and of each sequence on its line: number, first key and end, rounds, and where these stop."""
 
     worker: jax.Array
     number: jax.Array
     start: jax.Array
     end: jax.Array
-    units: jax.Array
+    rounds: jax.Array
     stop: jax.Array
 
 
@@ -45,7 +45,6 @@ class Schedule:
         workers: programs of a line.
         block_keys: keys of a tile.
         by_sequence: every sequence has a line of its own.
-        overhead: units that a sequence takes on the line beyond its keys, for what starting on it costs.
         deal: workers that share a stretch; divides `workers`.
     """
 
@@ -54,12 +53,11 @@ class Schedule:
     workers: int
     block_keys: int
     by_sequence: bool
-    overhead: int
     deal: int = 1
 
     @property
     def stride(self) -> int:
-        """Keys from one tile of a piece to its next."""
+        """Keys of a round: from one tile of a piece to its next."""
         return self.deal * self.block_keys
 
     @property
@@ -88,51 +86,56 @@ class Schedule:
             start = jnp.maximum(plgpu.load(start_ref.at[number], mask=number < self.batch, other=0), 0)
         if end_ref is not None:
             end = jnp.minimum(plgpu.load(end_ref.at[number], mask=number < self.batch, other=0), self.seq_len)
-        units = jnp.where(end > start, cdiv(end - start, UNIT) + self.overhead, 0)
-        return Line(program % self.workers, number, start, end, units, running_sum(units))
+        rounds = jnp.where(end > start, cdiv(end - start, self.stride), 0)
+        return Line(program % self.workers, number, start, end, rounds, running_sum(rounds))
 
     def store_pieces(self, line: "Line", pieces_ref):
         """The line's first worker writes down [2, B]: each sequence's first slot, and how many from there on are its pieces."""
 
         @pl.when(line.worker == 0)
         def _():
-            chunk = self._chunk(total_of(line.units))
-            before = (line.stop - line.units) // chunk
-            count = jnp.where(line.units > 0, (line.stop - 1) // chunk - before + 1, 0)
+            chunk = self._chunk(line)
+            before = (line.stop - line.rounds) // chunk
+            count = jnp.where(line.rounds > 0, (line.stop - 1) // chunk - before + 1, 0)
             first = line.number * self.workers if self.by_sequence else (line.number + before) * self.deal
             for row, values in enumerate((first, count * self.deal)):
                 plgpu.store(pieces_ref.at[row, line.number], values, mask=line.number < self.batch)
 
     def tiles(self, line: "Line"):
-        """How many tiles the line's worker has, and a function of a tile's number to (sequence, first key, end of the piece)."""
-        worker, number, start, end, units, stop = line
-        total = total_of(units)
-        chunk = self._chunk(total)
-        stretch, turn = worker // self.deal, worker % self.deal
-        line_lo = jnp.maximum(stop - units, stretch * chunk)
-        line_hi = jnp.minimum(stop, jnp.minimum((stretch + 1) * chunk, total))
-        zero = start - (stop - units + self.overhead) * UNIT  # the key that would stand at the beginning of the line
-        key_lo = jnp.maximum(zero + line_lo * UNIT, start)
-        key_hi = jnp.minimum(zero + line_hi * UNIT, end)
-        key_lo += turn * self.block_keys
-        # A piece that is all overhead, or too short for all who share it, gets a tile without keys, for its slot has to be filled.
-        count = jnp.where(line_hi > line_lo, jnp.maximum(cdiv(key_hi - key_lo, self.stride), 1), 0)
-        tile_end = running_sum(count)
-        tile_zero = key_lo - (tile_end - count) * self.stride
+        """How many tiles the line's worker has, and a function of a tile's number to (sequence, first key, end of the piece).
+
+        All who share a stretch have as many, so that each has a piece of each sequence on it, if one of tiles without keys.
+        """
+        worker, number, start, end, rounds, stop = line
+        before = stop - rounds
+        chunk = self._chunk(line)
+        first = (worker // self.deal) * chunk
+        count = jnp.clip(total_of(rounds) - first, 0, chunk)
+        zero = start - before * self.stride  # the key that would stand at the beginning of the line
+        piece_end = jnp.minimum(end, start + (jnp.minimum(stop, first + chunk) - before) * self.stride)
 
         def at(tile):
-            here = (tile_end - count <= tile) & (tile < tile_end)  # one sequence; looked up in registers, without a load
+            place = first + tile
+            here = (before <= place) & (place < stop)  # one sequence; looked up in registers, without a load
 
             def pick(of_each):
                 return total_of(jnp.where(here, of_each, 0))
 
-            return pick(number), pick(tile_zero) + tile * self.stride, pick(key_hi)
+            return pick(number), pick(zero) + place * self.stride + self._turn(worker), pick(piece_end)
 
-        return total_of(count), at
+        return count, at
 
-    def _chunk(self, units):
-        """Units of a stretch when `units` are cut; a tile at least for each, so that short batches are not cut to shreds."""
-        return jnp.maximum(cdiv(units, self.workers // self.deal), max(self.stride // UNIT, 1))
+    def is_last(self, program, row, piece_end):
+        """Whether the tile of `program` that begins at key `row` is the last one of its piece."""
+        return row - self._turn(program % self.workers) + self.stride >= piece_end
+
+    def _turn(self, worker):
+        """Keys of a round that others have before this worker."""
+        return (worker % self.deal) * self.block_keys
+
+    def _chunk(self, line: "Line"):
+        """Rounds of a stretch; one at least, for it is divided by."""
+        return jnp.maximum(cdiv(total_of(line.rounds), self.workers // self.deal), 1)
 
 
 # Of int32 alone: where 64-bit types are enabled, jnp's own would go over to int64.

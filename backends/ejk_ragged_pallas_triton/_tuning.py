@@ -1,6 +1,7 @@
 """Sizes of tiles, numbers of programs, warps and stages: the defaults with their reasons, and the checks of hints."""
 
 import dataclasses
+import functools
 
 from ejk_ragged import FwdParams, Problem, Target
 
@@ -35,7 +36,6 @@ class Tiles:
 TILE_BYTES = 16 * 1024  # of keys in a tile, and as many of values: enough in flight, and small enough for three stages
 NUM_WARPS = 4  # eight wait for each other in the softmax, two are too few for a tile
 NUM_STAGES = 3  # two tiles on their way while one is worked on
-OVERHEAD_UNITS = 2  # starting on a sequence costs about as much as reading 32 of its keys
 LEAST_STRETCHES = 4  # of a line, however few sequences are on it; fewer and longer ones are read more slowly again
 # One program a multiprocessor, all of them there from the beginning to the end: each gets an equal share of the bytes, and an equal
 # share of the bandwidth. More programs than fit at once leave a tail.
@@ -46,9 +46,8 @@ CAPABILITY = "9.0"
 # Shared memory that one program may have, in KiB (CUDA C++ Programming Guide, technical specifications per compute capability).
 SHARED_MEMORY = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227, "11.0": 227}
 SHARED_MEMORY_ELSEWHERE = 99
-# What products and changes of layout take beside the stages, in KiB, with room to spare. The backward kernel transposes more.
-FORWARD_MARGIN = 40
-BACKWARD_MARGIN = 96
+# Of heads from here on the tensor cores take their operands from shared memory, and hold on to a stage for longer.
+WHOLE_STAGES_FROM = 64
 
 
 def resolve(problem: Problem, target: Target) -> FwdParams:
@@ -67,12 +66,12 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     # A block of fewer heads than the tensor cores take is padded, so that any group has one.
     heads = given.block_size_heads or min(max(power_of_two(problem.group), 16), 64)
     keys = given.block_size_keys or default_block_keys(problem)
-    stage = _stage_bytes(problem, keys, heads, query_like=1)
-    stages = given.num_stages or _fitting_stages(stage, target, FORWARD_MARGIN)
-    if stage * stages > _shared_memory(target):
+    needs = functools.partial(shared_bytes, problem, keys, heads, query_like=1)
+    stages = given.num_stages or _fitting_stages(needs, target)
+    if needs(stages) > _shared_memory(target):
         raise ValueError(
-            f"FwdParams.block_size_keys {keys}, block_size_heads {heads} and num_stages {stages} need {stage * stages} bytes of "
-            f"shared memory for {problem}; a program has {_shared_memory(target)} on this device. Give smaller ones."
+            f"FwdParams.block_size_keys {keys}, block_size_heads {heads} and num_stages {stages} need about {needs(stages)} bytes "
+            f"of shared memory for {problem}; a program has {_shared_memory(target)} on this device. Give smaller ones."
         )
     return dataclasses.replace(
         given, block_size_heads=heads, block_size_keys=keys, num_warps=given.num_warps or NUM_WARPS, num_stages=stages
@@ -103,7 +102,7 @@ def forward_tiles(problem: Problem, target: Target) -> Tiles:
 def backward_tiles(problem: Problem, target: Target) -> Tiles:
     """The shape of the backward work. All heads of a group stand in one block: they add up in d_key and d_value."""
     block_heads, block_keys = max(power_of_two(problem.group), 16), default_block_keys(problem)
-    stages = _fitting_stages(_stage_bytes(problem, block_keys, block_heads, query_like=2), target, BACKWARD_MARGIN)
+    stages = _fitting_stages(functools.partial(shared_bytes, problem, block_keys, block_heads, query_like=2), target)
     return _tiles(problem, target, block_heads, block_keys, NUM_WARPS, stages)
 
 
@@ -126,13 +125,13 @@ def _tiles(problem, target, block_heads, block_keys, num_warps, num_stages) -> T
     multiprocessors = getattr(target.device, "core_count", None) or MULTIPROCESSORS
     workers = splits or max(multiprocessors // (problem.num_kv_heads * head_blocks), 1)
     if splits:
-        schedule = Schedule(problem.batch, problem.seq_len, workers, block_keys, by_sequence=True, overhead=0)
+        schedule = Schedule(problem.batch, problem.seq_len, workers, block_keys, by_sequence=True)
     else:
         # As many share a stretch as leave one for each sequence: each sequence more on it is a piece more for all of them.
         share = max(workers // max(problem.batch, LEAST_STRETCHES), 1)
         deal = 1 << (share.bit_length() - 1)  # the power of two below
         workers -= workers % deal
-        schedule = Schedule(problem.batch, problem.seq_len, workers, block_keys, False, OVERHEAD_UNITS, deal)
+        schedule = Schedule(problem.batch, problem.seq_len, workers, block_keys, by_sequence=False, deal=deal)
 
     # Merging is short: as many programs as run at once, each with a few heads. The shape of that work sets the order of the sums,
     # so with splits given it must not depend on the batch.
@@ -144,15 +143,21 @@ def _tiles(problem, target, block_heads, block_keys, num_warps, num_stages) -> T
     return Tiles(block_heads, head_blocks, dim, num_warps, num_stages, merge_heads, merge_slots, merge_warps, schedule)
 
 
-def _stage_bytes(problem, block_keys, block_heads, query_like) -> int:
-    """Bytes of one stage: a tile of keys and one of values, and the blocks of heads that are loaded beside them."""
-    rows = 2 * block_keys + query_like * max(block_heads, 16)
-    return rows * block_dim(problem) * problem.dtype.itemsize
+def shared_bytes(problem, block_keys, block_heads, stages, query_like) -> int:
+    """Bytes of shared memory that a program needs: what the compiler was seen to take on an H100, or somewhat more.
+
+    A stage holds a tile of keys and one of values, and the blocks of heads that are loaded beside them. The last stage is at work
+    in registers, and beside the others there are sums over heads and changes of layout.
+    """
+    block_heads = max(block_heads, 16)
+    stage = (2 * block_keys + query_like * block_heads) * block_dim(problem) * problem.dtype.itemsize
+    if stages == 1:
+        return stage
+    return stage * (stages - (block_heads < WHOLE_STAGES_FROM)) + (block_heads + 2) * 1024
 
 
-def _fitting_stages(stage_bytes, target, margin) -> int:
-    room = _shared_memory(target) - margin * 1024
-    return min(max(room // stage_bytes, 1), NUM_STAGES)
+def _fitting_stages(needs, target) -> int:
+    return next((stages for stages in range(NUM_STAGES, 1, -1) if needs(stages) <= _shared_memory(target)), 1)
 
 
 def _shared_memory(target) -> int:
