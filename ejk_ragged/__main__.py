@@ -49,6 +49,7 @@ examples:
   python -m ejk_ragged bench
   python -m ejk_ragged bench --rows shapes --peers --grad --out results
   python -m ejk_ragged bench --rows ragged skew --backends pallas_triton xla --dtype float16
+  python -m ejk_ragged bench --rows full one --split only
 """
 
 
@@ -92,6 +93,13 @@ def _bench_arguments(commands):
     )
     command.add_argument("--peers", action="store_true", help="other implementations too, those that are installed")
     command.add_argument(
+        "--split",
+        nargs="?",
+        const="also",
+        choices=("also", "only"),
+        help="steps whose cache is split over all devices too, or only them: of named rows, and of some of a group",
+    )
+    command.add_argument(
         "--scaling", action=argparse.BooleanOptionalAction, help="how time follows live tokens and the cache's size"
     )
     command.add_argument("--seed", type=int, metavar="N", help="of lengths and data; default: a new one")
@@ -114,7 +122,9 @@ def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
             registry.get(name)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
-    options = ("rows", "backends", "dtype", "grad", "peers", "scaling", "seed", "runs")
+    if arguments.split and len(_bench_report.jax.devices()) < 2:
+        parser.error("argument --split: there is only one device here")
+    options = ("rows", "backends", "dtype", "grad", "peers", "split", "scaling", "seed", "runs")
     data = _bench_report.run(**{name: getattr(arguments, name) for name in options})
     if arguments.json:
         print(json.dumps(data, indent=1, allow_nan=False))
@@ -124,6 +134,7 @@ def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
         for file in _bench_report.write(data, arguments.out):
             print(f"wrote {file}", file=sys.stderr)
     ours = [found for row in data["rows"] for found in row["candidates"] if found["ours"]]
+    ours += [row["ways"][way] for row in data["splits"] for way in row["ways"]]
     return 1 if any("refused" in found for found in ours) else 0
 
 

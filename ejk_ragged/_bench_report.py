@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import _bench
+import jax
+
+from . import _bench, _bench_devices
 from ._cases import Case, CPU_ROWS, ROWS
 from ._report import here
 from ._report import table as plain_table
@@ -21,6 +23,7 @@ from ._report import table as plain_table
 SHAPES, MODELS = ROWS[:10], ROWS[10:]
 GROUPS = {"shapes": SHAPES, "models": MODELS, "cpu": CPU_ROWS}
 GRADIENT_ROWS = {"full", "ragged", "mha", "cap", "skew", "cpu-full"}
+SPLIT_ROWS = {"full", "one", "cpu-full"}
 SCALING = {
     "cpu": Case("scaling", 4, 4096, 32, 8, 128, "float32"),
     "elsewhere": Case("scaling", 16, 16384, 32, 8, 128, "bfloat16"),
@@ -55,6 +58,7 @@ def run(
     dtype: str | None = None,
     grad: str | None = None,
     peers: bool = False,
+    split: str | None = None,
     scaling: bool | None = None,
     seed: int | None = None,
     runs: int = 15,
@@ -68,6 +72,7 @@ def run(
         grad: None, "also" for gradients beside the forward rows, "only" for gradients alone: of rows that are named, and of some of
             those in a group.
         peers: also measure other implementations.
+        split: None, "also" for steps whose cache is split over all devices, or "only"; of rows as with `grad`.
         scaling: also measure how time follows live tokens and the cache's size.
         seed: of lengths and data; None draws one.
         runs: of each call.
@@ -76,18 +81,25 @@ def run(
     machine = _bench.Machine.here(copying=grad is not None)
     seed = new_seed() if seed is None else seed
     cases = named_rows(rows) if rows else default_rows()
-    scaling = rows is None if scaling is None else scaling
-    jobs = [(case, False) for case in cases if grad != "only"]
-    jobs += [(case, True) for case in cases if grad and (case.name in GRADIENT_ROWS or case.name in (rows or ()))]
+    only = "only" in (grad, split)
+    scaling = rows is None and split != "only" if scaling is None else scaling
+
+    def among(names):
+        return [case for case in cases if case.name in names or case.name in (rows or ())]
+
+    jobs = [(case, False) for case in cases if not only]
+    jobs += [(case, True) for case in among(GRADIENT_ROWS) if grad]
+    splits = among(SPLIT_ROWS) if split else []
     data: dict[str, Any] = {
         "machine": dataclasses.asdict(machine),
         "versions": _versions(),
         "seed": seed,
         "runs": runs,
         "rows": [],
+        "splits": [],
         "skipped": {},
     }
-    with progress(len(jobs) + bool(scaling)) as advance:
+    with progress(len(jobs) + len(splits) + bool(scaling)) as advance:
         for case, gradients in jobs:
             advance(f"{case.name}{' gradient' if gradients else ''}")
             case = dataclasses.replace(case, dtype=dtype or case.dtype)
@@ -98,11 +110,18 @@ def run(
                     print("   ", _line(data["rows"][-1]), file=sys.stderr, flush=True)
             except ValueError as error:  # too large, and the like
                 data["skipped"][case.name] = str(error)
+        for case in splits:
+            advance(f"{case.name} split")
+            case = dataclasses.replace(case, dtype=dtype or case.dtype)
+            try:
+                data["splits"].append(_bench_devices.measure(case, machine, jax.devices(), seed, (backends or [None])[0], runs))
+            except ValueError as error:
+                data["skipped"][f"{case.name} split"] = str(error)
         if scaling:
             advance("scaling")
             base = SCALING["cpu" if machine.platform == "cpu" else "elsewhere"]
             data["scaling"] = _bench.scaling(machine, base, seed, backends[0] if backends else None, runs)
-    data["tables"] = [made for direction in ("forward", "gradient") if (made := _table(data, direction))]
+    data["tables"] = [made for made in (_table(data, "forward"), _table(data, "gradient"), _split_table(data)) if made]
     data["took_seconds"] = round(time.monotonic() - began, 1)
     return data
 
@@ -171,7 +190,28 @@ def _table(data, direction) -> dict[str, Any] | None:
             )
     what = "Gradients" if gradient else "Decode steps"
     title = f"{what} on {machine['device']}; fraction of {bandwidth / 1e9:.0f} GB/s {kind} memory, measured in the same run"
-    return {"title": title, "columns": columns, "rows": body, "notes": _grouped(notes, len(rows))}
+    return {"title": title, "picture": direction, "columns": columns, "rows": body, "notes": _grouped(notes, len(rows))}
+
+
+def _split_table(data) -> dict[str, Any] | None:
+    """Likewise: a time for each way to split the cache, and how many times as fast as one device that is."""
+    rows = data["splits"]
+    if not rows:
+        return None
+    names = [_bench_devices.ONE, *_bench_devices.SPLITS]
+    title = f"Decode steps on {rows[0]['devices']} of {data['machine']['device']}, the cache split"
+    body, notes = [], []
+    for row in rows:
+        body.append([row["row"], f"{row['live_bytes'] / 1e6:.0f}", *(_way(row["ways"][name]) for name in names)])
+        reasons = {name: way.get("refused", way.get("cannot")) for name, way in row["ways"].items()}
+        notes += [f"{row['row']}: {name}: {reason}" for name, reason in reasons.items() if reason]
+    return {"title": title, "picture": None, "columns": ["row", "MB", *names], "rows": body, "notes": _grouped(notes, len(rows))}
+
+
+def _way(found) -> str:
+    if "seconds" not in found:
+        return "-"
+    return _time(found["seconds"]) + (f" ({found['speedup']:.2f}x)" if "speedup" in found else "")
 
 
 def _ours(found, gradient) -> list[str]:

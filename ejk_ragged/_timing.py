@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 
+LOOP_SECONDS = 0.1  # what a loop on the device takes, about
+
+
 @dataclasses.dataclass(frozen=True)
 class Spread:
     """Seconds over several runs: median, 10th and 90th percentile, and the least."""
@@ -33,8 +36,9 @@ class Timing:
     """What one call takes.
 
     Attributes:
-        clock: "kernels" (the sum of the durations of its kernels), "graph" (one call of a replayed CUDA graph) or "wall".
-        seconds: what is reported: the median of kernels and graphs, the least of wall times.
+        clock: "kernels" (the sum of the durations of its kernels), "graph" (one call of a replayed CUDA graph), "loop" (one call in
+            a loop on the device) or "wall".
+        seconds: what is reported: the least of wall times, the median of all others.
         time: the spread of what the clock says.
         span: on a GPU, from the start of the first kernel to the end of the last one.
         kernels: on a GPU, name and median seconds of each kernel, in order.
@@ -67,6 +71,31 @@ def wall_times(calls: Mapping[Any, Callable[[int], Any]], runs: int) -> dict[Any
             if run > 0:  # the first run compiles, or warms up
                 seconds[name].append(time.perf_counter() - begin)
     return {name: Timing("wall", Spread.of(times)) for name, times in seconds.items()}
+
+
+def loop_times(loop: Callable[[int], Callable[[], Any]], calls: int, runs: int) -> Timing:
+    """Times of one call where `loop(n)` gives a function that runs n rounds of `calls` calls on the device, or on several.
+
+    From the difference between loops of two lengths, so that what it takes to start them and to wait for them does not count.
+
+    Raises:
+        NotTimed: a call is too short to be told from the noise.
+    """
+
+    def seconds(run):
+        begin = time.perf_counter()
+        jax.block_until_ready(run())
+        return time.perf_counter() - begin
+
+    few = loop(2)
+    seconds(few)  # compiles
+    rounds = round(min(max(2 * LOOP_SECONDS / seconds(few), 4), 100))
+    many = loop(2 + rounds)
+    seconds(many)
+    times = Spread.of([(seconds(many) - seconds(few)) / (rounds * calls) for _ in range(runs)])
+    if times.median <= 0:
+        raise NotTimed("too short to be timed in a loop")
+    return Timing("loop", times)
 
 
 def kernel_times(call: Callable[[int], Any], runs: int, wait: Callable[[Any], Any] = jax.block_until_ready) -> Timing:

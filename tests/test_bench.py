@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import ejk_ragged
-from ejk_ragged import _bench, _bench_report, _peers, _timing, Backend, ragged_decode_attention
+from ejk_ragged import _bench, _bench_devices, _bench_report, _peers, _timing, Backend, ragged_decode_attention
 from ejk_ragged.__main__ import main
 from ejk_ragged._cases import Case, ROWS
 from ejk_ragged._oracle import oracle
@@ -312,6 +312,79 @@ def test_bandwidths():
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# Many devices
+
+SPLIT = Case("split", 4, 48, 8, 4, 16, lengths=("uniform", 3, 40), sinks=("query", 1))
+
+
+def test_split(monkeypatch):
+    """Each way has run in a loop before its time counts."""
+
+    def loop_times(loop, calls, runs):
+        out = loop(3)()
+        assert (calls, runs) == (1, 2)
+        assert bool(jnp.isfinite(out).all())
+        return _timing.Timing("loop", _timing.Spread.of([len(out.sharding.device_set) ** -0.5]))
+
+    monkeypatch.setattr(_bench_devices, "loop_times", loop_times)
+    row = _bench_devices.measure(SPLIT, MACHINE, jax.devices()[:4], seed=5, runs=2)
+    assert (row["devices"], row["live_bytes"]) == (4, SPLIT.live_bytes(5))
+    assert {name: (way["clock"], way.get("speedup")) for name, way in row["ways"].items()} == {
+        "one device": ("loop", None),
+        "batch": ("loop", 2),
+        "kv heads": ("loop", 2),
+        "rows": ("loop", 2),
+    }
+
+
+def test_only_what_is_right_is_timed(monkeypatch):
+    """The cache is where it is said to be, and what is wrong there has no time."""
+    seen = []
+
+    def decode_step(case, backend):
+        right = _bench.decode_step(case, backend)
+
+        def call(query, key, value, *rest):
+            out = right(query, key, value, *rest)
+            jax.debug.inspect_array_sharding(key, callback=lambda sharding: seen.append(len(sharding.device_set)))
+            return out + 1
+
+        return call
+
+    monkeypatch.setattr(_bench_devices, "decode_step", decode_step)
+    row = _bench_devices.measure(SPLIT, MACHINE, jax.devices()[:2], seed=5, runs=2)
+    assert all("differs from the oracle" in way["refused"] for way in row["ways"].values())
+    assert seen == [1, 2, 2, 2]
+
+
+def test_what_cannot_be_split(monkeypatch):
+    monkeypatch.setattr(_bench_devices, "_timed", lambda *args: {})
+    row = _bench_devices.measure(dataclasses.replace(SPLIT, batch=3), MACHINE, jax.devices()[:2], seed=5, runs=1)
+    assert row["ways"]["batch"] == {"cannot": "batch 3 is no multiple of 2 devices"}
+
+
+def test_too_short_for_a_loop(monkeypatch):
+    monkeypatch.setattr(_timing.time, "perf_counter", iter(range(1000)).__next__)
+    with pytest.raises(_timing.NotTimed, match="too short"):
+        _timing.loop_times(lambda rounds: lambda: None, 1, 3)
+
+
+def test_loop_times(monkeypatch):
+    """A call of 0.01 s, where starting and waiting take 5 s."""
+    clock = [0.0]
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: clock[0])
+
+    def loop(rounds):
+        def run():
+            clock[0] += 5 + rounds * 3 * 0.01
+
+        return run
+
+    timing = _timing.loop_times(loop, 3, 4)
+    assert (timing.clock, timing.seconds) == ("loop", pytest.approx(0.01))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -340,6 +413,23 @@ def test_gradients_of_named_rows(capsys):
     assert "scaling" not in data
     (made,) = data["tables"]
     assert made["columns"][2:4] == ["forward + backward", "backward"]
+
+
+def test_command_split(monkeypatch, capsys, tmp_path):
+    spread = _timing.Spread.of([0.1])
+    monkeypatch.setattr(_bench_devices, "loop_times", lambda *args: _timing.Timing("loop", spread))
+    assert main(["bench", "--rows", "tiny", "--split", "only", "--runs", "1", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "Decode steps on 8 of a test, the cache split" in out
+    assert "100.0 ms (1.00x)" in out
+    assert "batch: batch 3 is no multiple of 8 devices" in out
+    data = json.loads((tmp_path / "a-test.json").read_text())
+    assert data["rows"] == []
+    assert [row["row"] for row in data["splits"]] == ["tiny"]
+    monkeypatch.setattr(jax, "devices", lambda: ["one"])
+    with pytest.raises(SystemExit):
+        main(["bench", "--split"])
+    assert "there is only one device" in capsys.readouterr().err
 
 
 def test_pictures(tmp_path):

@@ -22,8 +22,7 @@ def section(file: pathlib.Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     lines = [f"### {data['machine']['device']}", f"{versions}; seed {data['seed']}; [all data]({file.name})"]
     for table in data["tables"]:
-        kind = "gradient" if "backward" in table["columns"] else "forward"
-        lines += [f"**{table['title']}.**", markdown_table(table), picture(file, kind, table["title"])]
+        lines += [f"**{table['title']}.**", markdown_table(table), picture(file, table["picture"], table["title"])]
         if table["notes"]:
             lines.append("\n".join(f"- {note}" for note in table["notes"]))
     lines.append(picture(file, "scaling", "Time against live tokens, and against the size of the cache"))
