@@ -6,7 +6,7 @@ from typing import ClassVar
 from ejk_ragged import Backend, FwdParams, Problem, Target, Wanted
 
 from ._backward import backward
-from ._chunks import CHUNK_ROWS, CHUNK_ROWS_CPU
+from ._chunks import CHUNK_ROWS
 from ._forward import forward
 
 
@@ -22,8 +22,8 @@ class XlaBackend(Backend):
 
     def fwd_params(self, problem: Problem, target: Target) -> FwdParams:
         """`block_size_keys` is the rows of a chunk, on a CPU of a large one; the other hints have no meaning here."""
-        rows = CHUNK_ROWS_CPU if target.platform == "cpu" else CHUNK_ROWS
-        return problem.fwd_params.over(FwdParams(block_size_keys=rows))
+        del target
+        return problem.fwd_params.over(FwdParams(block_size_keys=CHUNK_ROWS))
 
     def candidates(self, problem: Problem, target: Target):
         return [FwdParams(block_size_keys=rows) for rows in (128, 256, 512, 1024, 2048) if rows < 2 * problem.seq_len]

@@ -10,7 +10,7 @@ from jax import lax
 
 # Of `weighted`: rows of a block, and how many products XLA's CPU library takes as one piece of work.
 BLOCK_ROWS = 32
-LEAST_PRODUCTS = 128
+LEAST_PRODUCTS = 64
 
 
 def product(problem, a, b, contract, batch=((0,), (0,))):

@@ -11,11 +11,13 @@ from ._bits import from_bits, to_bits
 
 
 # Rows of a chunk where `block_size_keys` does not say; docs/performance/cpu.md has the figures.
-CHUNK_ROWS_CPU = 1024  # large chunks keep two cores busy
-CHUNK_ROWS = 512  # twice as much takes 0.8 of the time on a GPU, but temporary memory that grows to 2 % of a cache of 32768 rows
+# Twice as much takes 0.8 of the time on a GPU, but temporary memory that grows to 2 % of a cache of 32768 rows.
+CHUNK_ROWS = 512
 # On a CPU, what is less than a large chunk is done in chunks of this fraction of one, if they have so many rows at least.
-FRACTION = 4
+FRACTION = 2
 LEAST_FRACTION = 128
+# And kv heads are done in so many parts there, if they can be: XLA runs side by side what does not depend on each other.
+PARTS = 2
 
 
 def by_kv_head(problem, target, *arrays):
@@ -39,15 +41,15 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
     batch. Elsewhere that would starve the device, and all sequences go together: time follows the longest live range.
 
     Args:
-        begin: `begin(*arrays) -> state`, for one sequence.
-        step: `step(arrays, state, k, v, live, new) -> (state, chunks)`, for one sequence. k, v: [Hkv, rows, D]; live, new: bool
-            [rows], which rows are in the live range, and which of these no chunk before held; chunks: what to write at these rows
-            of `written`, [Hkv, rows, D].
-        per_sequence: arrays [B, ...].
+        begin: `begin(*arrays) -> state`, for some kv heads H of one sequence; [H, ...].
+        step: `step(arrays, state, k, v, live, new) -> (state, chunks)`, likewise. k, v: [H, rows, D]; live, new: bool [rows], which
+            rows are in the live range, and which of these no chunk before held; chunks: what to write at these rows of `written`,
+            [H, rows, D].
+        per_sequence: arrays [B, Hkv, ...].
         written: arrays like the cache, updated in place.
 
     Returns:
-        The last states, stacked [B, ...], and `written`.
+        The last states, stacked [B, Hkv, ...], and `written`.
     """
     seq_len = problem.seq_len
     rows = min_dim(problem.fwd_params.block_size_keys, seq_len)  # sizes may be symbolic
@@ -56,54 +58,66 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
     def count(start, end, rows):
         return jnp.maximum(end - start + rows - 1, 0) // rows
 
-    def load(cache, b, row, rows):
-        chunk = lax.dynamic_slice(cache, (b, row, zero, zero), (1, rows, *cache.shape[2:]))[0]
+    def place(b, row, heads):
+        return b, row, jnp.int32(heads.start), zero
+
+    def load(cache, b, row, rows, heads):
+        chunk = lax.dynamic_slice(cache, place(b, row, heads), (1, rows, len(heads), problem.head_dim))[0]
         return _operand(problem, target, chunk).transpose(1, 0, 2)
 
-    def store(cache, chunk, b, row):
+    def store(cache, chunk, b, row, heads):
         chunk = chunk.transpose(1, 0, 2).astype(problem.dtype)
-        return lax.dynamic_update_slice(cache, to_bits(chunk)[None], (b, row, zero, zero))
+        return lax.dynamic_update_slice(cache, to_bits(chunk)[None], place(b, row, heads))
 
-    def do(rows, first, b, start, end, arrays, state):
+    def do(rows, heads, first, b, start, end, arrays, state):
         row = jnp.clip(first, 0, seq_len - rows)  # as slices and their updates clip it themselves
         here = row + jnp.arange(rows, dtype=row.dtype)
         live = (here >= start) & (here < end)
         new = live & (here >= first)
         # Without the barrier XLA's CPU compiler in JAX 0.10 widens the whole bfloat16 cache before the loop.
         row, k, v = lax.optimization_barrier((row, key, value))
-        return step(arrays, state, load(k, b, row, rows), load(v, b, row, rows), live, new)
+        return step(arrays, state, load(k, b, row, rows, heads), load(v, b, row, rows, heads), live, new)
 
     index = jnp.arange(problem.batch, dtype=jnp.int32)
     written = [to_bits(x) for x in written]
     if target.platform == "cpu":
         fraction = rows // FRACTION if isinstance(rows, int) and rows % FRACTION == 0 else 0
         sizes = [rows, fraction] if fraction >= LEAST_FRACTION else [rows]
+        each = problem.num_kv_heads // PARTS if problem.num_kv_heads % PARTS == 0 else problem.num_kv_heads
+        parts = [range(head, head + each) for head in range(0, problem.num_kv_heads, each)]
 
         def sequence(written, xs):
             b, start, end, *arrays = xs
+            arrays = [[x[heads.start : heads.stop] for x in arrays] for heads in parts]
 
             def chunk(size, begun, i, carry):
-                state, written = carry
+                states, written = carry
                 first = begun + i * size
-                state, chunks = do(size, first, b, start, end, arrays, state)
-                return state, [store(x, c, b, first) for x, c in zip(written, chunks, strict=True)]
+                next_states = []
+                for heads, own, state in zip(parts, arrays, states, strict=True):
+                    state, chunks = do(size, heads, first, b, start, end, own, state)
+                    written = [store(x, c, b, first, heads) for x, c in zip(written, chunks, strict=True)]
+                    next_states.append(state)
+                return next_states, written
 
-            carry, begun = (begin(*arrays), written), start
+            carry, begun = ([begin(*own) for own in arrays], written), start
             for size in sizes:
                 number = count(begun, end, size) if size == sizes[-1] else jnp.maximum(end - begun, 0) // size
                 carry = lax.fori_loop(zero, number, functools.partial(chunk, size, begun), carry)
                 begun += number * size
-            state, written = carry
-            return written, state
+            states, written = carry
+            return written, jax.tree.map(lambda *x: jnp.concatenate(x), *states)
 
         written, states = lax.scan(sequence, written, (index, start, end, *per_sequence))
         return states, [from_bits(x, problem.dtype) for x in written]
 
+    heads = range(problem.num_kv_heads)
+
     def chunk(i, carry):
         states, written = carry
         first = start + i * rows
-        states, chunks = jax.vmap(functools.partial(do, rows))(first, index, start, end, per_sequence, states)
-        put = jax.vmap(lambda x, c, r: store(x[None], c, zero, r)[0])
+        states, chunks = jax.vmap(functools.partial(do, rows, heads))(first, index, start, end, per_sequence, states)
+        put = jax.vmap(lambda x, c, r: store(x[None], c, zero, r, heads)[0])
         return states, [put(x, c, first) for x, c in zip(written, chunks, strict=True)]
 
     states = jax.vmap(begin)(*per_sequence)
