@@ -252,6 +252,7 @@ def test_hints_that_cannot_work(hints, message):
 
 # Bytes of shared memory that the compiler took on an H100 for the split kernels, JAX 0.11.2.
 TAKEN = [
+    ("float32", 8, 64, 3, 0, 280576),
     ("bfloat16", 64, 4, 3, 73728, 86528),
     ("bfloat16", 64, 64, 3, 139264, 165888),
     ("bfloat16", 128, 4, 2, 45056, 51456),
@@ -272,8 +273,8 @@ TAKEN = [
 def test_estimates_of_shared_memory_cover_what_is_taken(dtype, head_dim, group, stages, forward, backward):
     one = problem(dtype=np.dtype(dtype), head_dim=head_dim, num_q_heads=group, num_kv_heads=1)
     shape = (one, default_block_keys(one), group, stages)
-    assert shared_bytes(*shape, query_like=1) >= forward
-    assert shared_bytes(*shape, query_like=2) >= backward
+    assert shared_bytes(*shape, backward=False) >= forward
+    assert shared_bytes(*shape, backward=True) >= backward
 
 
 @pytest.mark.parametrize(
@@ -286,6 +287,13 @@ def test_as_many_stages_as_fit(capability, head_dim, group, stages):
     shape = problem(head_dim=head_dim, num_q_heads=group, num_kv_heads=1)
     shape = dataclasses.replace(shape, fwd_params=resolve(shape, target))
     assert (forward_tiles(shape, target).num_stages, backward_tiles(shape, target).num_stages) == stages
+
+
+def test_small_heads_of_large_groups_have_smaller_tiles():
+    """With 256 keys for 64 query heads the backward kernel would need more shared memory than there is."""
+    one = problem(dtype=np.dtype("float32"), head_dim=8, num_q_heads=64, num_kv_heads=1)
+    tiles = backward_tiles(one, Target("cuda"))
+    assert (tiles.schedule.block_keys, tiles.num_stages) == (64, 3)
 
 
 def test_the_device_says_what_memory_it_has():

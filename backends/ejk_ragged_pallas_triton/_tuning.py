@@ -66,7 +66,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     # A block of fewer heads than the tensor cores take is padded, so that any group has one.
     heads = given.block_size_heads or min(max(power_of_two(problem.group), 16), 64)
     keys = given.block_size_keys or default_block_keys(problem)
-    needs = functools.partial(shared_bytes, problem, keys, heads, query_like=1)
+    needs = functools.partial(shared_bytes, problem, keys, heads, backward=False)
     stages = given.num_stages or _fitting_stages(needs, target)
     if needs(stages) > _shared_memory(target):
         raise ValueError(
@@ -101,8 +101,10 @@ def forward_tiles(problem: Problem, target: Target) -> Tiles:
 
 def backward_tiles(problem: Problem, target: Target) -> Tiles:
     """The shape of the backward work. All heads of a group stand in one block: they add up in d_key and d_value."""
-    block_heads, block_keys = max(power_of_two(problem.group), 16), default_block_keys(problem)
-    stages = _fitting_stages(functools.partial(shared_bytes, problem, block_keys, block_heads, query_like=2), target)
+    block_heads = max(power_of_two(problem.group), 16)
+    # Probabilities and their gradients pass between warps: in tiles no larger than those of keys.
+    block_keys = min(default_block_keys(problem), TILE_BYTES // (block_heads * problem.dtype.itemsize))
+    stages = _fitting_stages(functools.partial(shared_bytes, problem, block_keys, block_heads, backward=True), target)
     return _tiles(problem, target, block_heads, block_keys, NUM_WARPS, stages)
 
 
@@ -143,17 +145,19 @@ def _tiles(problem, target, block_heads, block_keys, num_warps, num_stages) -> T
     return Tiles(block_heads, head_blocks, dim, num_warps, num_stages, merge_heads, merge_slots, merge_warps, schedule)
 
 
-def shared_bytes(problem, block_keys, block_heads, stages, query_like) -> int:
+def shared_bytes(problem, block_keys, block_heads, stages, *, backward) -> int:
     """Bytes of shared memory that a program needs: what the compiler was seen to take on an H100, or somewhat more.
 
     A stage holds a tile of keys and one of values, and the blocks of heads that are loaded beside them. The last stage is at work
-    in registers, and beside the others there are sums over heads and changes of layout.
+    in registers, and beside the others there are sums over heads, and tiles [heads, keys] that change their layout.
     """
-    block_heads = max(block_heads, 16)
-    stage = (2 * block_keys + query_like * block_heads) * block_dim(problem) * problem.dtype.itemsize
+    block_heads, itemsize = max(block_heads, 16), problem.dtype.itemsize
+    blocks, layouts = (2, 3) if backward else (1, 1)
+    stage = (2 * block_keys + blocks * block_heads) * block_dim(problem) * itemsize
     if stages == 1:
         return stage
-    return stage * (stages - (block_heads < WHOLE_STAGES_FROM)) + (block_heads + 2) * 1024
+    beside = max((block_heads + 2) * 1024, layouts * block_heads * block_keys * itemsize + 2048)
+    return stage * (stages - (block_heads < WHOLE_STAGES_FROM)) + beside
 
 
 def _fitting_stages(needs, target) -> int:
