@@ -55,6 +55,13 @@ def _compiled():
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def _compiler(request):
+    """XLA optimises where its code for CPUs is under test. Elsewhere compiling is most of the time, and it need not."""
+    optimised = request.module.__name__ == "test_xla_backend" or request.node.get_closest_marker("xla") is not None
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu" and not optimised)
+
+
 @pytest.fixture
 def x64():
     """float64 inside the test."""

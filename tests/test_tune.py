@@ -162,7 +162,7 @@ def test_no_class(backend):
 
 def test_another_version(backend, file, monkeypatch):
     save(file, backend, num_warps=8)
-    monkeypatch.setattr(Notes, "version", "2")
+    monkeypatch.setattr(Notes, "version", "another")
     with tuned_hints(file):
         assert chosen(backend=backend).hints_from == "default"
 

@@ -25,6 +25,7 @@ class PallasTritonBackend(Backend):
     name: ClassVar[str] = "pallas_triton"
     priority: ClassVar[int] = 100
     clips_lengths: ClassVar[bool] = True
+    version: ClassVar[str] = "2"
 
     @property
     def platforms(self):  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -15,6 +15,7 @@ class XlaBackend(Backend):
 
     name: ClassVar[str] = "xla"
     priority: ClassVar[int] = -100
+    version: ClassVar[str] = "2"
 
     def supports(self, problem: Problem, target: Target) -> str | None:
         del problem, target
