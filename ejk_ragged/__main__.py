@@ -113,6 +113,8 @@ def _bench_arguments(commands):
 
 def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """The benchmark. The exit status is 1 if a backend of ours was wrong or failed."""
+    import jax
+
     from . import _bench_report
     from ._registry import registry
 
@@ -122,7 +124,7 @@ def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
             registry.get(name)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
-    if arguments.split and len(_bench_report.jax.devices()) < 2:
+    if arguments.split and len(jax.devices()) < 2:
         parser.error("argument --split: there is only one device here")
     options = ("rows", "backends", "dtype", "grad", "peers", "split", "scaling", "seed", "runs")
     data = _bench_report.run(**{name: getattr(arguments, name) for name in options})

@@ -33,7 +33,7 @@ def measure(
     Raises:
         ValueError: the row does not fit into memory.
     """
-    case = fit(case, machine.memory, 2)  # the first device has its share of the split copies beside the whole ones
+    asked, case = case, fit(case, machine.memory, 2)  # the first device has its share of the split copies beside the whole ones
     inputs = draw_cold(case, seed, machine, runs, 2)
     sample = Sample(case, inputs, gradients=False)
     call = decode_step(case, backend)
@@ -50,7 +50,8 @@ def measure(
     for name, way in found.items():
         if name != ONE and "seconds" in way and "seconds" in found[ONE]:
             way["speedup"] = found[ONE]["seconds"] / way["seconds"]
-    return {"row": case.name, "batch": case.batch, "devices": len(devices), "live_bytes": case.live_bytes(seed), "ways": found}
+    sizes = {"batch": case.batch, "batch_asked": asked.batch, "live_bytes": case.live_bytes(seed)}
+    return {"row": case.name, "devices": len(devices), "ways": found} | sizes
 
 
 def _split(inputs: Inputs, mesh, cache: P, query: P) -> Inputs:

@@ -184,13 +184,15 @@ def _table(data, direction) -> dict[str, Any] | None:
         body.append([row["row"], f"{row['moved_bytes'] / 1e6:.0f}", *_ours(found.get(first), gradient)])
         body[-1] += [_theirs(found.get(name), gradient) for name in others]
         notes += [f"{row['row']}: {name}: {c['refused']}" for name, c in found.items() if "refused" in c]
-        if row["batch_asked"] != int(row["problem"].split(",")[0][2:]):
-            notes.append(
-                f"{row['row']}: {row['problem'].split(',')[0]} sequences instead of {row['batch_asked']}, to fit into memory"
-            )
+        notes += _fewer(row, int(row["problem"].split(",")[0][2:]))
     what = "Gradients" if gradient else "Decode steps"
     title = f"{what} on {machine['device']}; fraction of {bandwidth / 1e9:.0f} GB/s {kind} memory, measured in the same run"
     return {"title": title, "picture": direction, "columns": columns, "rows": body, "notes": _grouped(notes, len(rows))}
+
+
+def _fewer(row, batch) -> list[str]:
+    asked = row["batch_asked"]
+    return [] if batch == asked else [f"{row['row']}: B {batch} sequences instead of {asked}, to fit into memory"]
 
 
 def _split_table(data) -> dict[str, Any] | None:
@@ -205,6 +207,7 @@ def _split_table(data) -> dict[str, Any] | None:
         body.append([row["row"], f"{row['live_bytes'] / 1e6:.0f}", *(_way(row["ways"][name]) for name in names)])
         reasons = {name: way.get("refused", way.get("cannot")) for name, way in row["ways"].items()}
         notes += [f"{row['row']}: {name}: {reason}" for name, reason in reasons.items() if reason]
+        notes += _fewer(row, row["batch"])
     return {"title": title, "picture": None, "columns": ["row", "MB", *names], "rows": body, "notes": _grouped(notes, len(rows))}
 
 

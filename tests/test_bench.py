@@ -426,6 +426,9 @@ def test_command_split(monkeypatch, capsys, tmp_path):
     data = json.loads((tmp_path / "a-test.json").read_text())
     assert data["rows"] == []
     assert [row["row"] for row in data["splits"]] == ["tiny"]
+    monkeypatch.setattr(_bench_devices, "fit", lambda case, memory, copies: dataclasses.replace(case, batch=2))
+    (made,) = _bench_report.run(rows=["tiny"], split="only", runs=1)["tables"]
+    assert "B 2 sequences instead of 3, to fit into memory (tiny)" in made["notes"]
     monkeypatch.setattr(jax, "devices", lambda: ["one"])
     with pytest.raises(SystemExit):
         main(["bench", "--split"])
