@@ -115,11 +115,11 @@ def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
     """The benchmark. The exit status is 1 if a backend of ours was wrong or failed."""
     import jax
 
-    from . import _bench_report
     from ._registry import registry
+    from ._tools import bench_report
 
     try:
-        _bench_report.named_rows(arguments.rows or [])
+        bench_report.named_rows(arguments.rows or [])
         for name in arguments.backends:
             registry.get(name)
     except (ValueError, RuntimeError) as error:
@@ -127,13 +127,13 @@ def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
     if arguments.split and len(jax.devices()) < 2:
         parser.error("argument --split: there is only one device here")
     options = ("rows", "backends", "dtype", "grad", "peers", "split", "scaling", "seed", "runs")
-    data = _bench_report.run(**{name: getattr(arguments, name) for name in options})
+    data = bench_report.run(**{name: getattr(arguments, name) for name in options})
     if arguments.json:
         print(json.dumps(data, indent=1, allow_nan=False))
-    elif not _bench_report.print_rich(data):
-        print(_bench_report.show(data))
+    elif not bench_report.print_rich(data):
+        print(bench_report.show(data))
     if arguments.out:
-        for file in _bench_report.write(data, arguments.out):
+        for file in bench_report.write(data, arguments.out):
             print(f"wrote {file}", file=sys.stderr)
     ours = [found for row in data["rows"] for found in row["candidates"] if found["ours"]]
     ours += [row["ways"][way] for row in data["splits"] for way in row["ways"]]
@@ -178,12 +178,13 @@ def _tune_arguments(commands):
 
 def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """The tuner. The exit status is 1 if nothing was saved."""
-    from . import _bench_report, _tune
     from ._hints import default_file
     from ._registry import registry
+    from ._tools import bench_report
+    from ._tools import tune as tuner
 
     try:
-        cases = [*_bench_report.named_rows(arguments.rows), *map(_tune.parse, arguments.problem)]
+        cases = [*bench_report.named_rows(arguments.rows), *map(tuner.parse, arguments.problem)]
         for name in arguments.backends:
             registry.get(name)
     except (ValueError, RuntimeError) as error:
@@ -191,19 +192,19 @@ def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     file = arguments.file or default_file()
     if file is None:
         parser.error("without --file it needs platformdirs, which is not installed: pip install 'ejk-ragged[tune]'")
-    cases = cases or _bench_report.default_rows()
-    seed = _bench_report.new_seed() if arguments.seed is None else arguments.seed
-    with _bench_report.progress(len(cases) * max(len(arguments.backends), 1)) as advance:
-        results = _tune.run(cases, arguments.backends, file, arguments.limit, seed, arguments.runs, advance)
-    print(json.dumps(results, indent=1) if arguments.json else _tune.text(results, file))
+    cases = cases or bench_report.default_rows()
+    seed = bench_report.new_seed() if arguments.seed is None else arguments.seed
+    with bench_report.progress(len(cases) * max(len(arguments.backends), 1)) as advance:
+        results = tuner.run(cases, arguments.backends, file, arguments.limit, seed, arguments.runs, advance)
+    print(json.dumps(results, indent=1) if arguments.json else tuner.text(results, file))
     return 0 if any("best" in result for result in results) else 1
 
 
 def report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """The quick report."""
-    from . import _report  # here, so that --help does not wait for JAX
+    from ._tools import report as tool  # here, so that --help does not wait for the tools
 
-    cases = _report.CHECKS
+    cases = tool.CHECKS
     if arguments.checks:
         known = {case.name: case for case in cases}
         if unknown := [name for name in arguments.checks if name not in known]:
@@ -211,10 +212,10 @@ def report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
         cases = [known[name] for name in arguments.checks]
 
     sections = (
-        ("installation", _report.installation, _report.show_installation),
-        ("dispatch", lambda: _report.dispatch(_report.realistic()), _report.show_dispatch),
-        ("checks", lambda: _report.checks(cases, _report.show_progress), _report.show_checks),
-        ("step", lambda: _report.step(_report.realistic()), _report.show_step),
+        ("installation", tool.installation, tool.show_installation),
+        ("dispatch", lambda: tool.dispatch(tool.realistic()), tool.show_dispatch),
+        ("checks", lambda: tool.checks(cases, tool.show_progress), tool.show_checks),
+        ("step", lambda: tool.step(tool.realistic()), tool.show_step),
     )
     data = {}
     for name, gather, show in sections:

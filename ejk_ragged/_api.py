@@ -6,19 +6,20 @@ from typing import Literal, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from . import _op
-from ._check import check, Window
-from ._problem import accum_dtype, FwdParams, Settings
-from ._registry import Backend
+from ._backend import Backend
+from ._check import Arguments, check, Scale, Window
+from ._problem import accum_dtype, Cache, FwdParams, Queries
+from ._registry import Request
 
 
 @overload
 def ragged_decode_attention(
-    query: Float[Array, "batch num_q_heads head_dim"],
-    key: Float[Array, "batch seq_len num_kv_heads head_dim"],
-    value: Float[Array, "batch seq_len num_kv_heads head_dim"],
+    query: Float[Array, "batch *num_tokens num_q_heads head_dim"],
+    key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
+    value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
     sequence_start: Int[Array, " batch"] | None = None,
     sequence_end: Int[Array, " batch"] | None = None,
     softmax_scale: float | None = None,
@@ -27,14 +28,17 @@ def ragged_decode_attention(
     logits_soft_cap: float | None = None,
     softmax_aux: Float[Array, " num_sinks"] | Float[Array, "heads num_sinks"] | None = None,
     *,
+    query_lengths: Int[Array, " batch"] | None = None,
+    key_scale: Scale | None = None,
+    value_scale: Scale | None = None,
     backend: str | Backend | None = None,
     return_lse: Literal[False] = False,
-) -> Float[Array, "batch num_q_heads head_dim"]: ...
+) -> Float[Array, "batch *num_tokens num_q_heads head_dim"]: ...
 @overload
 def ragged_decode_attention(
-    query: Float[Array, "batch num_q_heads head_dim"],
-    key: Float[Array, "batch seq_len num_kv_heads head_dim"],
-    value: Float[Array, "batch seq_len num_kv_heads head_dim"],
+    query: Float[Array, "batch *num_tokens num_q_heads head_dim"],
+    key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
+    value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
     sequence_start: Int[Array, " batch"] | None = None,
     sequence_end: Int[Array, " batch"] | None = None,
     softmax_scale: float | None = None,
@@ -43,14 +47,17 @@ def ragged_decode_attention(
     logits_soft_cap: float | None = None,
     softmax_aux: Float[Array, " num_sinks"] | Float[Array, "heads num_sinks"] | None = None,
     *,
+    query_lengths: Int[Array, " batch"] | None = None,
+    key_scale: Scale | None = None,
+    value_scale: Scale | None = None,
     backend: str | Backend | None = None,
     return_lse: Literal[True],
-) -> tuple[Float[Array, "batch num_q_heads head_dim"], Float32[Array, "batch num_q_heads"]]: ...
+) -> tuple[Float[Array, "batch *num_tokens num_q_heads head_dim"], Float32[Array, "batch *num_tokens num_q_heads"]]: ...
 @overload
 def ragged_decode_attention(
-    query: Float[Array, "batch num_q_heads head_dim"],
-    key: Float[Array, "batch seq_len num_kv_heads head_dim"],
-    value: Float[Array, "batch seq_len num_kv_heads head_dim"],
+    query: Float[Array, "batch *num_tokens num_q_heads head_dim"],
+    key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
+    value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
     sequence_start: Int[Array, " batch"] | None = None,
     sequence_end: Int[Array, " batch"] | None = None,
     softmax_scale: float | None = None,
@@ -59,11 +66,14 @@ def ragged_decode_attention(
     logits_soft_cap: float | None = None,
     softmax_aux: Float[Array, " num_sinks"] | Float[Array, "heads num_sinks"] | None = None,
     *,
+    query_lengths: Int[Array, " batch"] | None = None,
+    key_scale: Scale | None = None,
+    value_scale: Scale | None = None,
     backend: str | Backend | None = None,
     return_lse: bool,
 ) -> (
-    Float[Array, "batch num_q_heads head_dim"]
-    | tuple[Float[Array, "batch num_q_heads head_dim"], Float32[Array, "batch num_q_heads"]]
+    Float[Array, "batch *num_tokens num_q_heads head_dim"]
+    | tuple[Float[Array, "batch *num_tokens num_q_heads head_dim"], Float32[Array, "batch *num_tokens num_q_heads"]]
 ): ...
 def ragged_decode_attention(
     query,
@@ -77,86 +87,138 @@ def ragged_decode_attention(
     logits_soft_cap=None,
     softmax_aux=None,
     *,
+    query_lengths=None,
+    key_scale=None,
+    value_scale=None,
     backend=None,
     return_lse=False,
 ):
-    """Attention of one query token per sequence over a padded KV cache of which each sequence uses a range of its own.
+    """Attention of each sequence's newest tokens over a padded KV cache of which each sequence uses a range of its own.
 
-    Query head h reads kv head h // (Hq / Hkv). Key j of a sequence is valid when start <= j < end, both clipped to [0, S], and when
-    the window keeps it. Logits are `scale * q . k`, then capped, then masked. With sinks s_n,
-    `out = sum_j exp(x_j) v_j / (sum_j exp(x_j) + sum_n exp(s_n))`, accumulated in float32 (float64 for float64 inputs). An empty
-    range gives 0. What the cache holds outside the valid range changes nothing. Differentiable in query, key, value and sinks.
+    Query head h reads kv head h // (Hq / Hkv). Key j of a sequence is valid when start <= j < end, both clipped to [0, S]. The
+    tokens are in the cache already: the last one stands at end - 1, those before it at the rows before, and each sees the valid
+    keys up to its own position that the window around that position keeps. Logits are `scale * q . k`, then capped, then masked.
+    With sinks s_n, `out = sum_j exp(x_j) v_j / (sum_j exp(x_j) + sum_n exp(s_n))`, accumulated in float32 (float64 for float64
+    queries). A token that sees no key gives 0. What the cache holds at rows that no token sees changes nothing. Differentiable in
+    query, sinks, and a key and value of floats.
 
     The first ten arguments are those of ejkernel's `ragged_decode_attention`, with a meaning that every backend keeps.
 
     Args:
-        query: [batch, num_q_heads, head_dim], one token per sequence; float16, bfloat16, float32 or float64.
-        key: [batch, seq_len, num_kv_heads, head_dim], the cache, in the query's dtype; num_q_heads is a multiple of num_kv_heads.
+        query: [batch, num_q_heads, head_dim], one token per sequence, or [batch, num_tokens, num_q_heads, head_dim]; float16,
+            bfloat16, float32 or float64.
+        key: [batch, seq_len, num_kv_heads, head_dim], the cache, in the query's dtype, or quantised: int8, float8_e4m3fn or
+            float8_e5m2; num_q_heads is a multiple of num_kv_heads.
         value: like `key`.
         sequence_start: integers [batch], the first valid row; None is 0.
-        sequence_end: integers [batch], one past the last valid row; None is seq_len.
+        sequence_end: integers [batch], one past the last valid row, which is the newest token's; None is seq_len.
         softmax_scale: factor on the logits; None is head_dim ** -0.5.
         fwd_params: tuning hints; None leaves them to the backend. With `num_key_splits` given, a sequence's result does not depend
             on the rest of the batch, bit by bit.
-        sliding_window: (left, right) around the query, which stands at end - 1; a negative side is unlimited. `left` keeps
-            left + 1 keys; `right` bounds nothing that `sequence_end` does not.
+        sliding_window: (left, right) around each token's position; a negative side is unlimited. `left` keeps left + 1 keys;
+            `right` bounds nothing that causality does not.
         logits_soft_cap: cap > 0: logits become cap * tanh(logits / cap).
         softmax_aux: sinks, extra logits in the softmax's denominator, neither scaled nor capped: [num_sinks] for all heads,
             [num_q_heads, num_sinks], or [num_kv_heads, num_sinks].
+        query_lengths: integers [batch], how many of the num_tokens tokens are there, the first ones; None is all of them. The
+            others see no key. For a query of four axes.
+        key_scale: of a quantised cache, which stands for `key * key_scale`: a number, or an array [num_kv_heads],
+            [batch, num_kv_heads] or [batch, num_kv_heads, seq_len]. int8 needs both scales.
+        value_scale: likewise, for `value * value_scale`.
         backend: None or "auto" to choose by platform and problem, a name that `backends()` lists, or a `Backend`.
         return_lse: also return the log of the softmax's denominator.
 
     Returns:
-        [batch, num_q_heads, head_dim] in the query's dtype; with `return_lse`, also float32 [batch, num_q_heads], natural log,
-        sinks included, -inf for an empty range without sinks.
+        Shaped and typed like the query; with `return_lse`, also float32 without the axis head_dim, natural log, sinks included,
+        -inf for a token that sees no key and has no sink.
 
     Raises:
-        ValueError: shapes, dtypes or values that do not fit, an unknown backend, or a named one that cannot do the call.
+        ValueError: shapes, dtypes or values that do not fit, an unknown backend, or a named one that cannot do the call; a gradient
+            of a quantised cache or of its scales.
         TypeError: an argument of the wrong type.
+        NotImplementedError: second derivatives.
     """
-    query, key, value, sequence_start, sequence_end, softmax_aux = (
-        jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in (query, key, value, sequence_start, sequence_end, softmax_aux)
+    arguments, request = check(
+        query=query,
+        key=key,
+        value=value,
+        sequence_start=sequence_start,
+        sequence_end=sequence_end,
+        softmax_scale=softmax_scale,
+        fwd_params=fwd_params,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        softmax_aux=softmax_aux,
+        query_lengths=query_lengths,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        backend=backend,
     )
-    settings, left = check(
-        query,
-        key,
-        value,
-        sequence_start,
-        sequence_end,
-        softmax_scale,
-        fwd_params,
-        sliding_window,
-        logits_soft_cap,
-        softmax_aux,
-        backend,
-    )
-    out, lse = _canonical(query, key, value, sequence_start, sequence_end, softmax_aux, settings, left)
+    out, lse = _decode(arguments, request)
     return (out, lse) if return_lse else out
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7))
-def _canonical(query, key, value, sequence_start, sequence_end, softmax_aux, settings: Settings, left: int | None):
-    """The checked call as the canonical operation. Jitted, so that an eager call is one dispatch."""
-    batch, seq_len = key.shape[:2]
-    num_q_heads = query.shape[1]
-    start = jnp.zeros(batch, jnp.int32) if sequence_start is None else _int32(sequence_start, seq_len)
-    end = jnp.full(batch, seq_len, jnp.int32) if sequence_end is None else _int32(sequence_end, seq_len)
-    if left is not None:
-        start = jnp.maximum(start, jnp.clip(end, 0, seq_len) - 1 - left)
-    accum = accum_dtype(query.dtype)
-    if softmax_aux is None:
-        sink = jnp.full(num_q_heads, -jnp.inf, accum)
-    else:
-        aux = jnp.atleast_2d(softmax_aux.astype(accum))
-        sink = jax.nn.logsumexp(aux, axis=-1)
-        sink = jnp.repeat(sink, num_q_heads // sink.shape[0])
-    sink = jnp.broadcast_to(sink, (batch, num_q_heads))
-    out, lse = _op.decode(settings, query, key, value, start, end, sink)  # pyright: ignore[reportGeneralTypeIssues]
+@functools.partial(jax.jit, static_argnames="request")
+def _decode(arguments: Arguments, request: Request):
+    """Jitted, so that an eager call is one dispatch."""
+    queries, cache = canonical(arguments)
+    out, lse = _op.decode(request, queries, cache)
+    if arguments.query.ndim == 3:
+        out, lse = out[:, 0], lse[:, 0]
     return out, lse.astype(jnp.float32)
 
 
+def canonical(arguments: Arguments) -> tuple[Queries, Cache]:
+    """The operands of the canonical operation: every token's own bounds, one sink a head, scales with all their axes."""
+    a = jax.tree.map(jnp.asarray, arguments)
+    query = a.query[:, None] if a.query.ndim == 3 else a.query
+    accum = accum_dtype(query.dtype)
+    start, end = _bounds(a, query.shape[1])
+    sink = _sink(a.softmax_aux, query.shape[2], accum)
+    scales = (_scale(x, a.key.shape[2], accum) for x in (a.key_scale, a.value_scale))
+    return Queries(query, start, end, sink), Cache(a.key, a.value, *scales)
+
+
+def _bounds(a: Arguments, num_tokens):
+    """The first key and the end of every token, [B, T], or [B, 1] where they have the same. Clipped only where arithmetic on them
+    asks for it: `_op` leaves that to those backends that have it for nothing."""
+    batch, seq_len = a.key.shape[:2]
+    start = jnp.zeros(batch, jnp.int32) if a.sequence_start is None else _int32(a.sequence_start, seq_len)
+    end = jnp.full(batch, seq_len, jnp.int32) if a.sequence_end is None else _int32(a.sequence_end, seq_len)
+    start, end = start[:, None], end[:, None]
+    several = a.query_lengths is not None or not (isinstance(num_tokens, int) and num_tokens == 1)
+    if several or a.window_left is not None:
+        end = jnp.clip(end, 0, seq_len)
+    if several:
+        lengths = jnp.full(batch, num_tokens) if a.query_lengths is None else jnp.clip(a.query_lengths, 0, num_tokens)
+        lengths, token = lengths.astype(jnp.int32)[:, None], jnp.arange(num_tokens, dtype=jnp.int32)
+        end = jnp.where(token < lengths, end - (lengths - 1 - token), 0)  # one past the token's own position; 0 for padding
+    if a.window_left is not None:
+        start = jnp.maximum(start, end - 1 - a.window_left)
+    return start, end
+
+
 def _int32(lengths, seq_len):
-    """Lengths that clip to the same as these; `_op` leaves clipping to those backends that have it for nothing."""
+    """Lengths that clip to the same as these."""
     if not np.can_cast(lengths.dtype, np.int32):
         lengths = jnp.clip(lengths, 0, seq_len)
     return lengths.astype(jnp.int32)
+
+
+def _sink(aux, num_q_heads, accum):
+    """All sinks of a head as one logit, [1, 1, Hq]."""
+    if aux is None:
+        return jnp.full((1, 1, num_q_heads), -jnp.inf, accum)
+    aux = jnp.atleast_2d(aux.astype(accum))
+    some = jnp.any(aux > -jnp.inf, axis=-1, keepdims=True)  # of none the logsumexp is -inf, but its gradient would be NaN
+    sink = jnp.where(some[:, 0], jax.nn.logsumexp(jnp.where(some, aux, 0), axis=-1), -jnp.inf)
+    return jnp.repeat(sink, num_q_heads // sink.shape[0])[None, None]
+
+
+def _scale(scale, num_kv_heads, accum):
+    """[B or 1, Hkv, S or 1]: a number, [Hkv], [B, Hkv] or [B, Hkv, S] by its axes."""
+    if scale is None:
+        return None
+    axes = {0: (None, None, None), 1: (None, ..., None), 2: (..., None), 3: ()}[scale.ndim]
+    scale = scale.astype(accum)[axes]
+    return jnp.broadcast_to(scale, (scale.shape[0], num_kv_heads, scale.shape[2]))

@@ -4,7 +4,9 @@ import dataclasses
 import inspect
 from typing import Any
 
-from ._api import ragged_decode_attention
+import jax
+
+from ._api import canonical, ragged_decode_attention
 from ._check import check
 from ._problem import FwdParams, Problem
 from ._registry import HintsFrom, KNOWN_PLATFORMS, registry
@@ -66,9 +68,10 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     call = inspect.signature(ragged_decode_attention).bind(*args, **kwargs)
     call.apply_defaults()
     del call.arguments["return_lse"]
-    settings, _ = check(*call.arguments.values())
-    problem = Problem.of(call.arguments["query"], call.arguments["key"], settings)
-    return Explanation(problem, {platform: _choose(platform, problem, settings.backend) for platform in KNOWN_PLATFORMS})
+    arguments, request = check(**call.arguments)
+    problem = Problem.of(*jax.eval_shape(canonical, arguments), request.settings)
+    registry.check_named(request.backend, problem)
+    return Explanation(problem, {platform: _choose(platform, problem, request) for platform in KNOWN_PLATFORMS})
 
 
 def _show_hints(choice) -> str:
@@ -78,15 +81,15 @@ def _show_hints(choice) -> str:
     return f"; {choice.hints_from} hints: " + ", ".join(f"{name} {value}" for name, value in hints.items())
 
 
-def _choose(platform, problem, backend) -> Choice:
+def _choose(platform, problem, request) -> Choice:
     try:
-        forward = registry.select(platform, problem, backend, "forward")
+        forward = registry.select(platform, problem, request.backend, "forward", request.tuned)
     except ValueError as error:
         return Choice(platform, None, None, problem.fwd_params, {}, str(error))
     choice = Choice(platform, forward.backend.name, None, forward.problem.fwd_params, dict(forward.passed_over))
     choice = dataclasses.replace(choice, hints_from=forward.hints_from)
     try:
-        backward = registry.select(platform, problem, backend, "backward")
+        backward = registry.select(platform, problem, request.backend, "backward")
     except ValueError as error:
         return dataclasses.replace(choice, error=str(error))
     gradients = {name: f"for gradients, {why}" for name, why in backward.passed_over}

@@ -18,10 +18,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ._backend import Backend, Target
 from ._problem import FwdParams, Problem
 
 
-FORMAT = 1
+FORMAT = 2
 LOCK_SECONDS = 10  # a lock older than this was left behind by a process that died
 
 
@@ -32,22 +33,23 @@ class Tuned:
     digest: str
     entries: Mapping[str, FwdParams] = dataclasses.field(compare=False, repr=False)
 
-    def best(self, backend: Any, problem: Problem, target: Any) -> FwdParams | None:
+    def best(self, backend: Backend, problem: Problem, target: Target) -> FwdParams | None:
         """The hints that were found best for the class of `problem`, or None."""
         return self.entries.get(key_of(backend, problem, target) or "")
 
 
-def key_of(backend: Any, problem: Problem, target: Any) -> str | None:
+def key_of(backend: Backend, problem: Problem, target: Target) -> str | None:
     """The class of a problem, for a backend of one version on one kind of device; None where there is none: sizes that are
     symbolic, or a platform without a device here."""
     kind = getattr(target.device, "device_kind", None)
-    if kind is None or not all(isinstance(n, int) for n in (problem.batch, problem.seq_len)):
+    if kind is None or not all(isinstance(n, int) for n in problem.sizes):
         return None
-    batch, seq_len = (1 << (n - 1).bit_length() for n in (problem.batch, problem.seq_len))
+    batch, num_tokens, seq_len = (1 << max(n - 1, 0).bit_length() for n in problem.sizes)
+    cache = f", {problem.cache_dtype.name} cache" if problem.quantised else ""
     cap = "" if problem.logits_soft_cap is None else ", cap"
     return (
-        f"{backend.name} {backend.version}; {kind}; {problem.dtype.name}, heads {problem.num_q_heads}:{problem.num_kv_heads}, "
-        f"D {problem.head_dim}{cap}, B to {batch}, S to {seq_len}"
+        f"{backend.name} {backend.version}; {kind}; {problem.dtype.name}{cache}, heads {problem.num_q_heads}:"
+        f"{problem.num_kv_heads}, D {problem.head_dim}{cap}, B to {batch}, T to {num_tokens}, S to {seq_len}"
     )
 
 

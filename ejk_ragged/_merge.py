@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._check import FLOATING_DTYPES
-from ._problem import accum_dtype
+from ._problem import accum_dtype, FLOATING_DTYPES
 
 
 Partial = tuple[Float[Array, "*sequences head_dim"], Float[Array, "*sequences"]]

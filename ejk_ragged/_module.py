@@ -3,12 +3,12 @@
 from typing import Literal, overload
 
 import equinox as eqx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from ._api import ragged_decode_attention
-from ._check import check_fwd_params, check_scale, check_soft_cap, check_window, Window
+from ._backend import Backend
+from ._check import check_fwd_params, check_scale, check_soft_cap, check_window, Scale, Window
 from ._problem import FwdParams
-from ._registry import Backend
 
 
 class RaggedDecodeAttention(eqx.Module):
@@ -47,42 +47,63 @@ class RaggedDecodeAttention(eqx.Module):
     @overload
     def __call__(
         self,
-        query: Float[Array, "batch num_q_heads head_dim"],
-        key: Float[Array, "batch seq_len num_kv_heads head_dim"],
-        value: Float[Array, "batch seq_len num_kv_heads head_dim"],
+        query: Float[Array, "batch *num_tokens num_q_heads head_dim"],
+        key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
+        value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
         sequence_start: Int[Array, " batch"] | None = None,
         sequence_end: Int[Array, " batch"] | None = None,
         *,
+        query_lengths: Int[Array, " batch"] | None = None,
+        key_scale: Scale | None = None,
+        value_scale: Scale | None = None,
         return_lse: Literal[False] = False,
-    ) -> Float[Array, "batch num_q_heads head_dim"]: ...
+    ) -> Float[Array, "batch *num_tokens num_q_heads head_dim"]: ...
     @overload
     def __call__(
         self,
-        query: Float[Array, "batch num_q_heads head_dim"],
-        key: Float[Array, "batch seq_len num_kv_heads head_dim"],
-        value: Float[Array, "batch seq_len num_kv_heads head_dim"],
+        query: Float[Array, "batch *num_tokens num_q_heads head_dim"],
+        key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
+        value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
         sequence_start: Int[Array, " batch"] | None = None,
         sequence_end: Int[Array, " batch"] | None = None,
         *,
+        query_lengths: Int[Array, " batch"] | None = None,
+        key_scale: Scale | None = None,
+        value_scale: Scale | None = None,
         return_lse: Literal[True],
-    ) -> tuple[Float[Array, "batch num_q_heads head_dim"], Float32[Array, "batch num_q_heads"]]: ...
+    ) -> tuple[Float[Array, "batch *num_tokens num_q_heads head_dim"], Float32[Array, "batch *num_tokens num_q_heads"]]: ...
     @overload
     def __call__(
         self,
-        query: Float[Array, "batch num_q_heads head_dim"],
-        key: Float[Array, "batch seq_len num_kv_heads head_dim"],
-        value: Float[Array, "batch seq_len num_kv_heads head_dim"],
+        query: Float[Array, "batch *num_tokens num_q_heads head_dim"],
+        key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
+        value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
         sequence_start: Int[Array, " batch"] | None = None,
         sequence_end: Int[Array, " batch"] | None = None,
         *,
+        query_lengths: Int[Array, " batch"] | None = None,
+        key_scale: Scale | None = None,
+        value_scale: Scale | None = None,
         return_lse: bool,
     ) -> (
-        Float[Array, "batch num_q_heads head_dim"]
-        | tuple[Float[Array, "batch num_q_heads head_dim"], Float32[Array, "batch num_q_heads"]]
+        Float[Array, "batch *num_tokens num_q_heads head_dim"]
+        | tuple[Float[Array, "batch *num_tokens num_q_heads head_dim"], Float32[Array, "batch *num_tokens num_q_heads"]]
     ): ...
-    def __call__(self, query, key, value, sequence_start=None, sequence_end=None, *, return_lse=False):
+    def __call__(
+        self,
+        query,
+        key,
+        value,
+        sequence_start=None,
+        sequence_end=None,
+        *,
+        query_lengths=None,
+        key_scale=None,
+        value_scale=None,
+        return_lse=False,
+    ):
         """`ragged_decode_attention` of these arrays with the module's settings and sinks."""
-        if self.sinks is not None and self.sinks.shape[0] != query.shape[1]:
+        if self.sinks is not None and self.sinks.shape[0] != query.shape[-2]:
             raise ValueError(f"query must have the sinks' {self.sinks.shape[0]} heads, got shape {query.shape}.")
         return ragged_decode_attention(
             query,
@@ -95,6 +116,9 @@ class RaggedDecodeAttention(eqx.Module):
             self.sliding_window,
             self.logits_soft_cap,
             self.sinks,
+            query_lengths=query_lengths,
+            key_scale=key_scale,
+            value_scale=value_scale,
             backend=self.backend,
             return_lse=return_lse,
         )

@@ -1,128 +1,24 @@
-"""Which backend does a call: the abstract `Backend`, the installed ones (entry points, imported when first needed), and the
-selection, with its reasons.
+"""Which backend does a call: the installed ones (entry points, imported when first needed), and the selection, with its reasons.
 
 Distributions announce backends in the entry-point group `ejk_ragged.backends`; nothing here knows one by name.
 """
 
-import abc
-import contextlib
 import dataclasses
 import importlib.metadata
 import warnings
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 
-from ._problem import FwdParams, Problem
+from ._backend import Backend, Direction, Target
+from ._hints import Tuned
+from ._problem import FwdParams, Problem, Settings
 
 
 GROUP = "ejk_ragged.backends"
 KNOWN_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # what JAX can lower for by these names; others take its default rule
-Direction = Literal["forward", "backward"]
 HintsFrom = Literal["given", "tuned", "default"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """Where a call would run: JAX's name of the platform, and one of its devices when this process has any."""
-
-    platform: str
-    device: Any = None
-
-    @classmethod
-    def of(cls, platform: str) -> "Target":
-        try:
-            return cls(platform, jax.local_devices(backend=platform)[0])
-        except RuntimeError:  # lowering for a platform that this machine lacks
-            return cls(platform)
-
-
-class Backend(abc.ABC):
-    """One implementation of the decode operation. Instances are hashable and hold no arrays.
-
-    Arrays come as `ejk_ragged._op` makes them: lengths clipped, windows folded into `start`, sinks folded into one logit a head.
-
-    Attributes:
-        name: what users write in `backend=`.
-        platforms: the JAX platforms it runs on, or None for all.
-        priority: automatic selection asks backends of higher priority first.
-        clips_lengths: whether it clips `start` and `end` to [0, S] itself, as kernels can that read them anyway.
-        version: changes whenever hints that were tuned before may no longer be the best.
-    """
-
-    name: ClassVar[str]
-    platforms: ClassVar[frozenset[str] | None] = None
-    priority: ClassVar[int] = 0
-    clips_lengths: ClassVar[bool] = False
-    version: ClassVar[str] = "1"
-
-    def unavailable(self) -> str | None:
-        """Why it cannot run in this installation at all, or None."""
-        return None
-
-    @abc.abstractmethod
-    def supports(self, problem: Problem, target: Target) -> str | None:
-        """Why it cannot do the forward operation of `problem` on `target`, or None. Only asked on its own platforms."""
-
-    def supports_backward(self, problem: Problem, target: Target) -> str | None:
-        """Likewise for the backward operation. Where it can't, automatic selection finds another for the gradients."""
-        if type(self).backward is Backend.backward:
-            return "it has no backward operation"
-        return self.supports(problem, target)
-
-    def fwd_params(self, problem: Problem, target: Target) -> FwdParams:
-        """The hints it would use: the caller's, with its own defaults in the gaps.
-
-        Raises:
-            ValueError: a given hint cannot work, naming the field.
-        """
-        del target
-        return problem.fwd_params
-
-    def candidates(self, problem: Problem, target: Target) -> Iterable[FwdParams]:
-        """Hints that the tuner should try for `problem` beside the defaults; the order says what to try first."""
-        del problem, target
-        return ()
-
-    def lowering(self, target: Target) -> contextlib.AbstractContextManager:
-        """What must surround the lowering of its operations for `target`: a device to assume, warnings to keep from users."""
-        del target
-        return contextlib.nullcontext()
-
-    @abc.abstractmethod
-    def forward(self, problem: Problem, target: Target, query, key, value, start, end, sink) -> tuple[jax.Array, jax.Array]:
-        """Output and log-sum-exp.
-
-        Args:
-            problem: the static facts.
-            target: where it runs.
-            query: [B, Hq, D].
-            key, value: [B, S, Hkv, D]; rows outside the live range may hold anything.
-            start, end: int32 [B], within [0, S] unless it `clips_lengths`; empty where start >= end.
-            sink: accumulation dtype [B, Hq], a logit without a value; -inf where there is none.
-
-        Returns:
-            out [B, Hq, D] in `problem.out_dtype`, and lse [B, Hq] in the accumulation dtype.
-        """
-
-    def backward(
-        self, problem: Problem, target: Target, query, key, value, start, end, lse, d_out, delta, *, wanted
-    ) -> list[jax.Array]:
-        """Gradients, from d_logit_j = p_j (d_out . v_j - delta) with p_j = exp(logit_j - lse).
-
-        Args:
-            problem, target, query, key, value, start, end: as in `forward`.
-            lse: accumulation dtype [B, Hq], what `forward` returned.
-            d_out: [B, Hq, D], the output's cotangent.
-            delta: accumulation dtype [B, Hq], d_out . out - d_lse.
-            wanted: which gradients to return.
-
-        Returns:
-            [d_query] if `wanted.query`, in `problem.out_dtype`, then [d_key, d_value] if `wanted.key_value`, in the cache's dtype,
-            with exact zeros outside the live range; shaped like their primals.
-        """
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +48,22 @@ class Selection:
     target: Target
     passed_over: tuple[tuple[str, str], ...] = ()
     hints_from: HintsFrom = "default"
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a caller asked for that is static: it travels with the operation, and `Registry.select` answers it.
+
+    Attributes:
+        settings: what every backend is told.
+        backend: the named one, or None for automatic selection.
+        tuned: what the tuner found, where the caller gave no hints.
+    """
+
+    settings: Settings
+    backend: Backend | None = None
+    tuned: Tuned | None = None
 
 
 class Registry:
@@ -264,7 +176,12 @@ class Registry:
         return backend.unavailable() or ask(problem, target)
 
     def select(
-        self, platform: str, problem: Problem, backend: "str | Backend | None" = None, direction: Direction = "forward"
+        self,
+        platform: str,
+        problem: Problem,
+        backend: "str | Backend | None" = None,
+        direction: Direction = "forward",
+        tuned: Tuned | None = None,
     ) -> Selection:
         """The backend that does `problem` on `platform`: the named one, or the first that gives no reason against it.
 
@@ -277,24 +194,24 @@ class Registry:
         for candidate in ([named] if named else []) + self.automatic() * (named is None or direction == "backward"):
             reason = self.refusal(candidate, problem, target, direction)
             if reason is None:
-                hints, hints_from = self._hints(candidate, problem, target, direction)
-                problem = dataclasses.replace(problem, fwd_params=hints, tuned=None)
+                hints, hints_from = self._hints(candidate, problem, target, direction, tuned)
+                problem = dataclasses.replace(problem, fwd_params=hints)
                 return Selection(candidate, problem, target, tuple(passed_over), hints_from)
             passed_over.append((candidate.name, reason))
         if named is None:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over) or "none is installed"
-            raise ValueError(f"No backend can do this call ({problem}) on {platform}: {reasons}.")
-        raise self._refused(named, passed_over[0][1], problem, target)
+            raise ValueError(f"No backend can do {_asked(direction)} ({problem}) on {platform}: {reasons}.")
+        raise self._refused(named, passed_over[0][1], problem, target, direction)
 
-    def _hints(self, backend, problem, target, direction) -> tuple[FwdParams, HintsFrom]:
+    def _hints(self, backend, problem, target, direction, tuned) -> tuple[FwdParams, HintsFrom]:
         """The hints for a call and where they come from: given, or else tuned (for the forward operation, which is what the tuner
         times), or else the backend's own. Given ones stand alone: what was tuned was tuned together."""
         if problem.fwd_params != FwdParams():
             return backend.fwd_params(problem, target), "given"
-        tuned = problem.tuned and direction == "forward" and problem.tuned.best(backend, problem, target)
-        if tuned:
+        best = tuned and direction == "forward" and tuned.best(backend, problem, target)
+        if best:
             try:
-                return backend.fwd_params(dataclasses.replace(problem, fwd_params=tuned), target), "tuned"
+                return backend.fwd_params(dataclasses.replace(problem, fwd_params=best), target), "tuned"
             except ValueError as error:  # of another device of the same name, or edited by hand
                 if str(error) not in self._warned:
                     self._warned.add(str(error))
@@ -312,14 +229,18 @@ class Registry:
         targets = [Target.of(platform) for platform in backend.platforms or KNOWN_PLATFORMS]
         reasons = [self.refusal(backend, problem, target) for target in targets]
         if all(reasons):
-            raise self._refused(backend, reasons[0], problem, targets[0])
+            raise self._refused(backend, reasons[0], problem, targets[0], "forward")
 
-    def _refused(self, backend, reason, problem, target):
-        able = [other.name for other in self.automatic() if self.refusal(other, problem, target) is None]
+    def _refused(self, backend, reason, problem, target, direction):
+        able = [other.name for other in self.automatic() if self.refusal(other, problem, target, direction) is None]
         return ValueError(
-            f"backend {backend.name!r} cannot do this call ({problem}) on {target.platform}: {reason}. "
+            f"backend {backend.name!r} cannot do {_asked(direction)} ({problem}) on {target.platform}: {reason}. "
             f"Backends that can: {', '.join(able) or 'none is installed'}."
         )
+
+
+def _asked(direction: Direction) -> str:
+    return "this call" if direction == "forward" else "the gradients of this call"
 
 
 def _distribution(entry) -> str:
@@ -343,8 +264,3 @@ registry = Registry()
 def backends() -> tuple[BackendInfo, ...]:
     """The installed backends, with their platforms; for one that cannot be used here, why."""
     return registry.backends()
-
-
-def select(platform: str, problem: Problem, backend, direction: Direction) -> Selection:
-    """`Registry.select` of the installed backends."""
-    return registry.select(platform, problem, backend, direction)

@@ -8,6 +8,8 @@ split differs: XLA's partitioner (plain `jax.jit`), the cache's own type (a mesh
 import contextlib
 import dataclasses
 import functools
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,114 +20,163 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ._merge import merge_stacked
 
 
-# An operation's layout has a letter for each axis of its operands and results: batch, heads of the query, sequence, kv heads,
-# head_dim. Operands are (query, key, value, start, end, ...).
-KEY, VALUE = 1, 2
-_NAMES = {"b": "batch", "s": "seq_len", "k": "num_kv_heads", "h": "num_q_heads", "d": "head_dim"}
+# An operation's layout has a letter for each axis of its operands and results: batch, tokens, heads of the query, sequence, kv
+# heads, head_dim. Operands are (queries, cache, ...).
+_NAMES = {"b": "batch", "t": "num_tokens", "s": "seq_len", "k": "num_kv_heads", "h": "num_q_heads", "d": "head_dim"}
+
+
+class Rows(NamedTuple):
+    """That the cache's rows are split: over which axes of the mesh, and how many rows there are in all."""
+
+    axes: tuple[str, ...]
+    seq_len: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the axes of operands and results belong together."""
+    """How the axes of operands and results belong together: trees of letters."""
 
-    operands: tuple[str, ...]
+    operands: Any
     results: tuple[str, ...]
 
-    def specs(self, cache):
-        """Partition specs of operands and results, for a cache that is split by the spec `cache`, mapped axes in front."""
-        mapped, split = cache[:-4], dict(zip("bskd", cache[-4:], strict=True))
-        split["h"] = split["k"]
-        return [
-            [PartitionSpec(*mapped, *(split[axis] for axis in axes)) for axes in arrays] for arrays in (self.operands, self.results)
-        ]
+    def specs(self, args, cache):
+        """Partition specs of operands and results, for a cache that is split by the spec `cache`, mapped axes in front.
 
-    def rule(self, num_mapped, group):
+        An axis of size 1 is not split: it is alike for all.
+        """
+        mapped, split = cache[:-4], dict(zip("bskd", cache[-4:], strict=True))
+        split |= {"h": split["k"], "t": None}
+
+        def spec(letters, x=None):
+            sizes = [0] * len(letters) if x is None else x.shape[len(mapped) :]
+            return PartitionSpec(*mapped, *(None if size == 1 else split[axis] for axis, size in zip(letters, sizes, strict=True)))
+
+        operands = jax.tree.map(lambda letters, x: None if x is None else spec(letters, x), self.operands, args)
+        return operands, [spec(letters) for letters in self.results]
+
+    def rule(self, args):
         """The same as a sharding rule for Shardy: its text, and the sizes that it needs.
 
-        Splits spread between cache and results and nowhere else. Were the other operands tied to them, a query that is split in a
-        way of its own would leave d_key and d_value without a sharding, and they would be gathered.
+        Splits spread between key, value and results and nowhere else. Were the other operands tied to them, a query that is split
+        in a way of its own would leave d_key and d_value without a sharding, and they would be gathered.
         """
-        mapped = [f"m{i}" for i in range(num_mapped)]
+        queries, cache = args[:2]
+        mapped = [f"m{i}" for i in range(cache.key.ndim - 4)]
+        kv_heads = cache.key.shape[-2]
+        group = queries.query.shape[-2] // kv_heads
         tied = {axis: axis for axis in ("b", "s", "k", *mapped)}
-        tied["h"] = "(k g)" if group > 1 else "k"
+        if group == 1 or kv_heads > 1:  # a factor of size 1 may not stand beside another
+            tied["h"] = "k" if group == 1 else "(k g)"
 
-        def factors(number, axes):
-            own = {axis: f"{axis}_{number}" for axis in (*mapped, *axes)}
-            follows = number in (KEY, VALUE) or number >= len(self.operands)
+        def factors(number, letters, follows):
+            own = {axis: f"{axis}_{number}" for axis in (*mapped, *letters)}
             return " ".join((own | tied)[axis] if follows else own[axis] for axis in own)
 
-        arrays = [factors(number, axes) for number, axes in enumerate(self.operands + self.results)]
-        rule = ", ".join(arrays[: len(self.operands)]) + " -> " + ", ".join(arrays[len(self.operands) :])
+        letters = jax.tree.leaves(jax.tree.map(lambda letters, x: None if x is None else letters, self.operands, args))
+        leaves = jax.tree.leaves(args)
+        operands = [
+            factors(i, axes, x is cache.key or x is cache.value) for i, (axes, x) in enumerate(zip(letters, leaves, strict=True))
+        ]
+        results = [factors(len(operands) + i, axes, True) for i, axes in enumerate(self.results)]
+        rule = ", ".join(operands) + " -> " + ", ".join(results)
         return rule, {"g": group} if "(k g)" in rule else {}
 
 
-def align(layout: Layout, args):
+def align(args, layout: Layout):
     """Arguments whose types agree on how they are spread over a mesh; JAX differentiates what it takes to get there.
 
     Raises:
         ValueError: their types state shardings that cannot work together.
     """
-    mesh = jax.typeof(args[KEY]).sharding.mesh
+    mesh = _mesh(args)
     if AxisType.Explicit in mesh.axis_types:
         args = _reshard(mesh, _explicit_specs(layout, args), args)
     return _vary_alike(args, args)
 
 
-def spread(part, layout: Layout, fold, *args):
-    """`part(axes, *args)` on each device of whatever mesh there is.
+def spread(part, layout: Layout, fold):
+    """A function of a request and arguments as `align` returns them: `part(rows, request, *args)` on each device of the mesh.
 
     Args:
-        part: what one device does; `axes` are the mesh axes that split the sequence.
+        part: what one device does; `rows` says how the cache's rows are split, or is None.
         layout: of its arguments and results.
-        fold: makes a function of such arguments one that `vmap` may map, by adding axes in front of all arguments.
-        *args: as `align` returns them.
+        fold: makes such a function one that `vmap` may map, by adding axes in front of all arguments.
     """
-    mesh = jax.typeof(args[KEY]).sharding.mesh
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
-    if explicit:
-        cache = _spec(jax.typeof(args[KEY]))
-        in_specs, out_specs = layout.specs(cache)
-        run = fold(functools.partial(part, _axes(cache[-3])))
-        # Unchecked: by its type, what is merged on every device differs between them.
-        run = jax.shard_map(run, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, axis_names=explicit, check_vma=False)
-        return _vary_alike(run(*_reshard(mesh, in_specs, args)), args)  # cotangents come as callers of vjp made them
-    if AxisType.Manual in mesh.axis_types:
-        return fold(functools.partial(part, ()))(*args)
-    return fold(_automatic(part, layout))(*args)
+
+    def run(request, *args):
+        mesh = _mesh(args)
+        if AxisType.Explicit in mesh.axis_types:
+            results = fold(_explicit(part, layout))(request, *args)
+            return _vary_alike(results, args)  # cotangents come as callers of vjp made them
+        if AxisType.Manual in mesh.axis_types:
+            return fold(functools.partial(part, None))(request, *args)
+        return fold(_automatic(part, layout))(request, *args)
+
+    return run
 
 
-def _reshard(mesh, specs, arrays):
-    return [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+def _mesh(args):
+    return jax.typeof(args[1].key).sharding.mesh
+
+
+def _reshard(mesh, specs, args):
+    leaves, tree = jax.tree.flatten(args)
+    specs = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return tree.unflatten(jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs, strict=True))
 
 
 def _vary_alike(arrays, others):
     """Inside a `shard_map`: the arrays, as varying over each mesh axis that one of `others` varies over."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in others))
-    missing = [tuple(axes - jax.typeof(x).manual_axis_type.varying) for x in arrays]
-    return [lax.pcast(x, names, to="varying") if names else x for x, names in zip(arrays, missing, strict=True)]
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(others)))
+
+    def vary(x):
+        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, arrays)
+
+
+def _explicit(part, layout: Layout):
+    """`part`, with the cache's type saying how it is split."""
+
+    def run(request, *args):
+        mesh, cache = _mesh(args), _spec(jax.typeof(args[1].key))
+        in_specs, out_specs = layout.specs(args, cache)
+        local = functools.partial(part, _rows(cache, args[1].key), request)
+        # Over no other axis than those that split something: one that `vmap` maps away is not to be had meanwhile.
+        names = {name for entry in cache for name in _axes(entry)}
+        if names:
+            # Unchecked: by its type, what is merged on every device differs between them.
+            local = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
+        return local(*_reshard(mesh, in_specs, args))
+
+    return run
 
 
 def _automatic(part, layout: Layout):
     """`part`, with the partitioner deciding how the cache is split."""
 
-    def partition(mesh, operands, results):
+    def partition(request, mesh, operands, results):
         del results
-        cache = _spec(operands[KEY])
-        _check_cache(cache, _spec(operands[VALUE]))
-        in_specs, out_specs = layout.specs(cache)
-        shardings = [[NamedSharding(mesh, spec) for spec in specs] for specs in (out_specs, in_specs)]
+        key, value = operands[1].key, operands[1].value
+        cache = _spec(key)
+        _check_cache(cache, _spec(value))
+        _check_even(mesh, cache, key)
+        specs = layout.specs(operands, cache)
+        in_shardings, out_shardings = jax.tree.map(
+            functools.partial(NamedSharding, mesh), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+        )
 
         def local(*args):
-            with wide(operands[KEY].dtype):
-                return part(_axes(cache[-3]), *args)
+            with wide(operands[0].query.dtype):
+                return part(_rows(cache, key), request, *args)
 
-        return mesh, local, shardings[0], tuple(shardings[1])
+        return mesh, local, out_shardings, in_shardings
 
-    def run(*args):
-        query, key = args[0], args[KEY]
-        op = custom_partitioning(functools.partial(part, ()))
-        rule, sizes = layout.rule(key.ndim - 4, query.shape[-2] // key.shape[-2])
-        op.def_partition(partition, sharding_rule=rule, **sizes)
+    def run(request, *args):
+        op = custom_partitioning(functools.partial(part, None, request))
+        rule, sizes = layout.rule(args)
+        op.def_partition(functools.partial(partition, request), sharding_rule=rule, **sizes)
         return op(*args)
 
     return run
@@ -140,36 +191,41 @@ def wide(dtype):
 # What one device does. Mapped axes may stand in front of all arguments; `op` takes them too.
 
 
-def forward_part(op, settings, axes, query, key, value, start, end, sink):
+def forward_part(op, rows: Rows | None, request, queries, cache):
     """Output and log-sum-exp of all keys, from the rows that this device holds of them."""
-    if not axes:
-        return op(query, key, value, start, end, sink, settings=settings)
-    start, end = _own_rows(axes, key, start, end)
-    sink = jnp.where(lax.axis_index(axes) == 0, sink, -jnp.inf)  # counted once
-    out, lse = op(query, key, value, start, end, sink, settings=dataclasses.replace(settings, partial=True))
-    # One collective for both: on GPUs its latency is most of what it costs.
-    packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1), axes)
+    if rows is None:
+        return op(request, queries, cache)
+    dtype = queries.query.dtype
+    request, queries = _own_rows(rows, request, queries, cache)
+    sink = jnp.where(lax.axis_index(rows.axes) == 0, queries.sink, -jnp.inf)  # counted once
+    out, lse = op(request, dataclasses.replace(queries, sink=sink), cache)
+    # One collective for both: on GPUs its latency is most of what it costs. Along an axis of its own, which is the first one:
+    # JAX loses the types of explicit axes where it makes that axis itself.
+    packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1)[None], rows.axes, tiled=True)
     out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
-    return [out.astype(query.dtype), lse]
+    return [out.astype(dtype), lse]
 
 
-def backward_part(op, settings, wanted, axes, query, key, value, start, end, lse, d_out, delta):
+def backward_part(op, wanted, rows: Rows | None, request, queries, cache, *per_token):
     """The gradients. With lse and delta of all keys, those of a device's own rows need nothing from the others."""
-    if not axes:
-        return op(query, key, value, start, end, lse, d_out, delta, settings=settings)
-    start, end = _own_rows(axes, key, start, end)
-    settings = dataclasses.replace(settings, partial=True)
-    results = op(query, key, value, start, end, lse, d_out, delta, settings=settings)
+    if rows is None:
+        return op(request, queries, cache, *per_token)
+    dtype = queries.query.dtype
+    request, queries = _own_rows(rows, request, queries, cache)
+    results = op(request, queries, cache, *per_token)
     if wanted.query:
-        results[0] = lax.psum(results[0], axes).astype(query.dtype)
+        results[0] = lax.psum(results[0], rows.axes).astype(dtype)
     return results
 
 
-def _own_rows(axes, key, start, end):
-    """Lengths as seen from the rows that this device holds."""
-    rows = key.shape[-3]
-    first = lax.axis_index(axes) * rows
-    return [jnp.clip(jnp.maximum(x, 0) - first, 0, rows) for x in (start, end)]
+def _own_rows(rows: Rows, request, queries, cache):
+    """The request and the bounds as seen from the rows that this device holds; the last ones may be none of the cache's."""
+    settings = request.settings
+    settings = dataclasses.replace(settings, partial=True, given=settings.given | {"start", "end"})
+    own = cache.key.shape[-3]
+    first = lax.axis_index(rows.axes) * own
+    start, end = (jnp.clip(jnp.clip(x, 0, rows.seq_len) - first, 0, own) for x in (queries.start, queries.end))
+    return dataclasses.replace(request, settings=settings), dataclasses.replace(queries, start=start, end=end)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -187,6 +243,12 @@ def _axes(entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def _rows(cache, key) -> Rows | None:
+    """How a spec of the cache splits its rows."""
+    axes = _axes(cache[-3])
+    return Rows(axes, key.shape[-3]) if axes else None
+
+
 def _named(entry):
     return " and ".join(map(repr, _axes(entry))) or "no mesh axis"
 
@@ -201,15 +263,27 @@ def _check_cache(key, value):
         )
 
 
+def _check_even(mesh, cache, key):
+    """A device has whole kv heads. (Rows and sequences may be uneven: some devices then have fewer.)"""
+    heads, devices = key.shape[-2], math.prod(mesh.shape[name] for name in _axes(cache[-2]))
+    if heads % devices:
+        raise ValueError(
+            f"key and value must be split evenly along num_kv_heads, got {heads} kv heads over {devices} devices by "
+            f"{_named(cache[-2])}. Split them over fewer devices there, and over the others along batch or seq_len."
+        )
+
+
 def _explicit_specs(layout, args):
     """Specs that the arguments should have, by their types; an axis that is not split yet may become so."""
-    cache = _spec(jax.typeof(args[KEY]))
-    _check_cache(cache, _spec(jax.typeof(args[VALUE])))
-    specs, _ = layout.specs(cache)
-    for given, wanted, axis in zip(_spec(jax.typeof(args[0])), specs[0], layout.operands[0], strict=True):
+    query, cache = args[0].query, args[1]
+    key = _spec(jax.typeof(cache.key))
+    _check_cache(key, _spec(jax.typeof(cache.value)))
+    specs, _ = layout.specs(args, key)
+    wanted_spec = specs[0].query
+    for given, wanted, axis in zip(_spec(jax.typeof(query)), wanted_spec, layout.operands[0].query, strict=True):
         if given not in (None, wanted):
             raise ValueError(
                 f"query must be split along {_NAMES[axis]} by {_named(wanted)}, as key is, or not at all; got {_named(given)}. "
-                f"Reshard it to {specs[0]}, or key and value to match it."
+                f"Reshard it to {wanted_spec}, or key and value to match it."
             )
     return specs

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ejk_ragged import Backend, FwdParams, ragged_decode_attention
-from ejk_ragged._verify import verify
+from ejk_ragged.testing import verify
 from ejk_ragged_pallas_triton import PallasTritonBackend
 
 

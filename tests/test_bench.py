@@ -13,33 +13,34 @@ import numpy as np
 import pytest
 
 import ejk_ragged
-from ejk_ragged import _bench, _bench_devices, _bench_report, _peers, _timing, Backend, ragged_decode_attention
+from ejk_ragged import Backend, ragged_decode_attention
 from ejk_ragged.__main__ import main
-from ejk_ragged._cases import Case, ROWS
-from ejk_ragged._oracle import oracle
 from ejk_ragged._registry import registry
+from ejk_ragged._tools import bench, bench_report, devices, peers, timing
+from ejk_ragged._tools.rows import ROWS
+from ejk_ragged.testing import Case, oracle
 
 
 TINY = Case("tiny", 3, 48, 4, 2, 64, lengths=("uniform", 3, 40))
 FEATURES = Case("features", 3, 48, 4, 2, 64, "bfloat16", ("skew", 3, 9), 0.2, (20, 0), 1.5, ("query", 1))
-MACHINE = _bench.Machine("cpu", "a test", 1 << 30, 1e9, 2e9)
+MACHINE = bench.Machine("cpu", "a test", 1 << 30, 1e9, 2e9)
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(_bench_report, "CPU_ROWS", (TINY, FEATURES))
-    monkeypatch.setitem(_bench_report.GROUPS, "cpu", (TINY, FEATURES))
-    monkeypatch.setitem(_bench_report.SCALING, "cpu", dataclasses.replace(TINY, seq_len=24))
-    monkeypatch.setattr(_bench.Machine, "here", classmethod(lambda cls, copying=False: MACHINE))
+    monkeypatch.setattr(bench_report, "CPU_ROWS", (TINY, FEATURES))
+    monkeypatch.setitem(bench_report.GROUPS, "cpu", (TINY, FEATURES))
+    monkeypatch.setitem(bench_report.SCALING, "cpu", dataclasses.replace(TINY, seq_len=24))
+    monkeypatch.setattr(bench.Machine, "here", classmethod(lambda cls, copying=False: MACHINE))
 
 
 def peer(call, **fields):
-    return _peers.Peer("made up", lambda case: call, ("cpu",), gradients=True, **fields)
+    return peers.Peer("made up", lambda case: call, ("cpu",), gradients=True, **fields)
 
 
 def measure(case=TINY, gradients=False, peers=(), **options):
-    entrants = _bench.candidates("cpu", [None], False, gradients) + [_bench.Candidate(p.name, p.make) for p in peers]
-    row = _bench.measure(case, MACHINE, entrants, seed=5, runs=2, gradients=gradients, **options)
+    entrants = bench.candidates("cpu", [None], False, gradients) + [bench.Candidate(p.name, p.make) for p in peers]
+    row = bench.measure(case, MACHINE, entrants, seed=5, runs=2, gradients=gradients, **options)
     return row, {found["name"]: found for found in row["candidates"]}
 
 
@@ -72,10 +73,10 @@ def test_gradient():
 @pytest.mark.parametrize("case", [TINY, FEATURES], ids=lambda case: case.name)
 def test_sample(case):
     """What the oracle says of a sample is what it says of the whole."""
-    inputs = _bench.draw(case, 5, 1, on_device=False)
+    inputs = bench.draw(case, 5, 1, on_device=False)
     query, key, value, start, end, aux = (None if x is None else np.asarray(x) for x in inputs.arguments())
     out, _ = oracle(query, key, value, start, end, case.softmax_scale, case.sliding_window, case.logits_soft_cap, aux)
-    sample = _bench.Sample(case, inputs, gradients=False)
+    sample = bench.Sample(case, inputs, gradients=False)
     assert sample.compare([out], strict=True)["ok"]
     assert sample.compare([out], strict=True)["error"] < 1e-7
     out[int(end.argmax()), 0, 0] += 1
@@ -84,7 +85,7 @@ def test_sample(case):
 
 
 def test_fresh_data():
-    first, again, other = (_bench.draw(FEATURES, seed, 2, on_device) for seed, on_device in ((1, False), (1, False), (2, True)))
+    first, again, other = (bench.draw(FEATURES, seed, 2, on_device) for seed, on_device in ((1, False), (1, False), (2, True)))
     for x, y in zip(first.arguments(), again.arguments(), strict=True):
         np.testing.assert_array_equal(x, y)
     assert not np.array_equal(first.caches[0][0], first.caches[1][0])
@@ -95,16 +96,16 @@ def test_fresh_data():
 
 def test_memory():
     large = dataclasses.replace(TINY, batch=100)
-    per_sequence = _bench.cache_bytes(large) // 100
-    assert _bench.fit(large, 20 * per_sequence, 2).batch == 6
-    assert _bench.fit(large, 1000 * per_sequence, 2) is not None
+    per_sequence = bench.cache_bytes(large) // 100
+    assert bench.fit(large, 20 * per_sequence, 2).batch == 6
+    assert bench.fit(large, 1000 * per_sequence, 2) is not None
     with pytest.raises(ValueError, match="one sequence needs"):
-        _bench.fit(large, per_sequence, 1)
+        bench.fit(large, per_sequence, 1)
 
 
 def test_fewer_sequences_are_noted(monkeypatch):
-    monkeypatch.setattr(_bench, "fit", lambda case, memory, copies: dataclasses.replace(case, batch=2))
-    (made,) = _bench_report.run(rows=["tiny"], runs=1)["tables"]
+    monkeypatch.setattr(bench, "fit", lambda case, memory, copies: dataclasses.replace(case, batch=2))
+    (made,) = bench_report.run(rows=["tiny"], runs=1)["tables"]
     assert made["notes"] == ["B 2 sequences instead of 3, to fit into memory (tiny)"]
 
 
@@ -113,7 +114,7 @@ def test_fewer_sequences_are_noted(monkeypatch):
 
 
 def test_peer_beside_us():
-    _, found = measure(peers=[peer(_peers.jax_nn(TINY, "xla"))])
+    _, found = measure(peers=[peer(peers.jax_nn(TINY, "xla"))])
     assert found["made up"]["timings"]
     assert found["made up"]["ratio"] > 0
 
@@ -121,7 +122,7 @@ def test_peer_beside_us():
 @pytest.mark.parametrize("gradients", [False, True])
 def test_wrong_peer_is_not_timed(gradients):
     def wrong(query, key, value, start, end, aux):
-        return _peers.jax_nn(TINY, "xla")(query, key, value, start, end - 1, aux)
+        return peers.jax_nn(TINY, "xla")(query, key, value, start, end - 1, aux)
 
     _, found = measure(peers=[peer(wrong)], gradients=gradients)
     assert found["made up"]["refused"].startswith("differs from the oracle")
@@ -145,14 +146,14 @@ def test_absent_peer():
     assert found["made up"]["refused"] == "no_such_module is not installed"
 
 
-@pytest.mark.parametrize("name", [p.name for p in _peers.PEERS])
+@pytest.mark.parametrize("name", [p.name for p in peers.PEERS])
 def test_peers_say_what_they_lack(name):
     """Each either is absent, or makes a call, or says what it cannot express; none takes a soft cap and drops it."""
-    (found,) = (p for p in _peers.PEERS if p.name == name)
+    (found,) = (p for p in peers.PEERS if p.name == name)
     if name.startswith("ejkernel") and importlib.util.find_spec("ejkernel"):
         found.make(FEATURES)  # it takes all of it; the oracle decides
         return
-    with pytest.raises((_peers.CannotExpress, ImportError)):
+    with pytest.raises((peers.CannotExpress, ImportError)):
         found.make(FEATURES)
 
 
@@ -165,8 +166,8 @@ def test_peers_say_what_they_lack(name):
     ],
 )
 def test_jax_nn_cannot_express(change, lacks):
-    with pytest.raises(_peers.CannotExpress, match=lacks):
-        _peers.jax_nn(dataclasses.replace(TINY, **change), "xla")
+    with pytest.raises(peers.CannotExpress, match=lacks):
+        peers.jax_nn(dataclasses.replace(TINY, **change), "xla")
 
 
 def _theirs(**given):
@@ -216,7 +217,7 @@ def test_peers_are_asked_the_right_question(name, monkeypatch):
         if parts[0] != "jax" or i == len(parts):
             monkeypatch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(parts[i - 1]))
     setattr(sys.modules[module], attribute, function)
-    (found,) = (p for p in _peers.PEERS if p.name == name)
+    (found,) = (p for p in peers.PEERS if p.name == name)
     cases = [TINY, dataclasses.replace(TINY, lengths=("full",)), FEATURES]
     cases += [
         dataclasses.replace(TINY, **{feature: getattr(FEATURES, feature)}) for feature in ("logits_soft_cap", "sliding_window")
@@ -225,7 +226,7 @@ def test_peers_are_asked_the_right_question(name, monkeypatch):
     for case in cases:
         try:
             found.make(case)
-        except _peers.CannotExpress:
+        except peers.CannotExpress:
             continue
         _, results = measure(case, peers=[found])
         verdicts.append(results[name].get("refused"))
@@ -234,8 +235,8 @@ def test_peers_are_asked_the_right_question(name, monkeypatch):
 
 
 def test_ejkernel_triton_is_spared_long_caches():
-    with pytest.raises(_peers.CannotExpress, match="unrolls"):
-        _peers.ejkernel(dataclasses.replace(TINY, seq_len=8192), "triton")
+    with pytest.raises(peers.CannotExpress, match="unrolls"):
+        peers.ejkernel(dataclasses.replace(TINY, seq_len=8192), "triton")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ def test_ejkernel_triton_is_spared_long_caches():
 def test_kernel_times_of_events():
     """Two runs of two kernels each, nanoseconds; the second kernel of the first run overlaps the first one."""
     events = [(0, 3000, "a"), (1000, 1000, "b"), (5000, 2000, "a"), (7000, 2000, "b")]
-    timing = _timing._of_events(events, 2)
+    timing = timing._of_events(events, 2)
     assert timing.clock == "kernels"
     assert timing.seconds == timing.time.median == pytest.approx(4e-6)
     assert timing.span.least == pytest.approx(3e-6)
@@ -255,19 +256,19 @@ def test_kernel_times_of_events():
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_kernels_that_do_not_fit_the_runs(count):
-    with pytest.raises(_timing.NotTimed, match=f"saw {count} kernels in 2 runs"):
-        _timing._of_events([(i, 1, "a") for i in range(count)], 2)
+    with pytest.raises(timing.NotTimed, match=f"saw {count} kernels in 2 runs"):
+        timing._of_events([(i, 1, "a") for i in range(count)], 2)
 
 
 def test_trace_without_kernels():
     """What runs on the CPU leaves none, on a GPU machine too."""
-    with jax.default_device(jax.devices("cpu")[0]), pytest.raises(_timing.NotTimed, match="0 kernels in 2 runs"):
-        _timing.kernel_times(lambda run: jnp.ones(3) + run, 2)
+    with jax.default_device(jax.devices("cpu")[0]), pytest.raises(timing.NotTimed, match="0 kernels in 2 runs"):
+        timing.kernel_times(lambda run: jnp.ones(3) + run, 2)
 
 
 def test_wall_times_take_turns():
     seen = []
-    timings = _timing.wall_times({"a": lambda run: seen.append(("a", run)), "b": lambda run: seen.append(("b", run))}, 2)
+    timings = timing.wall_times({"a": lambda run: seen.append(("a", run)), "b": lambda run: seen.append(("b", run))}, 2)
     assert seen == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert timings["a"].time.p10 <= timings["a"].time.median <= timings["a"].time.p90
 
@@ -278,8 +279,8 @@ def test_the_first_run_is_not_counted(monkeypatch):
     def call(run):
         now[0] += 100 if run == 0 else run
 
-    monkeypatch.setattr(_timing.time, "perf_counter", lambda: now[0])
-    time = _timing.wall_times({"a": call}, 2)["a"].time
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    time = timing.wall_times({"a": call}, 2)["a"].time
     assert (time.least, time.median) == (1, 1.5)
 
 
@@ -289,10 +290,10 @@ def test_kernels_are_what_counts_on_a_gpu(monkeypatch):
 
     def trace(call, runs, wait):
         traced.append([np.asarray(call(run)) for run in range(runs)])
-        return _timing.Timing("kernels", _timing.Spread(2e-6, 1e-6, 4e-6, 1e-6))
+        return timing.Timing("kernels", timing.Spread(2e-6, 1e-6, 4e-6, 1e-6))
 
-    monkeypatch.setattr(_bench, "kernel_times", trace)
-    monkeypatch.setattr(_bench.Machine, "counts_kernels", property(lambda self: True))
+    monkeypatch.setattr(bench, "kernel_times", trace)
+    monkeypatch.setattr(bench.Machine, "counts_kernels", property(lambda self: True))
     row, found = measure()
     assert row["copies"] == 2
     (results,) = traced
@@ -300,15 +301,15 @@ def test_kernels_are_what_counts_on_a_gpu(monkeypatch):
     assert found["ejk-ragged"]["bytes_per_second"] == pytest.approx(TINY.live_bytes(5) / 2e-6)
 
     def cannot(*arguments):
-        raise _timing.NotTimed("the profiler saw nothing")
+        raise timing.NotTimed("the profiler saw nothing")
 
-    monkeypatch.setattr(_bench, "kernel_times", cannot)
+    monkeypatch.setattr(bench, "kernel_times", cannot)
     assert measure()[1]["ejk-ragged"]["refused"] == "the profiler saw nothing"
 
 
 def test_bandwidths():
-    assert _timing.read_bandwidth("cpu", 1 << 26) > 0
-    assert _timing.copy_bandwidth("cpu", 1 << 26) > 0
+    assert timing.read_bandwidth("cpu", 1 << 26) > 0
+    assert timing.copy_bandwidth("cpu", 1 << 26) > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -324,10 +325,10 @@ def test_split(monkeypatch):
         out = loop(3)()
         assert (calls, runs) == (1, 2)
         assert bool(jnp.isfinite(out).all())
-        return _timing.Timing("loop", _timing.Spread.of([len(out.sharding.device_set) ** -0.5]))
+        return timing.Timing("loop", timing.Spread.of([len(out.sharding.device_set) ** -0.5]))
 
-    monkeypatch.setattr(_bench_devices, "loop_times", loop_times)
-    row = _bench_devices.measure(SPLIT, MACHINE, jax.devices()[:4], seed=5, runs=2)
+    monkeypatch.setattr(devices, "loop_times", loop_times)
+    row = devices.measure(SPLIT, MACHINE, jax.devices()[:4], seed=5, runs=2)
     assert (row["devices"], row["live_bytes"]) == (4, SPLIT.live_bytes(5))
     assert {name: (way["clock"], way.get("speedup")) for name, way in row["ways"].items()} == {
         "one device": ("loop", None),
@@ -342,7 +343,7 @@ def test_only_what_is_right_is_timed(monkeypatch):
     seen = []
 
     def decode_step(case, backend):
-        right = _bench.decode_step(case, backend)
+        right = bench.decode_step(case, backend)
 
         def call(query, key, value, *rest):
             out = right(query, key, value, *rest)
@@ -351,28 +352,28 @@ def test_only_what_is_right_is_timed(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(_bench_devices, "decode_step", decode_step)
-    row = _bench_devices.measure(SPLIT, MACHINE, jax.devices()[:2], seed=5, runs=2)
+    monkeypatch.setattr(devices, "decode_step", decode_step)
+    row = devices.measure(SPLIT, MACHINE, jax.devices()[:2], seed=5, runs=2)
     assert all("differs from the oracle" in way["refused"] for way in row["ways"].values())
     assert seen == [1, 2, 2, 2]
 
 
 def test_what_cannot_be_split(monkeypatch):
-    monkeypatch.setattr(_bench_devices, "_timed", lambda *args: {})
-    row = _bench_devices.measure(dataclasses.replace(SPLIT, batch=3), MACHINE, jax.devices()[:2], seed=5, runs=1)
+    monkeypatch.setattr(devices, "_timed", lambda *args: {})
+    row = devices.measure(dataclasses.replace(SPLIT, batch=3), MACHINE, jax.devices()[:2], seed=5, runs=1)
     assert row["ways"]["batch"] == {"cannot": "batch 3 is no multiple of 2 devices"}
 
 
 def test_too_short_for_a_loop(monkeypatch):
-    monkeypatch.setattr(_timing.time, "perf_counter", iter(range(1000)).__next__)
-    with pytest.raises(_timing.NotTimed, match="too short"):
-        _timing.loop_times(lambda rounds: lambda: None, 1, 3)
+    monkeypatch.setattr(timing.time, "perf_counter", iter(range(1000)).__next__)
+    with pytest.raises(timing.NotTimed, match="too short"):
+        timing.loop_times(lambda rounds: lambda: None, 1, 3)
 
 
 def test_loop_times(monkeypatch):
     """A call of 0.01 s, where starting and waiting take 5 s."""
     clock = [0.0]
-    monkeypatch.setattr(_timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
 
     def loop(rounds):
         def run():
@@ -380,7 +381,7 @@ def test_loop_times(monkeypatch):
 
         return run
 
-    timing = _timing.loop_times(loop, 3, 4)
+    timing = timing.loop_times(loop, 3, 4)
     assert (timing.clock, timing.seconds) == ("loop", pytest.approx(0.01))
 
 
@@ -416,8 +417,8 @@ def test_gradients_of_named_rows(capsys):
 
 
 def test_command_split(monkeypatch, capsys, tmp_path):
-    spread = _timing.Spread.of([0.1])
-    monkeypatch.setattr(_bench_devices, "loop_times", lambda *args: _timing.Timing("loop", spread))
+    spread = timing.Spread.of([0.1])
+    monkeypatch.setattr(devices, "loop_times", lambda *args: timing.Timing("loop", spread))
     assert main(["bench", "--rows", "tiny", "--split", "only", "--runs", "1", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "Decode steps on 8 of a test, the cache split" in out
@@ -426,8 +427,8 @@ def test_command_split(monkeypatch, capsys, tmp_path):
     data = json.loads((tmp_path / "a-test.json").read_text())
     assert data["rows"] == []
     assert [row["row"] for row in data["splits"]] == ["tiny"]
-    monkeypatch.setattr(_bench_devices, "fit", lambda case, memory, copies: dataclasses.replace(case, batch=2))
-    (made,) = _bench_report.run(rows=["tiny"], split="only", runs=1)["tables"]
+    monkeypatch.setattr(devices, "fit", lambda case, memory, copies: dataclasses.replace(case, batch=2))
+    (made,) = bench_report.run(rows=["tiny"], split="only", runs=1)["tables"]
     assert "B 2 sequences instead of 3, to fit into memory (tiny)" in made["notes"]
     monkeypatch.setattr(jax, "devices", lambda: ["one"])
     with pytest.raises(SystemExit):
@@ -437,8 +438,8 @@ def test_command_split(monkeypatch, capsys, tmp_path):
 
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
-    data = _bench_report.run(grad="also", runs=1, rows=["tiny"], scaling=True)
-    files = _bench_report.write(data, tmp_path)
+    data = bench_report.run(grad="also", runs=1, rows=["tiny"], scaling=True)
+    files = bench_report.write(data, tmp_path)
     assert [file.name for file in files] == ["a-test.json", "a-test-forward.png", "a-test-gradient.png", "a-test-scaling.png"]
 
 
@@ -448,7 +449,7 @@ def test_page_of_results(tmp_path):
     spec = importlib.util.spec_from_file_location("results", file)
     results = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(results)
-    _bench_report.write(_bench_report.run(rows=["tiny"], runs=1, peers=True), tmp_path / "performance")
+    bench_report.write(bench_report.run(rows=["tiny"], runs=1, peers=True), tmp_path / "performance")
     page = results.on_page_markdown("before <!-- results --> after", None, types.SimpleNamespace(docs_dir=tmp_path), None)
     assert page.startswith("before ### a test")
     assert page.endswith("after")
@@ -461,11 +462,11 @@ def test_page_of_results(tmp_path):
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ejk_ragged._plots", None)
     monkeypatch.delattr(ejk_ragged, "_plots", raising=False)
-    assert [file.name for file in _bench_report.write(_bench_report.run(rows=["tiny"], runs=1), tmp_path)] == ["a-test.json"]
+    assert [file.name for file in bench_report.write(bench_report.run(rows=["tiny"], runs=1), tmp_path)] == ["a-test.json"]
 
 
 def test_too_large_is_skipped(monkeypatch, capsys):
-    monkeypatch.setattr(_bench.Machine, "here", classmethod(lambda cls, copying=False: dataclasses.replace(MACHINE, memory=1000)))
+    monkeypatch.setattr(bench.Machine, "here", classmethod(lambda cls, copying=False: dataclasses.replace(MACHINE, memory=1000)))
     assert main(["bench", "--rows", "tiny"]) == 0
     assert "skipped tiny: tiny: one sequence needs" in capsys.readouterr().out
 
@@ -500,12 +501,12 @@ def test_on_a_terminal(monkeypatch, capsys):
 
 def test_machine(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(_bench, "read_bandwidth", lambda platform, memory: memory * 1.0)
-    monkeypatch.setattr(_bench, "copy_bandwidth", lambda platform, memory: memory * 2.0)
-    machine = _bench.Machine.here()
+    monkeypatch.setattr(bench, "read_bandwidth", lambda platform, memory: memory * 1.0)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda platform, memory: memory * 2.0)
+    machine = bench.Machine.here()
     assert machine.copy is None
     assert machine.memory > 1 << 28
-    assert _bench.Machine.here(copying=True).copy > 0
+    assert bench.Machine.here(copying=True).copy > 0
     assert machine.counts_kernels == (machine.platform in ("cuda", "rocm"))
 
 
@@ -522,4 +523,4 @@ def test_help_names_the_rows(capsys):
         main(["bench", "--help"])
     words = capsys.readouterr().out.split()
     assert {row.name for row in ROWS} <= set(words)
-    assert set(_bench_report.GROUPS) <= set(words)
+    assert set(bench_report.GROUPS) <= set(words)

@@ -8,10 +8,10 @@ import sys
 import jax
 import pytest
 
-from ejk_ragged import _registry, _report, Backend, explain
+from ejk_ragged import _registry, Backend, explain
 from ejk_ragged.__main__ import main
-from ejk_ragged._cases import Case
-from ejk_ragged._verify import Verdict
+from ejk_ragged._tools import report as _report
+from ejk_ragged.testing import Case, Verdict
 
 
 TINY = Case("tiny", 2, 64, 4, 2, 32, lengths=("skew", 3, 9))

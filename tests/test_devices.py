@@ -3,18 +3,17 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from dense import DenseBackend
 from support import assert_close, draw
 
 from ejk_ragged import explain, ragged_decode_attention
-from ejk_ragged._cases import Case
 from ejk_ragged._registry import platform_of, Target
+from ejk_ragged.testing import Case, TextbookBackend
 
 
 CASE = Case("devices", 2, 20, 4, 2, 8, lengths=("uniform", 0, 20))
 
 
-class Recorder(DenseBackend):
+class Recorder(TextbookBackend):
     """Notes where it is asked to run."""
 
     def __init__(self):

@@ -10,7 +10,7 @@ from support import assert_right
 
 import ejk_ragged
 from ejk_ragged import ragged_decode_attention
-from ejk_ragged._cases import CHECKS
+from ejk_ragged.testing import CHECKS
 
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import DenseBackend
 
 from ejk_ragged import explain, FwdParams, ragged_decode_attention
+from ejk_ragged.testing import TextbookBackend
 
 
 B, S, HQ, HKV, D = 2, 12, 4, 2, 8
@@ -21,15 +21,17 @@ def aval(*shape, dtype="float32"):
 
 
 QUERY, CACHE = aval(B, HQ, D), aval(B, S, HKV, D)
+INT8 = {name: aval(B, S, HKV, D, dtype="int8") for name in ("key", "value")}
+SCALED = INT8 | {"key_scale": 1.0, "value_scale": 1.0}
 GOOD = {"query": QUERY, "key": CACHE, "value": CACHE}
 
 # What is changed of a good call, the error, and what its message says: the argument, what came, what is accepted.
 ERRORS = {
     # shapes
     "query rank": (
-        {"query": aval(B, 1, HQ, D)},
+        {"query": aval(B, D)},
         ValueError,
-        "query must be [batch, num_q_heads, head_dim], got shape (2, 1, 4, 8).",
+        "query must be [batch, num_q_heads, head_dim] or [batch, num_tokens, num_q_heads, head_dim], got shape (2, 8).",
     ),
     "key rank": (
         {"key": aval(B, S, D)},
@@ -99,7 +101,61 @@ ERRORS = {
         "query must have one of the dtypes float16, bfloat16, float32, float64; got int32.",
     ),
     "complex": ({"value": aval(B, S, HKV, D, dtype="complex64")}, ValueError, "value must have one of the dtypes"),
-    "float8": ({"key": aval(B, S, HKV, D, dtype="float8_e4m3fn")}, ValueError, "key must have one of the dtypes"),
+    "one of two quantised": (
+        {"key": aval(B, S, HKV, D, dtype="float8_e4m3fn")},
+        ValueError,
+        "query, key and value must have the same dtype, got query float32, key float8_e4m3fn, value float32. Of a quantised cache, "
+        "key and value have one of int8, float8_e4m3fn, float8_e5m2, both the same.",
+    ),
+    "quantised query": ({"query": aval(B, HQ, D, dtype="int8")}, ValueError, "query must have one of the dtypes float16,"),
+    "int4": ({"key": aval(B, S, HKV, D, dtype="int4")}, ValueError, "key must have one of the dtypes float16, bfloat16, float32, "),
+    # quantised caches
+    "int8 without scales": (INT8, ValueError, "key_scale must be given for an int8 cache, got None: without it the cache would be"),
+    "int8 without one scale": (INT8 | {"key_scale": 1.0}, ValueError, "value_scale must be given for an int8 cache, got None"),
+    "scale of a cache of floats": (
+        {"value_scale": aval(HKV)},
+        ValueError,
+        "value_scale must be None for a cache of floats, got one beside key of dtype float32.",
+    ),
+    "scale of query heads": (
+        SCALED | {"key_scale": aval(HQ)},
+        ValueError,
+        "key_scale must be a number, or floats of shape [num_kv_heads] (2,), [batch, num_kv_heads] (2, 2) or "
+        "[batch, num_kv_heads, seq_len] (2, 2, 12); got float32 of shape (4,).",
+    ),
+    "scale with heads last": (
+        SCALED | {"value_scale": aval(B, S, HKV)},
+        ValueError,
+        "got float32 of shape (2, 12, 2).",
+    ),
+    "scale of integers": (
+        SCALED | {"value_scale": aval(HKV, dtype="int32")},
+        ValueError,
+        "got int32 of shape (2,).",
+    ),
+    "scale is a flag": (
+        SCALED | {"key_scale": True},
+        TypeError,
+        "key_scale must be an array, got True of type bool.",
+    ),
+    # tokens
+    "lengths of one token": (
+        {"query_lengths": aval(B, dtype="int32")},
+        ValueError,
+        "query_lengths must be None for a query of one token a sequence, [batch, num_q_heads, head_dim]; got query (2, 4, 8). For "
+        "several tokens it is [batch, num_tokens, num_q_heads, head_dim].",
+    ),
+    "lengths of tokens": (
+        {"query": aval(B, 3, HQ, D), "query_lengths": aval(3, dtype="int32")},
+        ValueError,
+        "query_lengths must be None or integers of shape (2,), got int32 of shape (3,).",
+    ),
+    "group of tokens": (
+        {"query": aval(B, 3, 5, D)},
+        ValueError,
+        "query must have a multiple of key's num_kv_heads, got 5 query heads and 2 kv heads.",
+    ),
+    "no tokens": ({"query": aval(B, 0, HQ, D)}, ValueError, "query must not be empty, got shape (2, 0, 4, 8)."),
     "query is no array": ({"query": [[1.0]]}, TypeError, "query must be an array, got [[1.0]] of type list."),
     "key is None": ({"key": None}, TypeError, "key must be an array, got None of type NoneType."),
     # lengths
@@ -176,7 +232,11 @@ ERRORS = {
         TypeError,
         r"backend must be None, 'auto', a Backend instance or one of .*\bxla\b.*; got 3 of type int\.",
     ),
-    "backend class": ({"backend": DenseBackend}, TypeError, r"got <class 'dense.DenseBackend'> of type ABCMeta\."),
+    "backend class": (
+        {"backend": TextbookBackend},
+        TypeError,
+        r"got <class '.*\.TextbookBackend'> of type ABCMeta\.",
+    ),
 }
 
 
@@ -203,19 +263,19 @@ def test_traced_settings(name):
     assert ragged_decode_attention(*arrays, **{name: 1}).shape == QUERY.shape
 
 
-class Refusing(DenseBackend):
+class Refusing(TextbookBackend):
     def supports(self, problem, target):
         return f"it has no head dimension {problem.head_dim}"
 
 
-class Elsewhere(DenseBackend):
+class Elsewhere(TextbookBackend):
     platforms = frozenset({"tpu"})
 
 
 def test_named_backend_that_cannot():
     """Why it can't, and which one can; in the tracing already when it can on none of its platforms."""
     message = (
-        r"backend 'dense' cannot do this call \(B 2, S 12, heads 4:2, D 8, float32\) on cpu: it has no head dimension 8\. "
+        r"backend 'textbook' cannot do this call \(B 2, S 12, heads 4:2, D 8, float32\) on cpu: it has no head dimension 8\. "
         r"Backends that can: .*\bxla\b"
     )
     with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ from jax import export
 from support import assert_close, draw
 
 from ejk_ragged import ragged_decode_attention
-from ejk_ragged._cases import Case
+from ejk_ragged.testing import Case
 
 
 CASE = Case("export", 3, 40, 4, 2, 16, lengths=("uniform", 0, 40), sinks=("query", 1))

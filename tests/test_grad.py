@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import DenseBackend
 from support import assert_close, draw
 
 from ejk_ragged import ragged_decode_attention, Wanted
-from ejk_ragged._cases import Case
-from ejk_ragged._oracle import oracle_gradients
+from ejk_ragged.testing import Case, oracle_gradients, TextbookBackend
 
 
 CASE = Case("grad", 3, 24, 4, 2, 16, lengths=("ranges", (2, 20), (0, 24), (5, 5)), sinks=("query", 2), logits_soft_cap=3.0)
@@ -90,7 +88,7 @@ def test_lengths_have_no_gradients():
     assert d_start.dtype == d_end.dtype == jax.dtypes.float0
 
 
-class Recorder(DenseBackend):
+class Recorder(TextbookBackend):
     """Notes which gradients it is asked for."""
 
     def __init__(self):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 from support import assert_close, draw
 
-from ejk_ragged import _op, FwdParams, ragged_decode_attention
-from ejk_ragged._cases import Case
+from ejk_ragged import _op, Cache, FwdParams, Queries, ragged_decode_attention
 from ejk_ragged._problem import Settings
+from ejk_ragged._registry import Request
+from ejk_ragged.testing import Case
 
 
 CASE = Case("jit", 3, 40, 4, 2, 16, lengths=("uniform", 1, 40), sinks=("query", 1))
@@ -79,9 +80,15 @@ def test_no_jit_with_gradients():
     assert_close(got, want)
 
 
-def test_shapes_are_checked_inside():
-    """pytest's import hook (`--jaxtyping-packages` in pyproject.toml) holds the waist to its annotations."""
+@pytest.mark.parametrize("field", ["start", "sink", "key_scale"])
+def test_shapes_are_checked_inside(field):
+    """pytest's import hook (`--jaxtyping-packages` in pyproject.toml) holds the waist to its annotations, the operands together."""
     arrays, _ = draw(CASE)
-    lengths = jnp.zeros(2, jnp.int32)  # of another batch
-    with pytest.raises(Exception, match="decode"):
-        _op.decode(Settings(1.0), arrays["query"], arrays["key"], arrays["value"], lengths, lengths, jnp.zeros((3, 4)))
+    lengths, sink = jnp.zeros((3, 1), jnp.int32), jnp.zeros((1, 1, 4))
+    operands = {"query": arrays["query"][:, None], "start": lengths, "end": lengths, "sink": sink}
+    cache = {"key": arrays["key"], "value": arrays["value"], "key_scale": None, "value_scale": None}
+    _op._typed(**operands, **cache)
+    wrong = {"start": jnp.zeros((2, 1), jnp.int32), "sink": jnp.zeros((1, 2, 4)), "key_scale": jnp.zeros((3, 2, 39))}
+    operands, cache = ({name: wrong[name] if name == field else x for name, x in group.items()} for group in (operands, cache))
+    with pytest.raises(Exception, match="_typed"):
+        _op.decode(Request(Settings(softmax_scale=1.0)), Queries(**operands), Cache(**cache))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import assert_close, draw
 
 from ejk_ragged import merge, ragged_decode_attention
-from ejk_ragged._cases import Case
+from ejk_ragged.testing import Case
 
 
 CASE = Case("merge", 3, 24, 4, 2, 8, lengths=("ranges", (0, 24), (3, 9), (5, 5)), sinks=("query", 2))

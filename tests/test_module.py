@@ -10,7 +10,7 @@ import pytest
 from support import assert_close, draw
 
 from ejk_ragged import FwdParams, ragged_decode_attention, RaggedDecodeAttention
-from ejk_ragged._cases import Case
+from ejk_ragged.testing import Case
 
 
 CASE = Case("module", 2, 20, 4, 2, 8, lengths=("ranges", (2, 17), (0, 20)), sinks=("query", 2))

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ejk_ragged import ragged_decode_attention
-from ejk_ragged._cases import Case
+from ejk_ragged.testing import Case
 
 
 SECONDS = 180  # for everything, on a busy machine

@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import DenseBackend
 from support import assert_batch_invariant, assert_repeatable, assert_right
 
 from ejk_ragged import ragged_decode_attention
-from ejk_ragged._cases import Case, CHECKS
+from ejk_ragged.testing import Case, CHECKS, TextbookBackend
 
 
 CASES = {case.name: case for case in CHECKS}
-right = functools.partial(ragged_decode_attention, backend=DenseBackend())
+right = functools.partial(ragged_decode_attention, backend=TextbookBackend())
 
 
 @pytest.mark.parametrize("case", CHECKS, ids=lambda case: case.name)
@@ -38,7 +37,7 @@ def results_changed(change):
 
 
 def fault(name):
-    return functools.partial(ragged_decode_attention, backend=DenseBackend(name))
+    return functools.partial(ragged_decode_attention, backend=TextbookBackend(name))
 
 
 def window(by):

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ejk_ragged._cases import CHECKS, CPU_STEP, ROWS
-from ejk_ragged._oracle import oracle, oracle_gradients, relative_error, tolerance
-from ejk_ragged._verify import verify
+from ejk_ragged._tools.rows import CPU_STEP, ROWS
+from ejk_ragged.testing import CHECKS, oracle, oracle_gradients, relative_error, tolerance, verify
 
 
 def test_worked_by_hand():

@@ -19,8 +19,8 @@ from support import assert_right, pallas_triton
 
 import ejk_ragged_pallas_triton
 from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Target
-from ejk_ragged._cases import Case
 from ejk_ragged._registry import registry
+from ejk_ragged.testing import Case
 from ejk_ragged_pallas_triton import PallasTritonBackend
 from ejk_ragged_pallas_triton._schedule import Schedule
 from ejk_ragged_pallas_triton._tuning import backward_tiles, default_block_keys, forward_tiles, resolve, shared_bytes

@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import DenseBackend
 from support import draw
 
 import ejk_ragged
 from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Target
-from ejk_ragged._cases import Case
 from ejk_ragged._registry import Backend, Registry, registry
+from ejk_ragged.testing import Case, TextbookBackend
 
 
 PROBLEM = Problem(2, 12, 4, 2, 8, np.dtype("float32"), 1.0)
@@ -56,7 +55,7 @@ class Entry:
 def backend(name, priority=0, platforms=None, why=None, **methods) -> Any:
     """A Backend class. It refuses everything if there is a reason why."""
     members = {"name": name, "priority": priority, "platforms": platforms, "supports": lambda self, problem, target: why}
-    return type(name.title(), (DenseBackend,), members | methods)
+    return type(name.title(), (TextbookBackend,), members | methods)
 
 
 def entries(*classes):
@@ -102,8 +101,8 @@ def test_clear_looks_again():
 
 def test_real_entry_points():
     """importlib.metadata's own class, without a distribution."""
-    made = Registry([importlib.metadata.EntryPoint("dense", "dense:DenseBackend", "ejk_ragged.backends")])
-    assert isinstance(made.get("dense"), DenseBackend)
+    made = Registry([importlib.metadata.EntryPoint("dense", "dense:TextbookBackend", "ejk_ragged.backends")])
+    assert isinstance(made.get("dense"), TextbookBackend)
     (info,) = made.backends()
     assert (info.name, info.distribution, info.platforms, info.broken) == ("dense", "an unknown distribution", None, None)
 
@@ -220,7 +219,7 @@ def test_gradients_of_another_backend():
 
 
 def test_hints_are_resolved_by_the_chosen():
-    class Tuned(DenseBackend):
+    class Tuned(TextbookBackend):
         name = "tuned"
 
         def fwd_params(self, problem, target):
@@ -256,7 +255,7 @@ def test_call_and_explanation(install):
 
     def forward(self, *args):
         ran.append(self.name)
-        return DenseBackend.forward(self, *args)
+        return TextbookBackend.forward(self, *args)
 
     install(
         backend("fast", 5, frozenset({"cpu"}), forward=forward, backward=Backend.backward),
@@ -300,7 +299,7 @@ def test_explain_computes_nothing():
 
 def test_an_instance_wherever_a_name_is():
     arrays, _ = draw(Case("", 2, 12, 4, 2, 8))
-    instance = DenseBackend()
+    instance = TextbookBackend()
     want = ragged_decode_attention(**arrays)
     np.testing.assert_allclose(ragged_decode_attention(**arrays, backend=instance), want, rtol=1e-5, atol=1e-6)
     assert explain(**arrays, backend=instance)["cpu"].forward == "dense"
@@ -368,8 +367,8 @@ def test_somebody_elses_backend(plugin):
 import json
 import jax, jax.numpy as jnp
 import ejk_ragged
-from ejk_ragged._cases import Case
-from ejk_ragged._verify import verify
+from ejk_ragged.testing import Case
+from ejk_ragged.testing import verify
 
 jax.config.update("jax_platforms", "cpu")
 right = verify(ejk_ragged.ragged_decode_attention, Case("", 2, 20, 4, 4, 8, lengths=("uniform", 0, 20), sinks=("query", 1)).draw())

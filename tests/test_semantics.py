@@ -14,8 +14,7 @@ import pytest
 from support import assert_batch_invariant, assert_repeatable, assert_right
 
 from ejk_ragged import FwdParams
-from ejk_ragged._cases import Case, CHECKS
-from ejk_ragged._oracle import oracle
+from ejk_ragged.testing import Case, CHECKS, oracle
 
 
 CASES = {case.name: case for case in CHECKS}

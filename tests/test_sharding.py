@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from support import assert_close, assert_right, draw
 
 from ejk_ragged import merge, ragged_decode_attention
-from ejk_ragged._cases import Case
+from ejk_ragged.testing import Case
 from ejk_ragged_pallas_triton import PallasTritonBackend
 
 

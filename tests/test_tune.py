@@ -16,11 +16,13 @@ import platformdirs
 import pytest
 
 import ejk_ragged_pallas_triton._tuning as pallas_triton
-from ejk_ragged import _bench, _hints, _tune, Backend, explain, FwdParams, Problem, ragged_decode_attention, Target, tuned_hints
+from ejk_ragged import _hints, Backend, explain, FwdParams, Problem, ragged_decode_attention, Target, tuned_hints
 from ejk_ragged.__main__ import main
-from ejk_ragged._cases import Case
 from ejk_ragged._registry import platform_of, registry
-from ejk_ragged._timing import Spread, Timing
+from ejk_ragged._tools import bench as _bench
+from ejk_ragged._tools import tune as _tune
+from ejk_ragged._tools.timing import Spread, Timing
+from ejk_ragged.testing import Case
 from ejk_ragged_xla import XlaBackend
 
 

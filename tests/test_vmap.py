@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from support import assert_close, draw
 
 from ejk_ragged import ragged_decode_attention
-from ejk_ragged._cases import Case
+from ejk_ragged.testing import Case
 
 
 CASE = Case("vmap", 2, 12, 4, 2, 8, lengths=("ranges", (2, 9), (-1, 12)), sinks=("query", 2))

@@ -9,8 +9,8 @@ import pytest
 from support import assert_batch_invariant, assert_repeatable, assert_right
 
 from ejk_ragged import FwdParams, Problem, ragged_decode_attention, Target, Wanted
-from ejk_ragged._cases import Case, CHECKS
 from ejk_ragged._problem import Settings
+from ejk_ragged.testing import Case, CHECKS
 from ejk_ragged_xla import _bits, XlaBackend
 from ejk_ragged_xla._chunks import walk
 

@@ -9,9 +9,6 @@ import jax.numpy as jnp
 from ejk_ragged import Backend, FwdParams, Problem, Target
 
 
-MAX_BACKWARD_GROUP = 64
-
-
 @dataclasses.dataclass(frozen=True)
 class PallasTritonBackend(Backend):
     """Decode attention as two Pallas kernels that Triton compiles.
@@ -25,7 +22,7 @@ class PallasTritonBackend(Backend):
     name: ClassVar[str] = "pallas_triton"
     priority: ClassVar[int] = 100
     clips_lengths: ClassVar[bool] = True
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
 
     @property
     def platforms(self):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -38,7 +35,7 @@ class PallasTritonBackend(Backend):
         return None
 
     def supports(self, problem: Problem, target: Target) -> str | None:
-        if not all(isinstance(n, int) for n in (problem.batch, problem.seq_len)):
+        if not all(isinstance(n, int) for n in problem.sizes):
             return "its kernels need sizes known when they are lowered, not symbolic ones"
         if problem.dtype == jnp.float64:
             return "its kernels have no float64"
@@ -48,11 +45,6 @@ class PallasTritonBackend(Backend):
         if capability is not None and float(capability) < 8.0:
             return f"it needs a GPU of compute capability 8.0 or newer, not {capability}"
         return None
-
-    def supports_backward(self, problem: Problem, target: Target) -> str | None:
-        if problem.group > MAX_BACKWARD_GROUP:
-            return f"its backward kernel holds groups of up to {MAX_BACKWARD_GROUP} query heads, not {problem.group}"
-        return self.supports(problem, target)
 
     def fwd_params(self, problem: Problem, target: Target) -> FwdParams:
         from ._tuning import resolve
@@ -69,13 +61,12 @@ class PallasTritonBackend(Backend):
 
         return lowering(target)
 
-    def forward(self, problem, target, query, key, value, start, end, sink):
+    def forward(self, problem, target, queries, cache):
         from ._forward import forward
 
-        return forward(problem, target, query, key, value, start, end, sink, interpret=self.interpret)
+        return forward(problem, target, queries, cache, interpret=self.interpret)
 
-    def backward(self, problem, target, query, key, value, start, end, lse, d_out, delta, *, wanted):
+    def backward(self, problem, target, queries, cache, lse, d_out, delta, *, wanted):
         from ._backward import backward
 
-        arrays = (query, key, value, start, end, lse, d_out, delta)
-        return backward(problem, target, *arrays, wanted=wanted, interpret=self.interpret)
+        return backward(problem, target, queries, cache, lse, d_out, delta, wanted=wanted, interpret=self.interpret)

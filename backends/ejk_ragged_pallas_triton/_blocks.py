@@ -1,7 +1,8 @@
-"""What the kernels share: which heads and dimensions a program holds, products, and logits."""
+"""What the kernels share: which rows of queries and which dimensions a program holds, tiles of the cache, products, and logits."""
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,51 +12,117 @@ from jax.experimental.pallas import triton as plgpu
 
 LOG2_E = math.log2(math.e)
 LOWEST = float(jnp.finfo(jnp.float32).min)  # stands in for -inf where a difference of two must not be NaN
+WHOLE = pl.BlockSpec(memory_space=pl.ANY)  # arrays stay where they are; kernels index them
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The query heads of one kv head that a program works on, and the dimensions of a head; with masks for the padding.
+    """The rows of queries that a program works on, each a token and a head of one kv head, and the dimensions of a head; with masks
+    for the padding. Arrays with a row for each token and head have one axis for both here, [B, T * Hq, ...].
 
     Attributes:
         kv_head: number of the kv head.
-        heads, heads_ok: numbers of the query heads, [block_heads].
+        tokens: numbers of the tokens, [block_rows]; 0 where there is one only.
+        places, ok: where the rows stand among all T * Hq, [block_rows].
         dims, dims_ok: numbers of the dimensions, [block_dim].
         padded: whether `dims` goes beyond head_dim.
     """
 
-    kv_head: jax.Array
-    heads: jax.Array
-    heads_ok: jax.Array
-    dims: jax.Array
-    dims_ok: jax.Array
+    kv_head: Any
+    tokens: Any
+    places: Any
+    ok: Any
+    dims: Any
+    dims_ok: Any
     padded: bool
 
     @classmethod
-    def of(cls, program, problem, tiles) -> "Block":
-        kv_head, head_block = program // tiles.head_blocks, program % tiles.head_blocks
-        in_group = head_block * tiles.block_heads + jnp.arange(tiles.block_heads, dtype=jnp.int32)
+    def of(cls, kv_head, row_block, problem, tiles) -> "Block":
+        rows = row_block * tiles.block_rows + jnp.arange(tiles.block_rows, dtype=jnp.int32)
+        ok = rows < problem.num_tokens * problem.group
+        tokens, in_group = (0, rows) if problem.num_tokens == 1 else (rows // problem.group, rows % problem.group)
         dims = jnp.arange(tiles.block_dim, dtype=jnp.int32)
-        heads = kv_head * problem.group + in_group
-        return cls(kv_head, heads, in_group < problem.group, dims, dims < problem.head_dim, tiles.block_dim > problem.head_dim)
+        places = tokens * problem.num_q_heads + kv_head * problem.group + in_group
+        return cls(kv_head, tokens, places, ok, dims, dims < problem.head_dim, tiles.block_dim > problem.head_dim)
 
     def of_query(self, ref, b):
-        """Where an array like the query holds this block of sequence `b`, and the mask; [block_heads, block_dim]."""
-        return ref.at[b, self.heads[:, None], self.dims[None, :]], self.heads_ok[:, None] & self.dims_ok[None, :]
+        """Where an array like the query holds this block of sequence `b`, and the mask; [block_rows, block_dim]."""
+        return ref.at[b, self.places[:, None], self.dims[None, :]], self.ok[:, None] & self.dims_ok[None, :]
 
-    def of_cache(self, ref, b, rows, live):
-        """Where an array like the cache holds `rows` of sequence `b`, and the mask; [rows, block_dim].
+    def of_row(self, ref, b):
+        """Where an array of one number a row holds this block of sequence `b`, and the mask; [block_rows]."""
+        return ref.at[b, self.places], self.ok
 
-        Rows that are not live are masked, so that they are not even read, and what they hold can't matter.
+    def of_cache(self, ref, b, keys, live):
+        """Where an array like the cache holds `keys` of sequence `b`, and the mask; [keys, block_dim].
+
+        Keys that are not live are masked, so that they are not even read, and what they hold can't matter.
         """
         mask = live[:, None] & self.dims_ok[None, :] if self.padded else live[:, None]
-        return ref.at[b, rows[:, None], self.kv_head, self.dims[None, :]], mask
+        return ref.at[b, keys[:, None], self.kv_head, self.dims[None, :]], mask
+
+    def scales(self, ref, b, keys, live):
+        """The scales of `keys` of sequence `b`, [keys]; None without a ref, or where all keys have the same."""
+        if ref is None or ref.shape[2] == 1:
+            return None
+        return load((ref.at[b if ref.shape[0] > 1 else 0, self.kv_head, keys], live))
+
+    def common_scale(self, ref, b):
+        """The scale that all keys of sequence `b` have; 1 where there is no such thing."""
+        if ref is None or ref.shape[2] > 1:
+            return 1.0
+        return ref[b if ref.shape[0] > 1 else 0, self.kv_head, 0]
+
+    def sees(self, lengths, b, keys, live):
+        """Which keys each row sees, [block_rows, keys], or [1, keys] where all see the same."""
+        mask = live[None, :]
+        if (ref := lengths.get("token_end")) is not None:
+            mask = mask & (keys[None, :] < load((ref.at[b, self.tokens], self.ok))[:, None])
+        if (ref := lengths.get("token_start")) is not None:
+            mask = mask & (keys[None, :] >= load((ref.at[b, self.tokens], self.ok))[:, None])
+        return mask
+
+    @staticmethod
+    def cleaned(sees, tile, scale=None):
+        """A tile of the cache and its scales, 0 at keys that no row sees."""
+        seen = jnp.max(sees.astype(jnp.int32), axis=0) > 0
+        tile = jnp.where(seen[:, None], tile, jnp.zeros((), tile.dtype))
+        return tile, scale if scale is None else jnp.where(seen, scale, 0.0)
+
+
+def length_arrays(problem, queries) -> dict[str, Any]:
+    """What says which keys are seen: "start" and "end" of each sequence, [B], and "token_start" and "token_end", [B, T], where the
+    tokens of a sequence differ in them. What says nothing is None: XLA then does not make it, which on a short call is a tenth of
+    the time."""
+    start, end = queries.start, queries.end
+    if start.shape[1] == end.shape[1] == 1:
+        return {name: x[:, 0] if name in problem.given else None for name, x in (("start", start), ("end", end))}
+    start, end = (jnp.clip(x, 0, problem.seq_len) for x in (start, end))
+    hull = dataclasses.replace(queries, start=start, end=end).hull(problem.seq_len)
+    per_token = {name: x if x.shape[1] > 1 else None for name, x in (("token_start", start), ("token_end", end))}
+    return dict(zip(("start", "end"), hull, strict=True)) | per_token
+
+
+def line_of(schedule, program, start_ref, end_ref):
+    """The line on which `program` works; a ref of lengths may be None."""
+    number, there = schedule.sequences(program)
+    start, end = (None if ref is None else load((ref.at[number], there)) for ref in (start_ref, end_ref))
+    return schedule.line(program, number, start, end)
+
+
+def store_pieces(schedule, line, pieces_ref):
+    """The line's first worker writes down [2, B]: each sequence's first slot, and how many from there on are its pieces."""
+
+    @pl.when(line.worker == 0)
+    def _():
+        for row, values in enumerate(schedule.pieces(line)):
+            plgpu.store(pieces_ref.at[row, line.number], values, mask=line.number < schedule.batch)
 
 
 def load(where):
     """What stands at a place and mask; zeros where masked."""
     ref, mask = where
-    return plgpu.load(ref, mask=mask, other=0.0)
+    return plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
 def store(where, values):
@@ -63,15 +130,16 @@ def store(where, values):
     plgpu.store(ref, values.astype(ref.dtype), mask=mask)
 
 
-def logits(problem, products):
+def logits(problem, products, key_scales=None, common_scale=1.0):
     """Base-2 logits of the products q . k: scaled, then capped. (`exp2` is one instruction; log2(e) rides on the scale.)"""
-    if problem.logits_soft_cap is None:
-        return products * (problem.softmax_scale * LOG2_E)
-    return jnp.tanh(products * (problem.softmax_scale / problem.logits_soft_cap)) * (problem.logits_soft_cap * LOG2_E)
+    cap = problem.logits_soft_cap
+    factor = problem.softmax_scale * (LOG2_E if cap is None else 1 / cap) * common_scale
+    x = products * (factor if key_scales is None else (key_scales * factor)[None, :])
+    return x if cap is None else jnp.tanh(x) * (cap * LOG2_E)
 
 
 def logits_slope(problem, base2_logits):
-    """Derivative of the natural logits by the products q . k."""
+    """Derivative of the natural logits by the scaled products q . k."""
     if problem.logits_soft_cap is None:
         return problem.softmax_scale
     tanh = base2_logits * (1 / (problem.logits_soft_cap * LOG2_E))
@@ -79,10 +147,36 @@ def logits_slope(problem, base2_logits):
 
 
 def dot(problem, a, b):
-    """a @ b, summed in float32; float32 operands are not rounded to tf32 unless `jax.default_matmul_precision` allows it."""
-    exact = problem.matmul_precision in (None, "highest", "float32")
-    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    """a @ b, summed in float32; operands of float32 are rounded to tf32 only where the problem allows it."""
+    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=problem.precision, preferred_element_type=jnp.float32)
 
 
-WHOLE = pl.BlockSpec(memory_space=pl.ANY)  # arrays stay where they are; kernels index them
+def query_dot(problem, q, tile):
+    """q @ tile for rows of queries, or of cotangents, beside a tile of the cache that may be quantised."""
+    return dot(problem, q, tile.astype(q.dtype))
+
+
+def value_dot(problem, p, v, scale=None):
+    """(p * scale) @ v for probabilities p of at most 1, summed in float32."""
+    if not problem.quantised:
+        return dot(problem, p.astype(v.dtype), v)
+    # float16 holds every number of 8 bits, and p more finely than bfloat16 does.
+    dtype = jnp.float32 if problem.dtype == jnp.float32 else jnp.float16
+    if scale is None:
+        return dot(problem, p.astype(dtype), v.astype(dtype))
+    # Relative to the tile's largest scale: a single key then weighs exactly 1, and nothing leaves the range.
+    largest = jnp.max(jnp.abs(scale))
+    largest = jnp.where(largest > 0, largest, 1.0)
+    return dot(problem, (p * (scale / largest)[None, :]).astype(dtype), v.astype(dtype)) * largest
+
+
+def key_dot(problem, d_x, k, scale=None):
+    """(d_x * scale) @ k for gradients d_x of any size, summed in float32."""
+    if not problem.quantised:
+        return dot(problem, d_x.astype(k.dtype), k)
+    d_x = d_x if scale is None else d_x * scale[None, :]
+    if problem.dtype == jnp.float16:  # scales may take it out of range: tf32 has the same precision, and float32's range
+        problem = dataclasses.replace(problem, precision=jax.lax.Precision.DEFAULT)
+    else:
+        d_x = d_x.astype(problem.dtype)
+    return dot(problem, d_x, k.astype(d_x.dtype))

@@ -7,74 +7,73 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from ejk_ragged_schedule import cdiv
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ._blocks import Block, dot, load, LOG2_E, logits, LOWEST, store, WHOLE
+from ._blocks import Block, length_arrays, line_of, load, LOG2_E, logits, LOWEST, query_dot, store, store_pieces, value_dot, WHOLE
 from ._jax import array, compiler_params
-from ._schedule import cdiv
 from ._tuning import forward_tiles, Tiles
 
 
-def forward(problem, target, query, key, value, start, end, sink, *, interpret):
+def forward(problem, target, queries, cache, *, interpret):
     """Output and log-sum-exp; shapes as in `ejk_ragged.Backend.forward`."""
     plan = forward_tiles(problem, target)
     schedule = plan.schedule
     accum = problem.accum_dtype
-    batch, num_q_heads, head_dim = query.shape
-
-    # What says nothing is not read: XLA then does not make it, which on a short call is a tenth of the time.
-    lengths = {name: x for name, x in (("start", start), ("end", end)) if name in problem.given}
-    sinks = [sink] if "sink" in problem.given else []
+    batch, num_tokens, num_q_heads, head_dim = queries.query.shape
+    rows = num_tokens * num_q_heads
+    optional, tree = jax.tree.flatten((length_arrays(problem, queries), cache.key_scale, cache.value_scale))
 
     parts, part_lse, pieces = pl.pallas_call(
-        functools.partial(_split_kernel, lengths=tuple(lengths), problem=problem, plan=plan),
+        functools.partial(_split_kernel, tree=tree, problem=problem, plan=plan),
         name="ragged_decode_split",
-        grid=(problem.num_kv_heads * plan.head_blocks, schedule.programs),
-        in_specs=[WHOLE] * (3 + len(lengths)),
+        grid=(problem.num_kv_heads * plan.row_blocks, schedule.programs),
+        in_specs=[WHOLE] * (3 + len(optional)),
         out_specs=[WHOLE] * 3,
         out_shape=[
-            array((schedule.slots, num_q_heads, head_dim), accum),
-            array((schedule.slots, num_q_heads), accum),
+            array((schedule.slots, rows, head_dim), accum),
+            array((schedule.slots, rows), accum),
             array((2, batch), jnp.int32),
         ],
         compiler_params=compiler_params(plan.num_warps, plan.num_stages),
         interpret=interpret,
-    )(query, key, value, *lengths.values())
+    )(queries.query.reshape(batch, rows, head_dim), cache.key, cache.value, *optional)
 
+    sinks = [queries.sink] if "sink" in problem.given else []
     out, lse = pl.pallas_call(
-        functools.partial(_combine_kernel, plan=plan),
+        functools.partial(_combine_kernel, num_q_heads=num_q_heads, plan=plan),
         name="ragged_decode_combine",
-        grid=(batch, pl.cdiv(num_q_heads, plan.merge_heads)),
+        grid=(batch, pl.cdiv(rows, plan.merge_rows)),
         in_specs=[WHOLE] * (3 + len(sinks)),
         out_specs=[WHOLE] * 2,
-        out_shape=[
-            array(query.shape, problem.out_dtype),
-            array(query.shape[:2], accum),
-        ],
+        out_shape=[array((batch, rows, head_dim), problem.out_dtype), array((batch, rows), accum)],
         compiler_params=compiler_params(plan.merge_warps, 1),
         interpret=interpret,
     )(parts, part_lse, pieces, *sinks)
-    return out, lse
+    return out.reshape(queries.query.shape), lse.reshape(queries.query.shape[:3])
 
 
-def _split_kernel(q_ref, k_ref, v_ref, *refs, lengths, problem, plan: Tiles):
-    """One program: its tiles, for one block of the query heads that share a kv head. `lengths` names the refs that are there."""
-    *length_refs, parts_ref, part_lse_ref, pieces_ref = refs
-    given = dict(zip(lengths, length_refs, strict=True))
+def _split_kernel(q_ref, k_ref, v_ref, *refs, tree, problem, plan: Tiles):
+    """One program: its tiles, for one block of the rows of queries of a kv head. `tree` says which optional refs there are."""
+    *optional_refs, parts_ref, part_lse_ref, pieces_ref = refs
+    lengths, key_scale_ref, value_scale_ref = tree.unflatten(optional_refs)
     schedule = plan.schedule
-    block = Block.of(pl.program_id(0), problem, plan)
+    block = Block.of(pl.program_id(0) // plan.row_blocks, pl.program_id(0) % plan.row_blocks, problem, plan)
     program = pl.program_id(1)
-    line = schedule.line(program, given.get("start"), given.get("end"))
+    line = line_of(schedule, program, lengths["start"], lengths["end"])
     num_tiles, tile_at = schedule.tiles(line)
 
     def tile(i, carry):
-        acc, high, total, fresh, b, row, end = carry
-        rows = row + jnp.arange(schedule.block_keys, dtype=jnp.int32)
-        live = rows < end
+        acc, high, total, fresh, b, key, end = carry
+        keys = key + jnp.arange(schedule.block_keys, dtype=jnp.int32)
+        live = keys < end
         q = load(block.of_query(q_ref, b))
-        k, v = load(block.of_cache(k_ref, b, rows, live)), load(block.of_cache(v_ref, b, rows, live))
-        x = jnp.where(live[None, :], logits(problem, dot(problem, q, k.T)), -jnp.inf)
+        k, v = load(block.of_cache(k_ref, b, keys, live)), load(block.of_cache(v_ref, b, keys, live))
+        key_scales, value_scales = (block.scales(ref, b, keys, live) for ref in (key_scale_ref, value_scale_ref))
+        sees = block.sees(lengths, b, keys, live)
+        x = logits(problem, query_dot(problem, q, k.T), key_scales, block.common_scale(key_scale_ref, b))
+        x = jnp.where(sees, x, -jnp.inf)
         # The first tile of a piece forgets the piece before. This is arithmetic and no branch, and so are the look-ups of the
         # next tile: Triton keeps loads in flight only where their addresses come without one.
         high = jnp.where(fresh, -jnp.inf, high)
@@ -82,8 +81,10 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, lengths, problem, plan: Tiles):
         fade = jnp.exp2(high - new_high)
         p = jnp.exp2(x - new_high[:, None])
         total = total * fade[:, None] + p  # summed over keys at the end of a piece only: warps wait for each other once less
-        acc = acc * fade[:, None] + dot(problem, p.astype(v.dtype), v)
-        last = schedule.is_last(program, row, end)
+        if problem.gaps:  # what nobody sees weighs 0, but 0 times what is there may be NaN
+            v, value_scales = block.cleaned(sees, v, value_scales)
+        acc = acc * fade[:, None] + value_dot(problem, p, v, value_scales)
+        last = schedule.is_last(program, key, end)
 
         @pl.when(last)
         def _():
@@ -91,29 +92,29 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, lengths, problem, plan: Tiles):
             sum_p = jnp.sum(total, axis=1)
             denominator = jnp.where(sum_p > 0, sum_p, 1.0)
             lse = jnp.where(sum_p > 0, new_high / LOG2_E + jnp.log(denominator), -jnp.inf)
-            store(block.of_query(parts_ref, slot), acc / denominator[:, None])
-            plgpu.store(part_lse_ref.at[slot, block.heads], lse, mask=block.heads_ok)
+            store(block.of_query(parts_ref, slot), acc * (block.common_scale(value_scale_ref, b) / denominator)[:, None])
+            store(block.of_row(part_lse_ref, slot), lse)
 
         return acc, new_high, total, last, *tile_at(i + 1)
 
     init = (
-        jnp.zeros((plan.block_heads, plan.block_dim), jnp.float32),
-        jnp.full(plan.block_heads, -jnp.inf, jnp.float32),
-        jnp.zeros((plan.block_heads, schedule.block_keys), jnp.float32),
+        jnp.zeros((plan.block_rows, plan.block_dim), jnp.float32),
+        jnp.full(plan.block_rows, -jnp.inf, jnp.float32),
+        jnp.zeros((plan.block_rows, schedule.block_keys), jnp.float32),
         jnp.asarray(True),
         *tile_at(0),
     )
     jax.lax.fori_loop(0, num_tiles, tile, init)
-    pl.when(pl.program_id(0) == 0)(lambda: schedule.store_pieces(line, pieces_ref))
+    pl.when(pl.program_id(0) == 0)(lambda: store_pieces(schedule, line, pieces_ref))
 
 
-def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, *refs, plan: Tiles):
-    """One program: some heads of one sequence. Weights its partial outputs by their softmax denominators, the sink's too."""
+def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, *refs, num_q_heads, plan: Tiles):
+    """One program: some rows of one sequence. Weights its partial outputs by their softmax denominators, the sink's too."""
     *sink_refs, out_ref, lse_ref = refs
-    num_q_heads, head_dim = out_ref.shape[1:]
+    num_rows, head_dim = out_ref.shape[1:]
     b = pl.program_id(0)
-    heads = pl.program_id(1) * plan.merge_heads + jnp.arange(plan.merge_heads, dtype=jnp.int32)
-    heads_ok = heads < num_q_heads
+    rows = pl.program_id(1) * plan.merge_rows + jnp.arange(plan.merge_rows, dtype=jnp.int32)
+    ok = rows < num_rows
     dims = jnp.arange(plan.block_dim, dtype=jnp.int32)
     dims_ok = dims < head_dim
     first, count = pieces_ref[0, b], pieces_ref[1, b]
@@ -121,13 +122,14 @@ def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, *refs, plan: Tiles):
     def merge(i, carry):
         acc, high, total = carry
         piece = i * plan.merge_slots + jnp.arange(plan.merge_slots, dtype=jnp.int32)
-        mask = (piece < count)[:, None] & heads_ok[None, :]
+        mask = (piece < count)[:, None] & ok[None, :]
         slots = first + piece
-        lse = plgpu.load(part_lse_ref.at[slots[:, None], heads[None, :]], mask=mask, other=-jnp.inf)
-        part = plgpu.load(
-            parts_ref.at[slots[:, None, None], heads[None, :, None], dims[None, None, :]],
-            mask=mask[:, :, None] & dims_ok[None, None, :],
-            other=0.0,
+        lse = plgpu.load(part_lse_ref.at[slots[:, None], rows[None, :]], mask=mask, other=-jnp.inf)
+        part = load(
+            (
+                parts_ref.at[slots[:, None, None], rows[None, :, None], dims[None, None, :]],
+                mask[:, :, None] & dims_ok[None, None, :],
+            )
         )
         new_high = jnp.maximum(high, jnp.max(lse, axis=0))
         weight = jnp.exp(lse - new_high[None, :])
@@ -136,11 +138,13 @@ def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, *refs, plan: Tiles):
         acc = acc * fade[:, None] + jnp.sum(part * weight[:, :, None], axis=0)
         return acc, new_high, total
 
-    sink = jnp.full(plan.merge_heads, -jnp.inf, jnp.float32)
-    for sink_ref in sink_refs:  # one, or none
-        sink = plgpu.load(sink_ref.at[b, heads], mask=heads_ok, other=-jnp.inf)
+    sink = jnp.full(plan.merge_rows, -jnp.inf, jnp.float32)
+    for ref in sink_refs:  # one, or none
+        batch, num_tokens, _ = ref.shape
+        place = ref.at[b if batch > 1 else 0, rows // num_q_heads if num_tokens > 1 else 0, rows % num_q_heads]
+        sink = plgpu.load(place, mask=ok, other=-jnp.inf)
     init = (
-        jnp.zeros((plan.merge_heads, plan.block_dim), jnp.float32),
+        jnp.zeros((plan.merge_rows, plan.block_dim), jnp.float32),
         jnp.maximum(sink, LOWEST),
         jnp.where(sink > -jnp.inf, 1.0, 0.0),
     )
@@ -148,5 +152,5 @@ def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, *refs, plan: Tiles):
     empty = total == 0
     out = acc / jnp.where(empty, 1.0, total)[:, None]
     lse = jnp.where(empty, -jnp.inf, high + jnp.log(jnp.where(empty, 1.0, total)))
-    plgpu.store(out_ref.at[b, heads[:, None], dims[None, :]], out.astype(out_ref.dtype), mask=heads_ok[:, None] & dims_ok[None, :])
-    plgpu.store(lse_ref.at[b, heads], lse, mask=heads_ok)
+    store((out_ref.at[b, rows[:, None], dims[None, :]], ok[:, None] & dims_ok[None, :]), out)
+    store((lse_ref.at[b, rows], ok), lse)

@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 
-from ejk_ragged import FwdParams, Problem, Target
+from ejk_ragged_schedule import Schedule
 
-from ._schedule import Schedule
+from ejk_ragged import FwdParams, Problem, Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,20 +13,20 @@ class Tiles:
     """The static shape of the work.
 
     Attributes:
-        block_heads: query heads of one group in a program; a power of two, 16 at least (the tensor cores' smallest).
-        head_blocks: such blocks a group.
+        block_rows: rows of queries of one kv head in a program; a power of two, 16 at least (the tensor cores' smallest).
+        row_blocks: such blocks a kv head.
         block_dim: head_dim, padded to a power of two.
         num_warps, num_stages: of the kernel that walks through the cache.
-        merge_heads, merge_slots, merge_warps: query heads of a program that merges partials, partials at a time, and its warps.
+        merge_rows, merge_slots, merge_warps: rows of a program that merges partials, partials at a time, and its warps.
         schedule: who works on which keys.
     """
 
-    block_heads: int
-    head_blocks: int
+    block_rows: int
+    row_blocks: int
     block_dim: int
     num_warps: int
     num_stages: int
-    merge_heads: int
+    merge_rows: int
     merge_slots: int
     merge_warps: int
     schedule: Schedule
@@ -36,7 +36,6 @@ class Tiles:
 TILE_BYTES = 16 * 1024  # of keys in a tile, and as many of values: enough in flight, and small enough for three stages
 NUM_WARPS = 4  # eight wait for each other in the softmax, two are too few for a tile
 NUM_STAGES = 3  # two tiles on their way while one is worked on
-LEAST_STRETCHES = 4  # of a line, however few sequences are on it; fewer and longer ones are read more slowly again
 # One program a multiprocessor, all of them there from the beginning to the end: each gets an equal share of the bytes, and an equal
 # share of the bandwidth. More programs than fit at once leave a tail.
 
@@ -46,7 +45,9 @@ CAPABILITY = "9.0"
 # Shared memory that one program may have, in KiB (CUDA C++ Programming Guide, technical specifications per compute capability).
 SHARED_MEMORY = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227, "11.0": 227}
 SHARED_MEMORY_ELSEWHERE = 99
-# Of heads from here on the tensor cores take their operands from shared memory, and hold on to a stage for longer.
+# Rows of queries from here on go into further blocks, each of which reads the cache again.
+MAX_ROWS = 64
+# Of rows from here on the tensor cores take their operands from shared memory, and hold on to a stage for longer.
 WHOLE_STAGES_FROM = 64
 
 
@@ -63,18 +64,18 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
             raise ValueError(f"FwdParams.{name} must be a power of two and at least {least} for pallas_triton, got {value}.")
     if given.num_warps is not None and given.num_warps > 32:
         raise ValueError(f"FwdParams.num_warps must be at most 32 for pallas_triton, got {given.num_warps}.")
-    # A block of fewer heads than the tensor cores take is padded, so that any group has one.
-    heads = given.block_size_heads or min(max(power_of_two(problem.group), 16), 64)
+    # A block of fewer rows than the tensor cores take is padded, so that any number of them has one.
+    rows = given.block_size_heads or default_block_rows(problem)
     keys = given.block_size_keys or default_block_keys(problem)
-    needs = functools.partial(shared_bytes, problem, keys, heads, backward=False)
+    needs = functools.partial(shared_bytes, problem, keys, rows, backward=False)
     stages = given.num_stages or _fitting_stages(needs, target)
     if needs(stages) > _shared_memory(target):
         raise ValueError(
-            f"FwdParams.block_size_keys {keys}, block_size_heads {heads} and num_stages {stages} need about {needs(stages)} bytes "
+            f"FwdParams.block_size_keys {keys}, block_size_heads {rows} and num_stages {stages} need about {needs(stages)} bytes "
             f"of shared memory for {problem}; a program has {_shared_memory(target)} on this device. Give smaller ones."
         )
     return dataclasses.replace(
-        given, block_size_heads=heads, block_size_keys=keys, num_warps=given.num_warps or NUM_WARPS, num_stages=stages
+        given, block_size_heads=rows, block_size_keys=keys, num_warps=given.num_warps or NUM_WARPS, num_stages=stages
     )
 
 
@@ -95,17 +96,24 @@ def candidates(problem: Problem, target: Target):
 def forward_tiles(problem: Problem, target: Target) -> Tiles:
     """The shape of the forward work for a problem whose hints are resolved."""
     hints = problem.fwd_params
-    block_heads = max(hints.block_size_heads or 0, 16)
-    return _tiles(problem, target, block_heads, hints.block_size_keys, hints.num_warps, hints.num_stages)
+    block_rows = max(hints.block_size_heads or 0, 16)
+    return _tiles(problem, target, block_rows, hints.block_size_keys, hints.num_warps, hints.num_stages)
 
 
 def backward_tiles(problem: Problem, target: Target) -> Tiles:
-    """The shape of the backward work. All heads of a group stand in one block: they add up in d_key and d_value."""
-    block_heads = max(power_of_two(problem.group), 16)
-    # Probabilities and their gradients pass between warps: in tiles no larger than those of keys.
-    block_keys = min(default_block_keys(problem), TILE_BYTES // (block_heads * problem.dtype.itemsize))
-    stages = _fitting_stages(functools.partial(shared_bytes, problem, block_keys, block_heads, backward=True), target)
-    return _tiles(problem, target, block_heads, block_keys, NUM_WARPS, stages)
+    """The shape of the backward work: blocks of as many rows as there is room for."""
+    for rows in (64, 32, 16):
+        rows = min(rows, default_block_rows(problem))
+        # Probabilities and their gradients pass between warps: in tiles no larger than those of keys.
+        keys = max(min(default_block_keys(problem), TILE_BYTES // (rows * problem.dtype.itemsize)), 16)
+        needs = functools.partial(shared_bytes, problem, keys, rows, backward=True)
+        if needs(1) <= _shared_memory(target):
+            break
+    return _tiles(problem, target, rows, keys, NUM_WARPS, _fitting_stages(needs, target))
+
+
+def default_block_rows(problem: Problem) -> int:
+    return min(max(power_of_two(problem.num_tokens * problem.group), 16), MAX_ROWS)
 
 
 def default_block_keys(problem: Problem) -> int:
@@ -121,43 +129,36 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _tiles(problem, target, block_heads, block_keys, num_warps, num_stages) -> Tiles:
-    head_blocks = -(-problem.group // block_heads)
+def _tiles(problem, target, block_rows, block_keys, num_warps, num_stages) -> Tiles:
+    rows = problem.num_tokens * problem.num_q_heads
+    row_blocks = -(-problem.num_tokens * problem.group // block_rows)
     splits = problem.fwd_params.num_key_splits
     multiprocessors = getattr(target.device, "core_count", None) or MULTIPROCESSORS
-    workers = splits or max(multiprocessors // (problem.num_kv_heads * head_blocks), 1)
-    if splits:
-        schedule = Schedule(problem.batch, problem.seq_len, workers, block_keys, by_sequence=True)
-    else:
-        # As many share a stretch as leave one for each sequence: each sequence more on it is a piece more for all of them.
-        share = max(workers // max(problem.batch, LEAST_STRETCHES), 1)
-        deal = 1 << (share.bit_length() - 1)  # the power of two below
-        workers -= workers % deal
-        schedule = Schedule(problem.batch, problem.seq_len, workers, block_keys, by_sequence=False, deal=deal)
+    schedule = Schedule.of(problem, multiprocessors // (problem.num_kv_heads * row_blocks), block_keys)
 
-    # Merging is short: as many programs as run at once, each with a few heads. The shape of that work sets the order of the sums,
+    # Merging is short: as many programs as run at once, each with a few rows. The shape of that work sets the order of the sums,
     # so with splits given it must not depend on the batch.
     dim = block_dim(problem)
-    heads_each = 1 if splits else power_of_two(problem.batch * problem.num_q_heads // (4 * multiprocessors))
-    merge_heads = min(heads_each, 4, max(512 // dim, 1))
+    rows_each = 1 if splits else power_of_two(problem.batch * rows // (4 * multiprocessors))
+    merge_rows = min(rows_each, 4, max(512 // dim, 1))
     merge_slots = min(max(power_of_two(schedule.slots // problem.batch), 8), 16)
-    merge_warps = min(max(merge_heads * merge_slots * dim // 4096, 1), 8)
-    return Tiles(block_heads, head_blocks, dim, num_warps, num_stages, merge_heads, merge_slots, merge_warps, schedule)
+    merge_warps = min(max(merge_rows * merge_slots * dim // 4096, 1), 8)
+    return Tiles(block_rows, row_blocks, dim, num_warps, num_stages, merge_rows, merge_slots, merge_warps, schedule)
 
 
-def shared_bytes(problem, block_keys, block_heads, stages, *, backward) -> int:
+def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
     """Bytes of shared memory that a program needs: what the compiler was seen to take on an H100, or somewhat more.
 
-    A stage holds a tile of keys and one of values, and the blocks of heads that are loaded beside them. The last stage is at work
-    in registers, and beside the others there are sums over heads, and tiles [heads, keys] that change their layout.
+    A stage holds a tile of keys and one of values, and the blocks of rows that are loaded beside them. The last stage is at work
+    in registers, and beside the others there are sums over rows, and tiles [rows, keys] that change their layout.
     """
-    block_heads, itemsize = max(block_heads, 16), problem.dtype.itemsize
+    block_rows, itemsize = max(block_rows, 16), problem.dtype.itemsize
     blocks, layouts = (2, 3) if backward else (1, 1)
-    stage = (2 * block_keys + blocks * block_heads) * block_dim(problem) * itemsize
+    stage = (2 * block_keys + blocks * block_rows) * block_dim(problem) * itemsize
     if stages == 1:
         return stage
-    beside = max((block_heads + 2) * 1024, layouts * block_heads * block_keys * itemsize + 2048)
-    return stage * (stages - (block_heads < WHOLE_STAGES_FROM)) + beside
+    beside = max((block_rows + 2) * 1024, layouts * block_rows * block_keys * itemsize + 2048)
+    return stage * (stages - (block_rows < WHOLE_STAGES_FROM)) + beside
 
 
 def _fitting_stages(needs, target) -> int:

@@ -15,7 +15,7 @@ class XlaBackend(Backend):
 
     name: ClassVar[str] = "xla"
     priority: ClassVar[int] = -100
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
 
     def supports(self, problem: Problem, target: Target) -> str | None:
         del problem, target
@@ -29,10 +29,10 @@ class XlaBackend(Backend):
     def candidates(self, problem: Problem, target: Target):
         return [FwdParams(block_size_keys=rows) for rows in (128, 256, 512, 1024, 2048) if rows < 2 * problem.seq_len]
 
-    def forward(self, problem, target, query, key, value, start, end, sink):
+    def forward(self, problem, target, queries, cache):
         problem = dataclasses.replace(problem, fwd_params=self.fwd_params(problem, target))
-        return forward(problem, target, query, key, value, start, end, sink)
+        return forward(problem, target, queries, cache)
 
-    def backward(self, problem, target, query, key, value, start, end, lse, d_out, delta, *, wanted: Wanted):
+    def backward(self, problem, target, queries, cache, lse, d_out, delta, *, wanted: Wanted):
         problem = dataclasses.replace(problem, fwd_params=self.fwd_params(problem, target))
-        return backward(problem, target, query, key, value, start, end, lse, d_out, delta, wanted)
+        return backward(problem, target, queries, cache, lse, d_out, delta, wanted)

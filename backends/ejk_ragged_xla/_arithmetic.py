@@ -1,4 +1,4 @@
-"""The arithmetic of one chunk of one sequence: C rows, H kv heads of G query heads each, D numbers a row.
+"""The arithmetic of one chunk of one sequence: C rows of D numbers, for H kv heads with R rows of queries each.
 
 Rows come as [H, C, D], heads first, so that every product is a batch of plain matrix products. XLA's CPU compiler makes the
 transposed copy in the same pass that takes the chunk out of the cache and widens it, which it needs anyway.
@@ -24,41 +24,47 @@ def product(problem, a, b, contract, batch=((0,), (0,))):
         a,
         b,
         (((contract[0],), (contract[1],)), batch),
-        precision=problem.matmul_precision or "highest",  # some accelerators round float32 otherwise
+        precision=problem.precision,
         preferred_element_type=problem.accum_dtype,
     )
 
 
 def dots(problem, q, rows):
-    """q [H, G, D] with every one of rows [H, C, D]: [H, G, C]."""
+    """q [H, R, D] with every one of rows [H, C, D]: [H, R, C]."""
     # The barrier keeps the long operand on the left. XLA would fold the transposition into the product by swapping the two, and
     # then transpose the rows once more to please its CPU kernels: 1.2 times the time of the whole forward operation.
     return lax.optimization_barrier(product(problem, rows, q, (2, 2))).transpose(0, 2, 1)
 
 
 def weighted(problem, target, weights, rows):
-    """Rows [H, C, D] summed with weights [H, G, C]: [H, G, D].
+    """Rows [H, C, D] summed with weights [H, R, C]: [H, R, D].
 
     On a CPU block by block first: a library shares many small products out between cores, but not a few of small results.
     """
     heads, num_rows, dim = rows.shape
-    group = weights.shape[1]
-    block = max(BLOCK_ROWS, 8 * group)  # so that the blocks' sums are few beside the rows
+    num_queries = weights.shape[1]
+    block = max(BLOCK_ROWS, 8 * num_queries)  # so that the blocks' sums are few beside the rows
     blocks = num_rows // block if isinstance(num_rows, int) and num_rows % block == 0 else 1
     if target.platform != "cpu" or heads * blocks < LEAST_PRODUCTS:
         return product(problem, weights, rows, (2, 1))
-    weights, rows = weights.reshape(heads, group, blocks, block), rows.reshape(heads, blocks, block, dim)
+    weights, rows = weights.reshape(heads, num_queries, blocks, block), rows.reshape(heads, blocks, block, dim)
     return jnp.sum(product(problem, weights, rows, (3, 2), ((0, 2), (0, 1))), axis=1)
 
 
 def outer(problem, weights, q):
-    """q [H, G, D] summed over the group with weights [H, G, C]: [H, C, D]."""
+    """q [H, R, D] summed over its rows with weights [H, R, C]: [H, C, D]."""
     return product(problem, weights, q, (1, 1))
 
 
-def logits(problem, q, k):
-    """Logits [H, G, C], scaled and capped, and the slope of the cap there."""
-    x = problem.softmax_scale * dots(problem, q, k)  # scaled here, in the accumulation dtype: a scaled q would be rounded once more
+def scaled(x, scale):
+    """x [H, R, C] times the scale of each row of the cache, if there is one."""
+    return x if scale is None else x * scale
+
+
+def logits(problem, q, chunk):
+    """Logits [H, R, C], scaled and capped, and the slope of the cap there."""
+    # Scaled here, in the accumulation dtype: a scaled q would be rounded once more.
+    x = problem.softmax_scale * scaled(dots(problem, q, chunk.k), chunk.k_scale)
     cap = problem.logits_soft_cap
     if cap is None:
         return x, 1

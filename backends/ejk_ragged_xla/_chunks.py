@@ -1,6 +1,7 @@
 """How the cache is walked: the live range of each sequence, chunk by chunk, in the order that suits the platform."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,43 @@ LEAST_FRACTION = 128
 PARTS = 2
 
 
+class Chunk(NamedTuple):
+    """C rows of one sequence, for some kv heads H.
+
+    Attributes:
+        k, v: [H, C, D].
+        k_scale, v_scale: [H, 1, C], 0 at rows that nobody sees, or [H, 1, 1] where all rows have the same, or None.
+        live: bool [R, C], or [1, C] where all rows of queries see the same: which rows of the cache each row of queries sees.
+        new: likewise, those of them that no chunk before held.
+        seen: bool [C], the rows that anybody sees; k and v may hold anything at the others, and 0 times that may be NaN.
+    """
+
+    k: Any
+    v: Any
+    k_scale: Any
+    v_scale: Any
+    live: Any
+    new: Any
+    seen: Any
+
+
 def by_kv_head(problem, target, *arrays):
-    """Arrays [B, Hq, ...] as [B, Hkv, G, ...], ready for products."""
-    heads = (problem.num_kv_heads, problem.group)
-    return [_operand(problem, target, x.reshape(x.shape[0], *heads, *x.shape[2:])) for x in arrays]
+    """Arrays [B, T, Hq, ...], 1 for B or T where alike, as [B, Hkv, R, ...]: R = T * G rows of queries, ready for products."""
+
+    def rows(x):
+        rest = x.shape[3:]
+        x = jnp.broadcast_to(x, (problem.batch, problem.num_tokens, problem.num_q_heads, *rest))
+        x = x.reshape(problem.batch, problem.num_tokens, problem.num_kv_heads, problem.group, *rest)
+        return x.swapaxes(1, 2).reshape(problem.batch, problem.num_kv_heads, problem.num_tokens * problem.group, *rest)
+
+    return [_operand(problem, target, rows(x)) for x in arrays]
+
+
+def by_token(problem, x):
+    """[B, Hkv, R, ...] as [B, T, Hq, ...]."""
+    rest = x.shape[3:]
+    x = x.reshape(problem.batch, problem.num_kv_heads, problem.num_tokens, problem.group, *rest).swapaxes(1, 2)
+    return x.reshape(problem.batch, problem.num_tokens, problem.num_q_heads, *rest)
 
 
 def _operand(problem, target, x):
@@ -31,20 +65,19 @@ def _operand(problem, target, x):
     return x.astype(problem.accum_dtype) if target.platform == "cpu" else x
 
 
-def walk(problem, target, key, value, start, end, begin, step, per_sequence, written=()):
+def walk(problem, target, queries, cache, begin, step, per_sequence, written=()):
     """Run `step` over the chunks of every sequence's live range, in order.
 
-    Chunks follow each other from `start` on, so what a sequence gives does not depend on the others. A chunk that would pass the
-    end of the cache is moved back; the rows that it shares with the one before are not `new`.
+    Chunks follow each other from the first live row on, so what a sequence gives does not depend on the others. A chunk that would
+    pass the end of the cache is moved back; the rows that it shares with the one before are not `new`.
 
     On a CPU one sequence is done after another, in large chunks and then in small ones: time follows the live tokens of the whole
     batch. Elsewhere that would starve the device, and all sequences go together: time follows the longest live range.
 
     Args:
         begin: `begin(*arrays) -> state`, for some kv heads H of one sequence; [H, ...].
-        step: `step(arrays, state, k, v, live, new) -> (state, chunks)`, likewise. k, v: [H, rows, D]; live, new: bool [rows], which
-            rows are in the live range, and which of these no chunk before held; chunks: what to write at these rows of `written`,
-            [H, rows, D].
+        step: `step(arrays, state, chunk) -> (state, rows)`, likewise; rows: what to write at the chunk's rows of `written`,
+            [H, C, D].
         per_sequence: arrays [B, Hkv, ...].
         written: arrays like the cache, updated in place.
 
@@ -61,24 +94,45 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
     def place(b, row, heads):
         return b, row, jnp.int32(heads.start), zero
 
-    def load(cache, b, row, rows, heads):
-        chunk = lax.dynamic_slice(cache, place(b, row, heads), (1, rows, len(heads), problem.head_dim))[0]
+    def load(rows_of, b, row, rows, heads):
+        chunk = lax.dynamic_slice(rows_of, place(b, row, heads), (1, rows, len(heads), problem.head_dim))[0]
         return _operand(problem, target, chunk).transpose(1, 0, 2)
 
-    def store(cache, chunk, b, row, heads):
-        chunk = chunk.transpose(1, 0, 2).astype(problem.dtype)
-        return lax.dynamic_update_slice(cache, to_bits(chunk)[None], place(b, row, heads))
+    def load_scale(scale, b, row, rows, heads, seen):
+        if scale is None:
+            return None
+        alike = scale.shape[2] == 1
+        at = b if scale.shape[0] > 1 else zero, jnp.int32(heads.start), zero if alike else row
+        chunk = lax.dynamic_slice(scale, at, (1, len(heads), 1 if alike else rows))[0][:, None]
+        return chunk if alike else jnp.where(seen, chunk, 0)
+
+    def store(rows_of, chunk, b, row, heads):
+        chunk = chunk.transpose(1, 0, 2).astype(problem.cache_dtype)
+        return lax.dynamic_update_slice(rows_of, to_bits(chunk)[None], place(b, row, heads))
 
     def do(rows, heads, first, b, start, end, arrays, state):
         row = jnp.clip(first, 0, seq_len - rows)  # as slices and their updates clip it themselves
         here = row + jnp.arange(rows, dtype=row.dtype)
-        live = (here >= start) & (here < end)
+        live = (here >= start[:, None]) & (here < end[:, None])
         new = live & (here >= first)
         # Without the barrier XLA's CPU compiler in JAX 0.10 widens the whole bfloat16 cache before the loop.
-        row, k, v = lax.optimization_barrier((row, key, value))
-        return step(arrays, state, load(k, b, row, rows, heads), load(v, b, row, rows, heads), live, new)
+        row, held = lax.optimization_barrier((row, cache))
+        seen = jnp.any(live, axis=0)
+        tiles = (load(x, b, row, rows, heads) for x in (held.key, held.value))
+        scales = (load_scale(x, b, row, rows, heads, seen) for x in (held.key_scale, held.value_scale))
+        return step(arrays, state, Chunk(*tiles, *scales, by_row(live), by_row(new), seen))
+
+    def by_row(mask):
+        """[T, C] as [R, C]."""
+        if mask.shape[0] == 1:
+            return mask
+        rows = mask.shape[1]
+        mask = jnp.broadcast_to(mask[:, None], (problem.num_tokens, problem.group, rows))
+        return mask.reshape(problem.num_tokens * problem.group, rows)
 
     index = jnp.arange(problem.batch, dtype=jnp.int32)
+    begins, ends = queries.hull(seq_len)
+    bounds = queries.start, queries.end
     written = [to_bits(x) for x in written]
     if target.platform == "cpu":
         fraction = rows // FRACTION if isinstance(rows, int) and rows % FRACTION == 0 else 0
@@ -87,7 +141,7 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
         parts = [range(head, head + each) for head in range(0, problem.num_kv_heads, each)]
 
         def sequence(written, xs):
-            b, start, end, *arrays = xs
+            b, begun, end, bounds, arrays = xs
             arrays = [[x[heads.start : heads.stop] for x in arrays] for heads in parts]
 
             def chunk(size, begun, i, carry):
@@ -95,12 +149,12 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
                 first = begun + i * size
                 next_states = []
                 for heads, own, state in zip(parts, arrays, states, strict=True):
-                    state, chunks = do(size, heads, first, b, start, end, own, state)
+                    state, chunks = do(size, heads, first, b, *bounds, own, state)
                     written = [store(x, c, b, first, heads) for x, c in zip(written, chunks, strict=True)]
                     next_states.append(state)
                 return next_states, written
 
-            carry, begun = ([begin(*own) for own in arrays], written), start
+            carry = [begin(*own) for own in arrays], written
             for size in sizes:
                 number = count(begun, end, size) if size == sizes[-1] else jnp.maximum(end - begun, 0) // size
                 carry = lax.fori_loop(zero, number, functools.partial(chunk, size, begun), carry)
@@ -108,18 +162,18 @@ def walk(problem, target, key, value, start, end, begin, step, per_sequence, wri
             states, written = carry
             return written, jax.tree.map(lambda *x: jnp.concatenate(x), *states)
 
-        written, states = lax.scan(sequence, written, (index, start, end, *per_sequence))
-        return states, [from_bits(x, problem.dtype) for x in written]
+        written, states = lax.scan(sequence, written, (index, begins, ends, bounds, per_sequence))
+        return states, [from_bits(x, problem.cache_dtype) for x in written]
 
     heads = range(problem.num_kv_heads)
 
     def chunk(i, carry):
         states, written = carry
-        first = start + i * rows
-        states, chunks = jax.vmap(functools.partial(do, rows, heads))(first, index, start, end, per_sequence, states)
+        first = begins + i * rows
+        states, chunks = jax.vmap(functools.partial(do, rows, heads))(first, index, *bounds, per_sequence, states)
         put = jax.vmap(lambda x, c, r: store(x[None], c, zero, r, heads)[0])
         return states, [put(x, c, first) for x, c in zip(written, chunks, strict=True)]
 
     states = jax.vmap(begin)(*per_sequence)
-    states, written = lax.fori_loop(zero, jnp.max(count(start, end, rows)), chunk, (states, written))
-    return states, [from_bits(x, problem.dtype) for x in written]
+    states, written = lax.fori_loop(zero, jnp.max(count(begins, ends, rows)), chunk, (states, written))
+    return states, [from_bits(x, problem.cache_dtype) for x in written]

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._api import ragged_decode_attention
-from ._cases import Case, CHECKS, CPU_STEP, ROWS
-from ._explain import explain
-from ._registry import backends, platform_of
-from ._verify import verify
+from ejk_ragged import backends, explain, ragged_decode_attention
+from ejk_ragged._registry import platform_of
+from ejk_ragged.testing import Case, CHECKS, verify
+
+from .rows import CPU_STEP, ROWS
 
 
 PACKAGES = ("ejk-ragged", "jax", "jaxlib", "equinox", "jaxtyping", "numpy")

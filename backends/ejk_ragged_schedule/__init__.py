@@ -1,4 +1,4 @@
-"""Who works on what: every sequence's live range is laid end to end on one line, and the line is cut evenly.
+"""Who works on what, for kernels on GPUs: every sequence's live range is laid end to end on one line, and the line is cut evenly.
 
 The line is counted in tiles, for a tile costs the same whether it is full or not: a range begins a new one, and the line is cut
 between two. Each of `workers` programs (a block of heads) takes a stretch of it, whatever sequences that meets, so that the load is
@@ -13,6 +13,8 @@ A program walks through the tiles of all its pieces in one loop, for only one lo
 across the border between two sequences.
 
 With `by_sequence`, each sequence lies on a line of its own, cut among `workers` of its own, and does not depend on the others.
+
+Arithmetic on values alone: how lengths are read and results are written is the kernel's matter.
 """
 
 import dataclasses
@@ -20,8 +22,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 
 class Line(NamedTuple):
@@ -55,6 +55,21 @@ class Schedule:
     by_sequence: bool
     deal: int = 1
 
+    @classmethod
+    def of(cls, problem, programs: int, block_keys: int) -> "Schedule":
+        """For a problem on a device that runs so many programs of a block of heads at once.
+
+        With `num_key_splits` given nothing depends on the batch.
+        """
+        batch, seq_len, splits = problem.batch, problem.seq_len, problem.fwd_params.num_key_splits
+        if splits:
+            return cls(batch, seq_len, splits, block_keys, by_sequence=True)
+        workers = max(programs, 1)
+        # As many share a stretch as leave one for each sequence: each sequence more on it is a piece more for all of them.
+        share = max(workers // max(batch, LEAST_STRETCHES), 1)
+        deal = 1 << (share.bit_length() - 1)  # the power of two below
+        return cls(batch, seq_len, workers - workers % deal, block_keys, by_sequence=False, deal=deal)
+
     @property
     def stride(self) -> int:
         """Keys of a round: from one tile of a piece to its next."""
@@ -72,36 +87,31 @@ class Schedule:
         """Where `program` puts its piece of sequence `b`."""
         return program if self.by_sequence else program + b * self.deal
 
-    def line(self, program, start_ref, end_ref) -> "Line":
-        """The line on which `program` works, as it lays it out for itself: all sequences, or its own when `by_sequence`.
-
-        A ref may be None: ranges then begin at 0, or end at seq_len.
-        """
+    def sequences(self, program):
+        """Numbers of the sequences on the line of `program`, [a power of two], and which of them there are."""
         if self.by_sequence:
             number = jnp.full(1, program // self.workers, jnp.int32)
         else:
-            number = jnp.arange(pl.next_power_of_2(self.batch), dtype=jnp.int32)
-        start, end = jnp.zeros_like(number), jnp.where(number < self.batch, self.seq_len, 0)
-        if start_ref is not None:
-            start = jnp.maximum(plgpu.load(start_ref.at[number], mask=number < self.batch, other=0), 0)
-        if end_ref is not None:
-            end = jnp.minimum(plgpu.load(end_ref.at[number], mask=number < self.batch, other=0), self.seq_len)
+            number = jnp.arange(1 << (self.batch - 1).bit_length(), dtype=jnp.int32)
+        return number, number < self.batch
+
+    def line(self, program, number, start, end) -> Line:
+        """The line on which `program` works, from the first keys and the ends of its `sequences`; clipped here, 0 where there is no
+        sequence. None: ranges begin at 0, or end at seq_len."""
+        start = jnp.zeros_like(number) if start is None else jnp.maximum(start, 0)
+        end = jnp.where(number < self.batch, self.seq_len, 0) if end is None else jnp.minimum(end, self.seq_len)
         rounds = jnp.where(end > start, cdiv(end - start, self.stride), 0)
         return Line(program % self.workers, number, start, end, rounds, running_sum(rounds))
 
-    def store_pieces(self, line: "Line", pieces_ref):
-        """The line's first worker writes down [2, B]: each sequence's first slot, and how many from there on are its pieces."""
+    def pieces(self, line: Line):
+        """Of each sequence on the line: the first slot, and how many from there on are its pieces; all its workers say the same."""
+        chunk = self._chunk(line)
+        before = (line.stop - line.rounds) // chunk
+        count = jnp.where(line.rounds > 0, (line.stop - 1) // chunk - before + 1, 0)
+        first = line.number * self.workers if self.by_sequence else (line.number + before) * self.deal
+        return first, count * self.deal
 
-        @pl.when(line.worker == 0)
-        def _():
-            chunk = self._chunk(line)
-            before = (line.stop - line.rounds) // chunk
-            count = jnp.where(line.rounds > 0, (line.stop - 1) // chunk - before + 1, 0)
-            first = line.number * self.workers if self.by_sequence else (line.number + before) * self.deal
-            for row, values in enumerate((first, count * self.deal)):
-                plgpu.store(pieces_ref.at[row, line.number], values, mask=line.number < self.batch)
-
-    def tiles(self, line: "Line"):
+    def tiles(self, line: Line):
         """How many tiles the line's worker has, and a function of a tile's number to (sequence, first key, end of the piece).
 
         All who share a stretch have as many, so that each has a piece of each sequence on it, if one of tiles without keys.
@@ -133,9 +143,12 @@ class Schedule:
         """Keys of a round that others have before this worker."""
         return (worker % self.deal) * self.block_keys
 
-    def _chunk(self, line: "Line"):
+    def _chunk(self, line: Line):
         """Rounds of a stretch; one at least, for it is divided by."""
         return jnp.maximum(cdiv(total_of(line.rounds), self.workers // self.deal), 1)
+
+
+LEAST_STRETCHES = 4  # of a line, however few sequences are on it; fewer and longer ones are read more slowly again
 
 
 # Of int32 alone: where 64-bit types are enabled, jnp's own would go over to int64.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ._cases import Case
+from ejk_ragged.testing import Case
 
 
 class CannotExpress(Exception):

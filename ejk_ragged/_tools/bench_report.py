@@ -14,10 +14,12 @@ from typing import Any
 
 import jax
 
-from . import _bench, _bench_devices
-from ._cases import Case, CPU_ROWS, ROWS
-from ._report import here
-from ._report import table as plain_table
+from ejk_ragged.testing import Case
+
+from . import bench, devices
+from .report import here
+from .report import table as plain_table
+from .rows import CPU_ROWS, ROWS
 
 
 SHAPES, MODELS = ROWS[:10], ROWS[10:]
@@ -78,7 +80,7 @@ def run(
         runs: of each call.
     """
     began = time.monotonic()
-    machine = _bench.Machine.here(copying=grad is not None)
+    machine = bench.Machine.here(copying=grad is not None)
     seed = new_seed() if seed is None else seed
     cases = named_rows(rows) if rows else default_rows()
     only = "only" in (grad, split)
@@ -103,9 +105,9 @@ def run(
         for case, gradients in jobs:
             advance(f"{case.name}{' gradient' if gradients else ''}")
             case = dataclasses.replace(case, dtype=dtype or case.dtype)
-            entrants = _bench.candidates(machine.platform, backends or [None], peers, gradients)
+            entrants = bench.candidates(machine.platform, backends or [None], peers, gradients)
             try:
-                data["rows"].append(_bench.measure(case, machine, entrants, seed, runs, gradients))
+                data["rows"].append(bench.measure(case, machine, entrants, seed, runs, gradients))
                 if not sys.stderr.isatty():  # what a run that is cut short has found
                     print("   ", _line(data["rows"][-1]), file=sys.stderr, flush=True)
             except ValueError as error:  # too large, and the like
@@ -114,13 +116,13 @@ def run(
             advance(f"{case.name} split")
             case = dataclasses.replace(case, dtype=dtype or case.dtype)
             try:
-                data["splits"].append(_bench_devices.measure(case, machine, jax.devices(), seed, (backends or [None])[0], runs))
+                data["splits"].append(devices.measure(case, machine, jax.devices(), seed, (backends or [None])[0], runs))
             except ValueError as error:
                 data["skipped"][f"{case.name} split"] = str(error)
         if scaling:
             advance("scaling")
             base = SCALING["cpu" if machine.platform == "cpu" else "elsewhere"]
-            data["scaling"] = _bench.scaling(machine, base, seed, backends[0] if backends else None, runs)
+            data["scaling"] = bench.scaling(machine, base, seed, backends[0] if backends else None, runs)
     data["tables"] = [made for made in (_table(data, "forward"), _table(data, "gradient"), _split_table(data)) if made]
     data["took_seconds"] = round(time.monotonic() - began, 1)
     return data
@@ -200,7 +202,7 @@ def _split_table(data) -> dict[str, Any] | None:
     rows = data["splits"]
     if not rows:
         return None
-    names = [_bench_devices.ONE, *_bench_devices.SPLITS]
+    names = [devices.ONE, *devices.SPLITS]
     title = f"Decode steps on {rows[0]['devices']} of {data['machine']['device']}, the cache split"
     body, notes = [], []
     for row in rows:
@@ -302,7 +304,7 @@ def write(data: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
     file = folder / f"{slug(data)}.json"
     file.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
     try:
-        from . import _plots
+        from . import plots
     except ImportError:
         return [file]
-    return [file, *_plots.draw(data, folder / slug(data))]
+    return [file, *plots.draw(data, folder / slug(data))]

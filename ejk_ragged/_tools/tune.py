@@ -11,13 +11,12 @@ from typing import Any
 
 import jax
 
-from . import _hints
-from ._bench import decode_step, draw_cold, findings, fit, Machine, reason, Sample
-from ._cases import Case
-from ._check import check
-from ._problem import FwdParams, Problem
-from ._registry import registry
-from ._timing import kernel_times, wall_times
+from ejk_ragged import _hints, explain, FwdParams
+from ejk_ragged._registry import registry
+from ejk_ragged.testing import Case
+
+from .bench import decode_step, draw_cold, findings, fit, Machine, reason, Sample
+from .timing import kernel_times, wall_times
 
 
 AT_ONCE = 8  # candidates that are compiled together
@@ -84,8 +83,8 @@ def tune(
 def _problem(case, inputs, machine, backend):
     """The problem as a call has it, and who does it."""
     query, key, value, *_ = inputs.arguments()
-    settings, _ = check(query, key, value, None, None, case.softmax_scale, None, None, case.logits_soft_cap, None, backend)
-    problem = dataclasses.replace(Problem.of(query, key, settings), tuned=None)
+    features = {"softmax_scale": case.softmax_scale, "logits_soft_cap": case.logits_soft_cap}
+    problem = explain(query, key, value, **features, backend=backend).problem
     return problem, registry.select(machine.platform, problem, backend)
 
 

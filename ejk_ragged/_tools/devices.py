@@ -9,9 +9,10 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ._bench import decode_step, draw_cold, findings, fit, Inputs, Machine, Sample
-from ._cases import Case
-from ._timing import loop_times
+from ejk_ragged.testing import Case
+
+from .bench import decode_step, draw_cold, findings, fit, Inputs, Machine, Sample
+from .timing import loop_times
 
 
 ONE = "one device"

@@ -19,14 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._api import ragged_decode_attention
-from ._cases import Case
-from ._explain import explain
-from ._oracle import oracle, oracle_gradients, relative_error, tolerance
-from ._peers import CannotExpress, Peer, PEERS
-from ._problem import FwdParams
-from ._registry import platform_of
-from ._timing import copy_bandwidth, graph_times, kernel_times, NotTimed, read_bandwidth, Timing, wall_times
+from ejk_ragged import explain, FwdParams, ragged_decode_attention
+from ejk_ragged._registry import platform_of
+from ejk_ragged.testing import Case, oracle, oracle_gradients, relative_error, tolerance
+
+from .peers import CannotExpress, Peer, PEERS
+from .timing import copy_bandwidth, graph_times, kernel_times, NotTimed, read_bandwidth, Timing, wall_times
 
 
 COLD_BYTES = 400e6  # read between two uses of the same copy of a cache, several times what the caches of a GPU hold

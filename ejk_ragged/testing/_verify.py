@@ -1,18 +1,18 @@
 """Is a call right? Its output, lse and gradients beside the oracle's, as errors and the tolerances that they must keep."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._oracle import live_rows, oracle, oracle_gradients, relative_error, tolerance
+from ._oracle import oracle, oracle_gradients, relative_error, seen_rows, tolerance
 
 
 class Verdict(NamedTuple):
-    """One comparison. `what` is "out", "lse", "d_query"...; "dead d_key" and "dead d_value" count the elements outside the live
-    ranges that are not exactly 0."""
+    """One comparison. `what` is "out", "lse", "d_query"...; "dead d_key" and "dead d_value" count the elements of rows that no
+    token sees that are not exactly 0."""
 
     what: str
     error: float
@@ -26,19 +26,20 @@ class Verdict(NamedTuple):
         return f"{self.what}: error {self.error:.2g}, tolerance {self.tolerance:.2g}"
 
 
-def verify(call: Callable, arguments: dict, gradients: bool = True, seed: int = 0) -> tuple[Verdict, ...]:
+def verify(call: Callable, arguments: dict[str, Any], gradients: bool = True, seed: int = 0) -> tuple[Verdict, ...]:
     """`call(**arguments, return_lse=True)`, and its gradients for random cotangents, beside the oracle.
 
     Args:
         call: `ragged_decode_attention`, perhaps with a `backend`, or something with its meaning.
         arguments: what `Case.draw` gives.
-        gradients: also compare the gradients.
+        gradients: also compare the gradients: to query and sinks, and to the cache unless it is quantised.
         seed: of the cotangents.
     """
     exact = {name: np.asarray(x) if isinstance(x, jax.Array) else x for name, x in arguments.items()}
     arguments = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
-    dtype = arguments["query"].dtype
-    names = [name for name in ("query", "key", "value", "softmax_aux") if name in arguments]
+    query, key = arguments["query"], arguments["key"]
+    floating = ("query", "key", "value") if key.dtype == query.dtype else ("query",)
+    names = [name for name in (*floating, "softmax_aux") if name in arguments]
 
     def function(*differentiated):
         return call(**arguments | dict(zip(names, differentiated, strict=True)), return_lse=True)
@@ -46,8 +47,9 @@ def verify(call: Callable, arguments: dict, gradients: bool = True, seed: int = 
     differentiated = [arguments[name] for name in names]
     (out, lse), pullback = jax.vjp(function, *differentiated) if gradients else (function(*differentiated), None)
     want_out, want_lse = oracle(**exact)
+    out_error = relative_error(out, want_out) if out.dtype == query.dtype else np.inf
     verdicts = [
-        Verdict("out", relative_error(out, want_out) if out.dtype == dtype else np.inf, tolerance(dtype, out.size)),
+        Verdict("out", out_error, tolerance(query.dtype, out.size)),
         Verdict("lse", _lse_error(lse, want_lse) if lse.dtype == jnp.float32 else np.inf, tolerance("float32", lse.size)),
     ]
     if pullback is None:
@@ -60,9 +62,9 @@ def verify(call: Callable, arguments: dict, gradients: bool = True, seed: int = 
     for name, got in zip(names, pullback((d_out, d_lse)), strict=True):
         same_type = got.dtype == arguments[name].dtype
         error = relative_error(got, getattr(want, name), want.size[name]) if same_type else np.inf
-        verdicts.append(Verdict(f"d_{name}", error, tolerance(dtype, got.size, gradient=True)))
+        verdicts.append(Verdict(f"d_{name}", error, tolerance(query.dtype, got.size, gradient=True)))
         if name in ("key", "value"):
-            verdicts.append(Verdict(f"dead d_{name}", _nonzero_outside(got, exact), 0))
+            verdicts.append(Verdict(f"dead d_{name}", _nonzero_unseen(got, exact), 0))
     return tuple(verdicts)
 
 
@@ -76,7 +78,12 @@ def _lse_error(got, want):
     return np.inf if np.isnan(error).any() else float(error.max(initial=0))
 
 
-def _nonzero_outside(gradient, arguments):
-    lengths = [arguments.get(name) for name in ("sequence_start", "sequence_end", "sliding_window")]
-    dead = [np.delete(rows, live_rows(b, len(rows), *lengths), axis=0) for b, rows in enumerate(np.asarray(gradient))]
-    return sum(int(np.count_nonzero(rows)) for rows in dead)  # NaN counts
+def _nonzero_unseen(gradient, arguments):
+    lengths = [arguments.get(name) for name in ("sequence_start", "sequence_end", "sliding_window", "query_lengths")]
+    query = arguments["query"]
+    num_tokens = query.shape[1] if query.ndim == 4 else 1
+    unseen = [
+        np.delete(rows, seen_rows(b, len(rows), *lengths, num_tokens=num_tokens), axis=0)
+        for b, rows in enumerate(np.asarray(gradient))
+    ]
+    return sum(int(np.count_nonzero(rows)) for rows in unseen)  # NaN counts

@@ -1,0 +1,220 @@
+"""The truth that every backend is measured against: ragged decode attention in NumPy float64, written from its definition.
+
+Plain loops over sequences, tokens and heads, nothing shared with the rest of the package.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Gradients(NamedTuple):
+    """Gradients in float64, shaped like what they belong to; None where there is none: of a quantised cache, of absent sinks.
+
+    `size` says, by name, how large the products are that each gradient sums (their root sum square, one number a gradient): what
+    rounding errors are relative to where the sum itself cancels, such as d_query of a range of one key.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    softmax_aux: Any
+    size: dict[str, float]
+
+
+def oracle(
+    query,
+    key,
+    value,
+    sequence_start=None,
+    sequence_end=None,
+    softmax_scale=None,
+    sliding_window=None,
+    logits_soft_cap=None,
+    softmax_aux=None,
+    *,
+    query_lengths=None,
+    key_scale=None,
+    value_scale=None,
+):
+    """Output, shaped like the query, and lse, without the last axis, in float64; arguments as in `ragged_decode_attention`."""
+    tokens, key, value, sinks = _operands(query, key, value, softmax_aux, key_scale, value_scale)
+    lengths = sequence_start, sequence_end, sliding_window, query_lengths
+    batch, num_tokens, num_q_heads, _ = tokens.shape
+    out = np.zeros(tokens.shape)
+    lse = np.zeros(tokens.shape[:3])
+    for b in range(batch):
+        for t in range(num_tokens):
+            live = live_rows(b, key.shape[1], *lengths, token=t, num_tokens=num_tokens)
+            for h in range(num_q_heads):
+                kv = h // (num_q_heads // key.shape[2])
+                x, _ = _logits(tokens[b, t, h], key[b, live, kv], softmax_scale, logits_soft_cap)
+                lse[b, t, h] = _logsumexp(np.concatenate([x, sinks[h]]))
+                if len(x):
+                    out[b, t, h] = np.exp(x - lse[b, t, h]) @ value[b, live, kv]
+    return out.reshape(np.shape(query)), lse.reshape(np.shape(query)[:-1])
+
+
+def oracle_gradients(
+    query,
+    key,
+    value,
+    sequence_start=None,
+    sequence_end=None,
+    softmax_scale=None,
+    sliding_window=None,
+    logits_soft_cap=None,
+    softmax_aux=None,
+    *,
+    query_lengths=None,
+    key_scale=None,
+    value_scale=None,
+    d_out,
+    d_lse,
+) -> Gradients:
+    """Gradients of sum(out * d_out) + sum(lse * d_lse).
+
+    With p_j the probability of key j and s_n that of sink n: d_logit_j = p_j (d_out . v_j - delta), d_sink_n = -s_n delta,
+    delta = d_out . out - d_lse; through the cap, d_tanh = 1 - tanh^2. An empty range has no gradients but that of its lse,
+    logsumexp(sinks), to the sinks.
+    """
+    aux, quantised = softmax_aux, np.asarray(query).dtype != np.asarray(key).dtype
+    tokens, key, value, sinks = _operands(query, key, value, aux, key_scale, value_scale)
+    lengths = sequence_start, sequence_end, sliding_window, query_lengths
+    d_out, d_lse = np.asarray(d_out, np.float64).reshape(tokens.shape), np.asarray(d_lse, np.float64).reshape(tokens.shape[:3])
+    batch, num_tokens, num_q_heads, head_dim = tokens.shape
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    d_query, d_key, d_value, d_sinks = (np.zeros(x.shape) for x in (tokens, key, value, sinks))
+    squares = dict.fromkeys(("query", "key", "value", "softmax_aux"), 0.0)
+    for b, t, h in np.ndindex(batch, num_tokens, num_q_heads):
+        live = live_rows(b, key.shape[1], *lengths, token=t, num_tokens=num_tokens)
+        kv = h // (num_q_heads // key.shape[2])
+        q, k, v, d_o = tokens[b, t, h], key[b, live, kv], value[b, live, kv], d_out[b, t, h]
+        x, slope = _logits(q, k, softmax_scale, logits_soft_cap)
+        lse = _logsumexp(np.concatenate([x, sinks[h]]))
+        if lse == -np.inf:  # no key and no sink
+            continue
+        p, s = np.exp(x - lse), np.exp(sinks[h] - lse)
+        from_value = v @ d_o
+        delta = p @ from_value - d_lse[b, t, h]
+        d_x = scale * slope * p * (from_value - delta)
+        d_query[b, t, h] = d_x @ k
+        d_key[b, live, kv] += np.outer(d_x, q)
+        d_value[b, live, kv] += np.outer(p, d_o)
+        d_sinks[h] -= s * delta
+
+        delta_squared = np.sum((d_o * (p @ v)) ** 2) + d_lse[b, t, h] ** 2
+        x_squared = (scale * slope * p) ** 2 * (v**2 @ d_o**2 + delta_squared)
+        squares["query"] += x_squared @ np.sum(k**2, axis=1)
+        squares["key"] += np.sum(x_squared) * (q @ q)
+        squares["value"] += (p @ p) * (d_o @ d_o)
+        squares["softmax_aux"] += (s @ s) * delta_squared
+    size = {name: x**0.5 for name, x in squares.items()}
+    d_cache = (None, None) if quantised else (d_key, d_value)
+    return Gradients(d_query.reshape(np.shape(query)), *d_cache, _like_aux(d_sinks, aux), size)
+
+
+def live_rows(
+    b, seq_len, sequence_start=None, sequence_end=None, sliding_window=None, query_lengths=None, *, token=0, num_tokens=1
+):
+    """Indices of the keys that token `token` of sequence `b` sees."""
+    start = 0 if sequence_start is None else min(max(int(sequence_start[b]), 0), seq_len)
+    end = seq_len if sequence_end is None else min(max(int(sequence_end[b]), 0), seq_len)
+    present = num_tokens if query_lengths is None else min(max(int(query_lengths[b]), 0), num_tokens)
+    if token >= present:
+        return np.arange(0)
+    left, right = (-1, -1) if sliding_window is None else sliding_window
+    position = end - present + token
+    low = max(start, position - left) if left >= 0 else start
+    high = min(position, position + right) if right >= 0 else position
+    return np.arange(low, max(low, high + 1))
+
+
+def seen_rows(b, seq_len, *lengths, num_tokens=1):
+    """Indices of the keys that any token of sequence `b` sees; `lengths` as in `live_rows`."""
+    seen = [live_rows(b, seq_len, *lengths, token=t, num_tokens=num_tokens) for t in range(num_tokens)]
+    return np.unique(np.concatenate(seen))
+
+
+def _operands(query, key, value, softmax_aux, key_scale, value_scale):
+    """In float64: the query as [B, T, Hq, D], what the cache stands for, and the sinks as one row a query head."""
+    query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
+    with np.errstate(invalid="ignore"):  # rows that nobody sees may hold anything
+        key, value = (x if scale is None else x * _scale(scale) for x, scale in ((key, key_scale), (value, value_scale)))
+    tokens = query[:, None] if query.ndim == 3 else query
+    heads = query.shape[-2]
+    if softmax_aux is None:
+        sinks = np.zeros((heads, 0))
+    else:
+        aux = np.asarray(softmax_aux).astype(np.float64)
+        rows = aux[None] if aux.ndim == 1 else aux
+        sinks = np.stack([rows[h * len(rows) // heads] for h in range(heads)])
+    return tokens, key, value, sinks
+
+
+def _scale(scale):
+    """A scale as something to multiply [B, S, Hkv, D] by."""
+    scale = np.asarray(scale).astype(np.float64)
+    match scale.ndim:
+        case 0:
+            return scale
+        case 1:
+            return scale[:, None]
+        case 2:
+            return scale[:, None, :, None]
+    return scale.transpose(0, 2, 1)[..., None]
+
+
+def _like_aux(d_sinks, aux):
+    """Gradients of one row a query head, summed into the shape that was given."""
+    if aux is None:
+        return None
+    shape = np.shape(aux)
+    rows = shape[0] if len(shape) == 2 else 1
+    return d_sinks.reshape(rows, len(d_sinks) // rows, -1).sum(axis=1).reshape(shape)
+
+
+def _logits(q, k, scale, cap):
+    """Logits of one query head, scaled and capped, and the cap's slope there."""
+    x = (len(q) ** -0.5 if scale is None else scale) * (k @ q)
+    if cap is None:
+        return x, np.ones_like(x)
+    t = np.tanh(x / cap)
+    return cap * t, 1 - t * t
+
+
+def _logsumexp(x):
+    top = np.max(x, initial=-np.inf)
+    return top if top == -np.inf else top + np.log(np.sum(np.exp(x - top)))
+
+
+# Relative L2 errors that are accepted: of outputs with 256 elements and more; of smaller ones, which may show one rounding in full.
+TOLERANCES = {
+    "float64": (1e-13, 1e-13),
+    "float32": (2e-6, 2e-6),
+    "bfloat16": (2.5e-3, 4e-3),
+    "float16": (4e-4, 8e-4),
+}
+
+
+def tolerance(dtype, size, gradient=False):
+    """The relative error accepted of an array of `size` elements, computed from a query of `dtype` (a name or a dtype)."""
+    large, tiny = TOLERANCES[np.dtype(dtype).name if not isinstance(dtype, str) else dtype]
+    return (large if size >= 256 else tiny) * (2 if gradient else 1)
+
+
+def relative_error(got, want, size=0.0):
+    """Relative L2 error, `norm(got - want) / max(norm(want), size)`.
+
+    Equal infinities are no error; NaN, other infinities and a wrong shape are an infinite one, as is anything but 0 where `want`
+    and `size` are 0.
+    """
+    got, want = np.asarray(got).astype(np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        return np.inf
+    same = got == want
+    difference, want = np.where(same, 0, got - np.where(same, 0, want)), np.where(np.isinf(want) & same, 0, want)
+    if not np.all(np.isfinite(difference)):
+        return np.inf
+    error, norm = np.linalg.norm(difference), max(np.linalg.norm(want), size)
+    return float(error / norm) if norm > 0 else (0.0 if error == 0 else np.inf)

@@ -1,0 +1,105 @@
+"""A backend by the textbook: all logits at once, every problem, in plain JAX. Slow on large caches, and easy to read."""
+
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from ejk_ragged._backend import Backend
+
+
+class TextbookBackend(Backend):
+    """For tests: of what surrounds a backend, which then compile quickly, and of tests, by subclasses with a fault on purpose."""
+
+    name: ClassVar[str] = "textbook"
+
+    def supports(self, problem, target):
+        del problem, target
+
+    def forward(self, problem, target, queries, cache):
+        del target
+        x, _ = self.logits(problem, queries, cache)
+        sink = self.by_kv_head(problem, queries.sink)[..., None]
+        top = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), sink)
+        top = jnp.where(top > -jnp.inf, top, 0)
+        weights = self.weights(jnp.exp(x - top))
+        total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top)
+        out = self.divided(_dot("bthgs,bshd->bthgd", weights, self.values(problem, queries, cache)), total)
+        return self.by_head(out).astype(problem.out_dtype), self.by_head((jnp.log(total) + top)[..., 0])
+
+    def backward(self, problem, target, queries, cache, lse, d_out, delta, *, wanted):
+        del target
+        accum = problem.accum_dtype
+        split = functools.partial(self.by_kv_head, problem)
+        x, slope = self.logits(problem, queries, cache)
+        p = jnp.where(x > -jnp.inf, jnp.exp(x - split(lse)[..., None]), 0)
+        d_out = split(d_out).astype(accum)
+        d_p = _dot("bthgd,bshd->bthgs", d_out, self.values(problem, queries, cache))
+        d_x = self.d_logits(p, d_p, split(delta)[..., None]) * slope
+        gradients = []
+        if wanted.query:
+            d_query = _dot("bthgs,bshd->bthgd", d_x, self.keys(problem, queries, cache))
+            gradients.append(self.by_head(d_query).astype(problem.out_dtype))
+        if wanted.key_value:
+            d_key = _dot("bthgs,bthgd->bshd", d_x, split(queries.query).astype(accum))
+            d_value = _dot("bthgs,bthgd->bshd", p, d_out)
+            gradients += [d_key.astype(cache.key.dtype), d_value.astype(cache.value.dtype)]
+        return gradients
+
+    # What a faulty one may get wrong.
+
+    def live(self, problem, queries):
+        """Which rows each token sees, [B, T, S]."""
+        rows = jnp.arange(problem.seq_len, dtype=jnp.int32)
+        return (rows >= queries.start[..., None]) & (rows < queries.end[..., None])
+
+    def logits(self, problem, queries, cache):
+        """Logits [B, T, Hkv, G, S], masked, and their slope by the products q . k."""
+        q = self.by_kv_head(problem, queries.query).astype(problem.accum_dtype)
+        products = _dot("bthgd,bshd->bthgs", q, self.keys(problem, queries, cache))
+        x, slope = self.bent(problem, products)
+        live = self.live(problem, queries)[:, :, None, None]
+        return jnp.where(live, x, -jnp.inf), slope
+
+    def bent(self, problem, products):
+        """The products scaled, then capped; and the slope of that."""
+        x, cap = problem.softmax_scale * products, problem.logits_soft_cap
+        if cap is None:
+            return x, problem.softmax_scale
+        t = jnp.tanh(x / cap)
+        return cap * t, problem.softmax_scale * (1 - t * t)
+
+    def keys(self, problem, queries, cache):
+        """What the cache stands for, [B, S, Hkv, D], and 0 at rows that no token sees."""
+        return self.seen(problem, queries, cache.key, cache.key_scale)
+
+    def values(self, problem, queries, cache):
+        return self.seen(problem, queries, cache.value, cache.value_scale)
+
+    def seen(self, problem, queries, rows, scale):
+        rows = rows.astype(problem.accum_dtype)
+        if scale is not None:
+            rows = rows * scale.swapaxes(1, 2)[..., None]
+        return jnp.where(jnp.any(self.live(problem, queries), axis=1)[..., None, None], rows, 0)
+
+    def weights(self, weights):
+        return weights
+
+    def divided(self, values, total):
+        return values / jnp.where(total > 0, total, 1)
+
+    def d_logits(self, p, d_p, delta):
+        return p * (d_p - delta)
+
+    # Shapes.
+
+    def by_kv_head(self, problem, x):
+        """[B, T, Hq, ...] as [B, T, Hkv, G, ...]."""
+        return x.reshape(*x.shape[:2], problem.num_kv_heads, problem.group, *x.shape[3:])
+
+    def by_head(self, x):
+        return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
+
+
+_dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
