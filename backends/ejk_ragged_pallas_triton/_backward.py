@@ -12,7 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from ejk_ragged_schedule import cdiv, Schedule
+from ejk_ragged_schedule import cdiv, length_arrays, Schedule
 from jax.experimental import pallas as pl
 
 from ejk_ragged import Wanted
@@ -21,7 +21,6 @@ from ._blocks import (
     Block,
     dot,
     key_dot,
-    length_arrays,
     line_of,
     load,
     LOG2_E,

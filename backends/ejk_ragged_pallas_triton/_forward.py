@@ -7,11 +7,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from ejk_ragged_schedule import cdiv
+from ejk_ragged_schedule import cdiv, length_arrays
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ._blocks import Block, length_arrays, line_of, load, LOG2_E, logits, LOWEST, query_dot, store, store_pieces, value_dot, WHOLE
+from ._blocks import Block, line_of, load, LOG2_E, logits, LOWEST, query_dot, store, store_pieces, value_dot, WHOLE
 from ._jax import array, compiler_params
 from ._tuning import forward_tiles, Tiles
 
