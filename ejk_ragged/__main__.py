@@ -6,6 +6,14 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+import jax
+
+from ._hints import default_file
+from ._registry import registry
+from ._tools import bench_report
+from ._tools import report as tool
+from ._tools import tune as tuner
+
 
 DESCRIPTION = """\
 Ragged decode attention for JAX: what is installed here, and whether it works.
@@ -113,11 +121,6 @@ def _bench_arguments(commands):
 
 def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """The benchmark. The exit status is 1 if a backend of ours was wrong or failed."""
-    import jax
-
-    from ._registry import registry
-    from ._tools import bench_report
-
     try:
         bench_report.named_rows(arguments.rows or [])
         for name in arguments.backends:
@@ -178,11 +181,6 @@ def _tune_arguments(commands):
 
 def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """The tuner. The exit status is 1 if nothing was saved."""
-    from ._hints import default_file
-    from ._registry import registry
-    from ._tools import bench_report
-    from ._tools import tune as tuner
-
     try:
         cases = [*bench_report.named_rows(arguments.rows), *map(tuner.parse, arguments.problem)]
         for name in arguments.backends:
@@ -202,8 +200,6 @@ def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 def report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """The quick report."""
-    from ._tools import report as tool  # here, so that --help does not wait for the tools
-
     cases = tool.CHECKS
     if arguments.checks:
         known = {case.name: case for case in cases}

@@ -62,7 +62,7 @@ def test_tokens_by_hand():
     ],
 )
 def test_scales_by_hand(key_scale, value_scale):
-    """Keys 0 and 1 that stand for 0 and ln 2, values 1 and 2 that stand for 4 and 8; what dead rows' scales hold is of no interest."""
+    """Keys 0 and 1 that stand for 0 and ln 2, values that stand for 4 and 8; what dead rows' scales hold is of no interest."""
     query = np.array([[[1.0], [2.0]]])
     key, value = np.array([7, 0, 1, 7], np.int8).reshape(1, 4, 1, 1), np.array([7, 1, 2, 7], np.int8).reshape(1, 4, 1, 1)
     if np.ndim(key_scale) == 3:
