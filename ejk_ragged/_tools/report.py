@@ -19,6 +19,7 @@ from ejk_ragged import backends, explain, ragged_decode_attention
 from ejk_ragged._registry import platform_of
 from ejk_ragged.testing import Case, CHECKS, verify
 
+from .machine import default_platform
 from .rows import CPU_STEP, ROWS
 from .timing import wall_times
 
@@ -26,14 +27,9 @@ from .timing import wall_times
 PACKAGES = ("ejk-ragged", "jax", "jaxlib", "equinox", "jaxtyping", "numpy")
 
 
-def here() -> str:
-    """The platform on which arrays are computed unless told otherwise."""
-    return platform_of(jax.devices()[0])
-
-
 def realistic() -> Case:
     """The decode step that is explained and timed; a CPU's takes an accelerator less time than a launch does."""
-    return CPU_STEP if here() == "cpu" else next(row for row in ROWS if row.name == "llama-3-8b")
+    return CPU_STEP if default_platform() == "cpu" else next(row for row in ROWS if row.name == "llama-3-8b")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -71,7 +67,7 @@ def dispatch(case: Case) -> dict[str, Any]:
         }
         for name, choice in explanation.choices.items()
     }
-    return {"problem": str(explanation.problem), "here": here(), "platforms": choices}
+    return {"problem": str(explanation.problem), "here": default_platform(), "platforms": choices}
 
 
 def checks(cases: Sequence[Case] = CHECKS, progress=lambda text: None) -> list[dict[str, Any]]:
@@ -79,7 +75,9 @@ def checks(cases: Sequence[Case] = CHECKS, progress=lambda text: None) -> list[d
 
     Errors and tolerances are relative; an error of None is infinite or not a number.
     """
-    able = [info.name for info in backends() if info.broken is None and (info.platforms is None or here() in info.platforms)]
+    able = [
+        info.name for info in backends() if info.broken is None and (info.platforms is None or default_platform() in info.platforms)
+    ]
     results = []
     for name in able:
         for case in cases:
@@ -92,7 +90,7 @@ def checks(cases: Sequence[Case] = CHECKS, progress=lambda text: None) -> list[d
 def _check(backend, case) -> dict[str, Any]:
     arguments = case.draw(poison=True)
     try:
-        choice = explain(**arguments, backend=backend)[here()]
+        choice = explain(**arguments, backend=backend)[default_platform()]
     except ValueError as error:
         return {"ok": None, "refused": str(error)}
     if choice.forward is None:
