@@ -138,7 +138,7 @@ def _bench_arguments(commands):
     command.add_argument(
         "--out", type=pathlib.Path, metavar="DIR", help="write DEVICE.json there, and pictures if matplotlib is installed"
     )
-    command.add_argument("--name", help="and put this into the names of these files too: DEVICE-NAME.json")
+    command.add_argument("--name", help="of this run, for DEVICE-NAME.json; so that another does not replace it")
     command.add_argument("--json", action="store_true", help="print the data as JSON instead of tables")
     command.set_defaults(run=bench)
 
@@ -159,16 +159,15 @@ def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
         parser.error(str(error))
     if arguments.split and len(jax.devices()) < 2:
         parser.error("argument --split: there is only one device here")
-    options = {name: x for name, x in vars(arguments).items() if name not in ("run", "checks", "json", "out", "name")}
-    stem = lambda data: suite.stem(data, arguments.out, arguments.name)
-    keep = (lambda data: suite.write(data, stem(data))) if arguments.out else (lambda data: None)
+    options = {name: x for name, x in vars(arguments).items() if name not in ("run", "checks", "json", "out")}
+    keep = (lambda data: suite.write(data, arguments.out)) if arguments.out else (lambda data: None)
     data = suite.run(**options, keep=keep)
     if arguments.json:
         print(json.dumps(data, indent=1, allow_nan=False))
     else:
         tables.show(data)
     if arguments.out:
-        for file in (suite.write(data, stem(data)), *suite.draw(data, stem(data))):
+        for file in (suite.write(data, arguments.out), *suite.draw(data, arguments.out)):
             print(f"wrote {file}", file=sys.stderr)
     return 1 if suite.failed(data) else 0
 

@@ -178,7 +178,7 @@ def test_a_part_that_fails_loses_nothing_else(part, instant, monkeypatch, tmp_pa
 
     name = "scaling" if part == "scaling" else "measure"
     monkeypatch.setattr(bench, name, fails(getattr(bench, name)))
-    monkeypatch.setattr(suite, "draw", lambda data, stem: [])
+    monkeypatch.setattr(suite, "draw", lambda data, folder: [])
     assert main(["bench", "--out", str(tmp_path), "--rows", "tiny", "features", "--scaling"]) == 1
     assert f"failed {part}: ValueError: not today" in capsys.readouterr().out
     data = json.loads((tmp_path / "a-test.json").read_text())
@@ -258,7 +258,7 @@ def measured(instant):
 def test_pictures(measured, tmp_path):
     pytest.importorskip("matplotlib")
     kinds = ["forward", "gradient", "tokens", "cache", "scaling", "summary"]
-    assert [file.name for file in suite.draw(measured, tmp_path / "a-test")] == [f"a-test-{kind}.png" for kind in kinds]
+    assert [file.name for file in suite.draw(measured, tmp_path)] == [f"a-test-{kind}.png" for kind in kinds]
     assert {table["picture"] for table in measured["tables"]} == {"forward", "gradient", "tokens", "cache", None}
 
 
@@ -266,9 +266,9 @@ def test_pictures_of_less(instant, tmp_path):
     """Nothing is drawn of what was not measured, and points may be missing."""
     pytest.importorskip("matplotlib")
     data = suite.run(names=["tiny"], grad="only")
-    assert [file.name for file in suite.draw(data, tmp_path / "a-test")] == ["a-test-gradient.png"]
+    assert [file.name for file in suite.draw(data, tmp_path)] == ["a-test-gradient.png"]
     data["scaling"] = {"problem": "a problem", "live": [], "size": [], "left_out": {}}
-    assert [file.name for file in suite.draw(data, tmp_path / "a-test")] == ["a-test-gradient.png"]
+    assert [file.name for file in suite.draw(data, tmp_path)] == ["a-test-gradient.png"]
 
 
 def test_names_of_files(instant, capsys, tmp_path):
@@ -285,24 +285,23 @@ def test_page_of_results(measured, tmp_path):
     spec = importlib.util.spec_from_file_location("results", file)
     results = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(results)
-    stem = tmp_path / "performance" / "a-test"
-    suite.write(measured, stem)
-    stem.with_name("a-test-cache.png").touch()
+    suite.write(measured | {"name": "tiny rows"}, tmp_path / "performance")
+    (tmp_path / "performance" / "a-test-tiny-rows-cache.png").touch()
     page = results.on_page_markdown("before <!-- results --> after", None, types.SimpleNamespace(docs_dir=tmp_path), None)
-    assert page.startswith("before ### a test")
+    assert page.startswith("before ### a test, tiny rows\n")
     assert page.endswith("after")
     assert "| tiny | " in page
     assert "| tiny&nbsp;int8,&nbsp;T&nbsp;4 | " in page
-    assert "(a-test-cache.png)" in page
-    assert "(a-test-forward.png)" not in page
-    (tmp_path / "performance" / "a-test.json").unlink()
+    assert "(a-test-tiny-rows-cache.png)" in page
+    assert "-forward.png)" not in page
+    (tmp_path / "performance" / "a-test-tiny-rows.json").unlink()
     assert "No results" in results.on_page_markdown("<!-- results -->", None, types.SimpleNamespace(docs_dir=tmp_path), None)
 
 
 def test_without_matplotlib(measured, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ejk_ragged._tools.plots", None)
     monkeypatch.delattr("ejk_ragged._tools.plots", raising=False)
-    assert suite.draw(measured, tmp_path / "a-test") == []
+    assert suite.draw(measured, tmp_path) == []
 
 
 def test_on_a_terminal(instant, monkeypatch, capsys):

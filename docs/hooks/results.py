@@ -20,7 +20,10 @@ def section(file: pathlib.Path) -> str:
     """One device: versions, tables and pictures."""
     data = json.loads(file.read_text())
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    lines = [f"### {data['machine']['device']}", f"{versions}; seed {data['seed']}; [all data]({file.name})"]
+    lines = [
+        f"### {', '.join(filter(None, (data['machine']['device'], data['name'])))}",
+        f"{versions}; seed {data['seed']}; [all data]({file.name})",
+    ]
     for table in data["tables"]:
         lines += [f"**{table['title']}.**", markdown_table(table), picture(file, table["picture"], table["title"])]
         if table["notes"]:

@@ -52,6 +52,7 @@ def run(
     scaling: bool | None = None,
     seed: int | None = None,
     runs: int = 15,
+    name: str | None = None,
     keep: Callable[[dict[str, Any]], Any] = lambda data: None,
 ) -> dict[str, Any]:
     """The whole benchmark, as data.
@@ -72,6 +73,7 @@ def run(
         scaling: also measure how time follows live tokens and the cache's size.
         seed: of lengths and data; None draws one.
         runs: of each call.
+        name: of the run, where a device has several that are to be kept.
         keep: called with the data after each part, that a run which is cut short leaves something.
     """
     began = time.monotonic()
@@ -79,6 +81,7 @@ def run(
     seed = new_seed() if seed is None else seed
     cases = rows.named(names) if names else default_rows()
     data: dict[str, Any] = {
+        "name": name,
         "machine": dataclasses.asdict(machine),
         "versions": _versions(),
         "seed": seed,
@@ -119,14 +122,14 @@ def run(
         jobs.append(("scaling", "scaling", functools.partial(bench.scaling, machine, base, seed, first, runs)))
 
     with progress(len(jobs)) as advance:
-        for name, kind, work in jobs:
-            advance(name)
+        for part, kind, work in jobs:
+            advance(part)
             try:
                 _add(data, kind, work())
             except TooLarge as error:
-                data["skipped"][name] = str(error)
+                data["skipped"][part] = str(error)
             except Exception as error:
-                data["failed"][name] = bench.reason(error)
+                data["failed"][part] = bench.reason(error)
             gc.collect()  # the next one needs the memory
             data["tables"] = tables.of(data)
             data["took_seconds"] = round(time.monotonic() - began, 1)
@@ -193,24 +196,24 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 # Files
 
 
-def stem(data: dict[str, Any], folder: pathlib.Path, name: str | None = None) -> pathlib.Path:
-    """Where its files are, less what each name ends with: the device's name, and perhaps another."""
-    text = " ".join(filter(None, (data["machine"]["device"], name))).lower()
-    return folder / "-".join("".join(c if c.isalnum() else " " for c in text).split())
-
-
-def write(data: dict[str, Any], stem: pathlib.Path) -> pathlib.Path:
+def write(data: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
     """The data, as JSON."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    file = stem.with_name(f"{stem.name}.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _stem(data, folder).with_suffix(".json")
     file.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
     return file
 
 
-def draw(data: dict[str, Any], stem: pathlib.Path) -> list[pathlib.Path]:
+def draw(data: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
     """The pictures, where matplotlib is installed."""
     try:
         from . import plots
     except ImportError:
         return []
-    return plots.draw(data, stem)
+    return plots.draw(data, _stem(data, folder))
+
+
+def _stem(data, folder) -> pathlib.Path:
+    """What its files begin with: the device's name, and the run's."""
+    text = " ".join(filter(None, (data["machine"]["device"], data["name"]))).lower()
+    return folder / "-".join("".join(c if c.isalnum() else " " for c in text).split())
