@@ -33,12 +33,10 @@ def section(file: pathlib.Path) -> str:
 
 
 def markdown_table(table) -> str:
-    """Figures and their units stay on one line."""
-    header, *rows = [
-        [cell.replace(" ", "&nbsp;").replace("-", "&#8209;") for cell in row] for row in (table["columns"], *table["rows"])
-    ]
-    aligned = ["---"] + ["--:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, aligned, *rows))
+    """Figures and their units stay on one line; what stands above them need not."""
+    rows = [[cell.replace(" ", "&nbsp;").replace("-", "&#8209;") for cell in row] for row in table["rows"]]
+    aligned = ["---"] + ["--:"] * (len(table["columns"]) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (table["columns"], aligned, *rows))
 
 
 def picture(file: pathlib.Path, kind: str, text: str) -> str:

@@ -46,6 +46,7 @@ GRADIENT_ROWS = {"full", "ragged", "mha", "cap", "skew", "cpu-full"}
 SPLIT_ROWS = {"full", "one", "cpu-full"}
 TOKEN_ROWS = {"full", "ragged", "mha", "cpu-full"}
 
+SHORT = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 SCALES = ("row", "sequence", "head", "number")  # as `Case.scales` has them
 
 
@@ -72,7 +73,7 @@ def variants(case: Case, tokens: Sequence[int] = (), cache_dtypes: Sequence[str]
 
 def variant(case: Case) -> str:
     """What distinguishes it from the row of its name, in words; nothing of the row itself."""
-    words = [] if case.cache_dtype is None else [case.cache_dtype]
+    words = [] if case.cache_dtype is None else [SHORT.get(case.cache_dtype, case.cache_dtype)]
     words += [] if case.scales in (None, "row") else [f"scales by {case.scales}"]
     words += [] if case.num_tokens is None else [f"T {case.num_tokens}"]
     return ", ".join(words)

@@ -68,7 +68,7 @@ def _table(data, direction, kind) -> dict[str, Any] | None:
         cells = [label, f"{row['moved_bytes'] / 1e6:.0f}", *_ours(row, found.get(first), len(times))]
         cells += [_ratio(row["beside_plain"])] if beside else []
         body.append(cells + [_theirs(row, found.get(name)) for name in others])
-        notes += [f"{label}: {name}: {c['refused']}" for name, c in found.items() if "refused" in c]
+        notes += [(label, name, c["refused"]) for name, c in found.items() if "refused" in c]
         notes += _fewer(label, row)
     bandwidth = data["machine"]["copy" if copying else "read"] / 1e9
     title = f"{TITLES[direction, kind]} on {data['machine']['device']}; fraction of {bandwidth:.0f} GB/s "
@@ -84,9 +84,9 @@ def _label(row) -> str:
     return " ".join(filter(None, (row["row"], row["variant"])))
 
 
-def _fewer(label, row) -> list[str]:
+def _fewer(label, row) -> list[tuple[str, str, str]]:
     batch, asked = row["batch"], row["batch_asked"]
-    return [] if batch == asked else [f"{label}: B {batch} sequences instead of {asked}, to fit into memory"]
+    return [] if batch == asked else [(label, "", f"B {batch} sequences instead of {asked}, to fit into memory")]
 
 
 def _split_table(data) -> dict[str, Any] | None:
@@ -101,7 +101,7 @@ def _split_table(data) -> dict[str, Any] | None:
         label = _label(row)
         body.append([label, f"{row['live_bytes'] / 1e6:.0f}", *(_way(row["ways"][name]) for name in names)])
         reasons = {name: way.get("refused", way.get("cannot")) for name, way in row["ways"].items()}
-        notes += [f"{label}: {name}: {reason}" for name, reason in reasons.items() if reason]
+        notes += [(label, name, reason) for name, reason in reasons.items() if reason]
         notes += _fewer(label, row)
     return {"title": title, "picture": None, "columns": ["row", "MB", *names], "rows": body, "notes": _grouped(notes, len(rows))}
 
@@ -135,13 +135,17 @@ def _time(seconds: float) -> str:
     return f"{seconds * scale:.{1 if seconds * scale < 1000 else 0}f} {name}"
 
 
-def _grouped(notes: Sequence[str], count: int) -> list[str]:
-    """Notes on `count` rows; those that differ in the row only, as one."""
-    rows: dict[str, list[str]] = {}
-    for note in notes:
-        row, rest = note.split(": ", 1)
-        rows.setdefault(rest, []).append(row)
-    return [f"{rest} ({'all rows' if len(which) == count > 1 else ', '.join(which)})" for rest, which in rows.items()]
+def _grouped(notes: Sequence[tuple[str, str, str]], count: int) -> list[str]:
+    """Notes, of a row, who is meant, and a reason, on `count` rows: as one where only the row differs, and then where only who
+    is meant does."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for row, who, why in notes:
+        rows.setdefault((who, why), []).append(row)
+    meant: dict[tuple[str, str], list[str]] = {}
+    for (who, why), which in rows.items():
+        where = "all rows" if len(which) == count > 1 else ", ".join(which)
+        meant.setdefault((why, where), []).append(who)
+    return [": ".join(filter(None, (", ".join(who), f"{why} ({where})"))) for (why, where), who in meant.items()]
 
 
 def text(data: Mapping[str, Any]) -> str:
