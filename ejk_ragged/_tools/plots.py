@@ -33,7 +33,7 @@ def draw(data: dict[str, Any], stem: pathlib.Path) -> list[pathlib.Path]:
         "tokens": (_tokens, varied["tokens"], machine),
         "cache": (_cache, varied["cache"], of("plain"), machine),
         "scaling": (_scaling, scaling, machine),
-        "summary": (_summary, of("plain"), scaling, machine),
+        "summary": (_summary, scaling and of("plain"), scaling, machine),  # of whole runs
     }
     return [_save(make(what, *rest), stem, kind) for kind, (make, what, *rest) in pictures.items() if what]
 
@@ -138,13 +138,10 @@ def _summary(rows, scaling, machine):
     left.set_title(f"fraction of the read bandwidth, {machine['device']}", fontsize=9)
     left.legend(fontsize=7, frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1, 1.02))
     left.set_ylim(0, 1.3)
-    if scaling:
-        _against(right, scaling["size"], "seq_len", "rows of the cache")
-        right.set_xscale("log", base=4)
-        right.xaxis.set_major_formatter("{x:.0f}")
-        right.set_title("the same live tokens", fontsize=9)
-    else:
-        right.set_visible(False)
+    _against(right, scaling["size"], "seq_len", "rows of the cache")
+    right.set_xscale("log", base=4)
+    right.xaxis.set_major_formatter("{x:.0f}")
+    right.set_title("the same live tokens", fontsize=9)
     left.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return figure

@@ -79,7 +79,7 @@ def run(
     began = time.monotonic()
     machine = Machine.here(copying=grad is not None)
     seed = new_seed() if seed is None else seed
-    cases = rows.named(names) if names else default_rows()
+    first = backends[0] if backends else None
     data: dict[str, Any] = {
         "name": name,
         "machine": dataclasses.asdict(machine),
@@ -90,34 +90,30 @@ def run(
         "splits": [],
         "skipped": {},
         "failed": {},
+        "tables": [],
+        "took_seconds": 0.0,
     }
 
-    def wanted(case, among):
-        return case.name in among or case.name in (names or ())
+    def among(some):
+        return lambda case: case.name in some or case.name in (names or ())
 
-    varied = [
-        one
-        for case in cases
-        for one in rows.variants(
-            dataclasses.replace(case, dtype=dtype or case.dtype),
-            tokens if wanted(case, rows.TOKEN_ROWS) else (),
-            cache_dtypes,
-            scales,
-        )
-    ]
-    first = backends[0] if backends else None
+    cases: list[Case] = []
+    for case in rows.named(names) if names else default_rows():
+        plain = dataclasses.replace(case, dtype=dtype or case.dtype)
+        cases += rows.variants(plain, tokens if among(rows.TOKEN_ROWS)(case) else (), cache_dtypes, scales)
+
     jobs: list[tuple[str, str, Callable[[], Any]]] = []
-    for gradients in (False, True):
+    forward = cases if "only" not in (grad, split) else []
+    backward = filter(among(rows.GRADIENT_ROWS), cases) if grad else []
+    for some, gradients in ((forward, False), (backward, True)):
         entrants = bench.candidates(machine.platform, backends or [None], peers, gradients)
-        for case in varied:
-            if wanted(case, rows.GRADIENT_ROWS) and grad if gradients else "only" not in (grad, split):
-                work = functools.partial(bench.measure, case, machine, entrants, seed, runs, gradients)
-                jobs.append((rows.label(case) + " gradient" * gradients, "rows", work))
-    for case in varied:
-        if split and wanted(case, rows.SPLIT_ROWS):
-            work = functools.partial(devices.measure, case, machine, jax.devices(), seed, first, runs)
-            jobs.append((f"{rows.label(case)} split", "splits", work))
-    if names is None and split != "only" if scaling is None else scaling:
+        for case in some:
+            work = functools.partial(bench.measure, case, machine, entrants, seed, runs, gradients)
+            jobs.append((rows.label(case) + " gradient" * gradients, "rows", work))
+    for case in filter(among(rows.SPLIT_ROWS), cases) if split else []:
+        work = functools.partial(devices.measure, case, machine, jax.devices(), seed, first, runs)
+        jobs.append((f"{rows.label(case)} split", "splits", work))
+    if scaling or (scaling is None and names is None and split != "only"):
         base = SCALING["cpu" if machine.platform == "cpu" else "elsewhere"]
         jobs.append(("scaling", "scaling", functools.partial(bench.scaling, machine, base, seed, first, runs)))
 
@@ -131,8 +127,7 @@ def run(
             except Exception as error:
                 data["failed"][part] = bench.reason(error)
             gc.collect()  # the next one needs the memory
-            data["tables"] = tables.of(data)
-            data["took_seconds"] = round(time.monotonic() - began, 1)
+            data |= {"tables": tables.of(data), "took_seconds": round(time.monotonic() - began, 1)}
             keep(data)
     return data
 
