@@ -72,6 +72,17 @@ def test_scales_by_hand(key_scale, value_scale):
     np.testing.assert_allclose(lse, [[np.log(3), np.log(5)]])
 
 
+@pytest.mark.parametrize("axes", [(0, 2), 2], ids=["head", "sequence"])
+def test_scales_of_fewer_axes(axes):
+    """They stand for one for every row."""
+    (case,) = (case for case in CHECKS if case.name == "int8")
+    arguments = case.draw()
+    few = {name: arguments.pop(name).mean(axes) for name in ("key_scale", "value_scale")}
+    many = {name: np.broadcast_to(np.expand_dims(x, axes), (6, 2, 67)) for name, x in few.items()}
+    for x, y in zip(oracle(**arguments, **few), oracle(**arguments, **many), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 @pytest.mark.parametrize("case", CHECKS, ids=lambda case: case.name)
 def test_gradients_by_finite_differences(case):
     arguments = dataclasses.replace(case, dtype="float64").draw(1)
