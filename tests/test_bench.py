@@ -38,7 +38,7 @@ def peer(call, **fields):
 # Rows
 
 
-@by_label
+@pytest.mark.parametrize("case", [TINY, BOTH], ids=label)
 def test_forward(case):
     row, found = measure(case)
     assert found["ours"]["ok"]
@@ -51,7 +51,7 @@ def test_forward(case):
     assert (row["num_tokens"], row["cache_dtype"], row["group"]) == (case.num_tokens or 1, case.cache_dtype, 2)
 
 
-@by_label
+@pytest.mark.parametrize("case", [TINY, TOKENS, BOTH], ids=label)
 def test_gradient(case):
     """Of a quantised cache there is none to be written, so its bytes are those that are read."""
     row, found = measure(case, gradients=True)
