@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -133,6 +134,7 @@ def draw_cold(case: Case, seed: int, machine: Machine, runs: int, per_copy: int 
     `per_copy` is how many times the cache's size each copy needs.
     """
     wanted = max(2, min(math.ceil(COLD_BYTES / max(case.live_bytes(seed), 1)), runs, MOST_COPIES)) if machine.counts_kernels else 1
+    gc.collect()  # what the row before has left behind takes memory
     copies = max(1, min(wanted, int(0.6 * machine.memory // (per_copy * cache_bytes(case)))))
     return draw(case, seed, copies, machine.platform != "cpu")
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import gc
 import importlib.metadata
 import itertools
 import json
@@ -126,7 +125,6 @@ def run(
                 data["skipped"][part] = str(error)
             except Exception as error:
                 data["failed"][part] = bench.reason(error)
-            gc.collect()  # the next one needs the memory
             data |= {"tables": tables.of(data), "took_seconds": round(time.monotonic() - began, 1)}
             keep(data)
     return data
