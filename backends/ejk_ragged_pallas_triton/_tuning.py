@@ -90,7 +90,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 
 def candidates(problem: Problem, target: Target):
     """Hints for the tuner to try: around the defaults, those that fit."""
-    default = resolve(problem, target).block_size_keys
+    default = tile_keys(problem)
     for keys in (default, 2 * default, max(default // 2, 16)):
         for warps in (NUM_WARPS, 2 * NUM_WARPS):
             for stages in (NUM_STAGES, NUM_STAGES + 1, NUM_STAGES - 1):
@@ -122,9 +122,9 @@ def backward_tiles(problem: Problem, target: Target) -> Tiles:
         return shared_bytes(problem, keys_beside(rows), rows, stages, backward=True)
 
     rows = fitting_rows(problem, lambda rows: needs(rows, 1) <= _shared_memory(target))
-    needs = functools.partial(needs, rows)
-    stages = _fitting_stages(needs, target, 2 if problem.quantised else NUM_STAGES)
-    return _tiles(problem, target, rows, keys_beside(rows), NUM_WARPS, stages, needs)
+    of_stages = functools.partial(needs, rows)
+    stages = _fitting_stages(of_stages, target, 2 if problem.quantised else NUM_STAGES)
+    return _tiles(problem, target, rows, keys_beside(rows), NUM_WARPS, stages, of_stages)
 
 
 def fitting_rows(problem: Problem, fits) -> int:
