@@ -186,7 +186,7 @@ def _bounds(a: Arguments, num_tokens):
     start = jnp.zeros(batch, jnp.int32) if a.sequence_start is None else _int32(a.sequence_start, seq_len)
     end = jnp.full(batch, seq_len, jnp.int32) if a.sequence_end is None else _int32(a.sequence_end, seq_len)
     start, end = start[:, None], end[:, None]
-    several = a.query_lengths is not None or not (isinstance(num_tokens, int) and num_tokens == 1)
+    several = a.query_lengths is not None or num_tokens != 1
     if several or a.window_left is not None:
         end = jnp.clip(end, 0, seq_len)
     if several:

@@ -67,10 +67,10 @@ def check(*, softmax_scale, fwd_params, sliding_window, logits_soft_cap, backend
     check_scales(key, types["key_scale"], types["value_scale"])
 
     fwd_params, left = check_fwd_params(fwd_params), check_window(sliding_window)
-    tokens = len(query.shape) == 4
+    several = arrays["query_lengths"] is not None or (len(query.shape) == 4 and query.shape[1] != 1)
     given = {
         "start": arrays["sequence_start"] is not None or left is not None,
-        "end": arrays["sequence_end"] is not None or tokens,
+        "end": arrays["sequence_end"] is not None or several,
         "sink": arrays["softmax_aux"] is not None,
     }
     settings = Settings(
