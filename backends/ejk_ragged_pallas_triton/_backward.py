@@ -117,7 +117,7 @@ def _split_kernel(
             """For a block: query, cotangent, probabilities, gradients of the products q . k; and keys with their scales."""
             q, d_out = load(block.of_query(q_ref, b)), load(block.of_query(d_out_ref, b))
             lse, delta = load(block.of_row(lse_ref, b)), load(block.of_row(delta_ref, b))
-            sees = block.sees(lengths, b, keys, live)
+            sees = block.sees(lengths, b, keys, end)
             tiles = (k, key_scales), (v, value_scales)
             if problem.gaps:  # 0 times what is there may be NaN
                 tiles = (block.cleaned(sees, *tile) for tile in tiles)

@@ -73,11 +73,12 @@ class Block:
             return 1.0
         return ref[b if ref.shape[0] > 1 else 0, self.kv_head, 0]
 
-    def sees(self, lengths, b, keys, live):
-        """Which keys each row sees, [block_rows, keys], or [1, keys] where all see the same."""
-        mask = live[None, :]
-        if (ref := lengths.get("token_end")) is not None:
-            mask = mask & (keys[None, :] < load((ref.at[b, self.tokens], self.ok))[:, None])
+    def sees(self, lengths, b, keys, end):
+        """Which keys of a piece that ends at `end` each row sees, [block_rows, keys], or [1, keys] where all see the same."""
+        if (ref := lengths.get("token_end")) is None:
+            mask = keys[None, :] < end
+        else:
+            mask = keys[None, :] < jnp.minimum(load((ref.at[b, self.tokens], self.ok)), end)[:, None]
         if (ref := lengths.get("token_start")) is not None:
             mask = mask & (keys[None, :] >= load((ref.at[b, self.tokens], self.ok))[:, None])
         return mask
