@@ -18,9 +18,6 @@ from ._split import rounds_of, split
 from ._tuning import round_up, Tiles, tiles
 
 
-MERGED_AT_ONCE = 8  # pieces whose loads are on their way together
-
-
 def forward(problem, target, queries, cache, **how):
     """Output and log-sum-exp; shapes as in `ejk_ragged.Backend.forward`."""
     plan = tiles(problem, target)
@@ -43,7 +40,8 @@ def _by_kv_head(problem, plan, query):
     rows = num_tokens * problem.group
     query = query.reshape(batch, problem.num_kv_heads, rows, head_dim)
     more_rows = round_up(rows, 8) - rows if rows > 8 else 0  # up to 8 are one tile, which may be larger than what there is
-    return jnp.pad(query, ((0, 0), (0, 0), (0, more_rows), (0, plan.block_dim - head_dim)))
+    more_dims = plan.block_dim - head_dim
+    return jnp.pad(query, ((0, 0), (0, 0), (0, more_rows), (0, more_dims))) if more_rows or more_dims else query
 
 
 def _of_rows(problem, plan, of_tokens, beyond):
@@ -62,7 +60,8 @@ def combine(problem, plan: Tiles, parts, part_lse, where, sink, **how):
         functools.partial(_combine_kernel, tree=tree, problem=problem, plan=plan),
         "ragged_decode_combine",
         [((problem.batch, rows, problem.head_dim), problem.out_dtype), ((problem.batch, rows), jnp.float32)],
-        {"sequence": problem.batch, "row": rows},
+        # The interpreter takes long to begin a program.
+        {"sequence": problem.batch, "program": 1 if how["interpret"] else rows},
         follows=True,
         scratch_types={"out": plgpu.SMEM((plan.stored_dim,), problem.out_dtype)},
         **how,
@@ -70,43 +69,46 @@ def combine(problem, plan: Tiles, parts, part_lse, where, sink, **how):
 
 
 def _combine_kernel(*refs, tree, problem, plan: Tiles, out):
-    """One program: one row of one sequence. Weights its partial outputs by their softmax denominators, the sink's too."""
-    inputs, (out_ref, lse_ref) = refs[: tree.num_leaves], refs[tree.num_leaves :]
-    parts_ref, part_lse_ref, where, sink_ref = tree.unflatten(inputs)
-    b, row = lax.axis_index("sequence"), lax.axis_index("row")
-    token, q_head = lax.div(row, problem.num_q_heads), lax.rem(row, problem.num_q_heads)
-    head, place = lax.div(q_head, problem.group), token * problem.group + lax.rem(q_head, problem.group)
-    sink = jnp.float32(-jnp.inf)
-    if sink_ref is not None:
-        batch, num_tokens, _ = sink_ref.shape
-        sink = sink_ref[b if batch > 1 else 0, token if num_tokens > 1 else 0, q_head]
+    """One program: a row of a sequence, or several. Weights its partial outputs by their softmax denominators, the sink's too."""
+    parts_ref, part_lse_ref, where, sink_ref = tree.unflatten(refs[: tree.num_leaves])
+    out_ref, lse_ref = refs[tree.num_leaves :]
+    b = lax.axis_index("sequence")
     first, count = _pieces(plan, b, where)
-
+    at_once = plan.merge_slots
     dims = plgpu.Layout.WG_STRIDED((plan.stored_dim,), vec_size=plan.stored_dim // 128)
 
-    def merge(i, carry):
-        acc, high, total = carry
-        number = [i * MERGED_AT_ONCE + k for k in range(MERGED_AT_ONCE)]
-        slots = [first + jnp.minimum(k, count - 1) for k in number]
-        lse = [jnp.where(k < count, part_lse_ref[slot, head, place], -jnp.inf) for k, slot in zip(number, slots, strict=True)]
-        new_high = functools.reduce(jnp.maximum, lse, high)
-        fade = jnp.exp(high - new_high)
-        weights = [jnp.exp(x - new_high) for x in lse]
-        acc = acc * fade + sum(
-            plgpu.load(parts_ref.at[slot, head, place], layout=dims) * weight for slot, weight in zip(slots, weights, strict=True)
-        )
-        return acc, new_high, total * fade + sum(weights)
+    def combine_row(row):
+        token, q_head = lax.div(row, problem.num_q_heads), lax.rem(row, problem.num_q_heads)
+        here = lax.div(q_head, problem.group), token * problem.group + lax.rem(q_head, problem.group)
 
-    zeros = plgpu.layout_cast(jnp.zeros((plan.stored_dim,), jnp.float32), dims)
-    init = zeros, jnp.maximum(sink, LOWEST), jnp.where(sink > -jnp.inf, jnp.float32(1), jnp.float32(0))
-    acc, high, total = lax.fori_loop(0, cdiv(count, MERGED_AT_ONCE), merge, init)
-    some = total > 0
-    total = jnp.where(some, total, 1.0)
-    out[...] = (acc / total).astype(out.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out.at[pl.ds(0, problem.head_dim)], out_ref.at[b, row])
-    lse_ref[b, row] = jnp.where(some, high + jnp.log(total), -jnp.inf)
-    plgpu.wait_smem_to_gmem(0)
+        def merge(i, carry):
+            acc, high, total = carry
+            pieces = [i * at_once + k for k in range(at_once)]
+            slots = [first + jnp.minimum(piece, count - 1) for piece in pieces]
+            lse = [jnp.where(piece < count, part_lse_ref[slot, *here], -jnp.inf) for piece, slot in zip(pieces, slots, strict=True)]
+            parts = [plgpu.load(parts_ref.at[slot, *here], layout=dims) for slot in slots]
+            new_high = functools.reduce(jnp.maximum, lse, high)
+            fade, weights = jnp.exp(high - new_high), [jnp.exp(x - new_high) for x in lse]
+            acc = acc * fade + sum(part * weight for part, weight in zip(parts, weights, strict=True))
+            return acc, new_high, total * fade + sum(weights)
+
+        sink = jnp.float32(-jnp.inf)
+        if sink_ref is not None:
+            batch, num_tokens, _ = sink_ref.shape
+            sink = sink_ref[b if batch > 1 else 0, token if num_tokens > 1 else 0, q_head]
+        zeros = plgpu.layout_cast(jnp.zeros((plan.stored_dim,), jnp.float32), dims)
+        init = zeros, jnp.maximum(sink, LOWEST), jnp.where(sink > -jnp.inf, jnp.float32(1), jnp.float32(0))
+        acc, high, total = lax.fori_loop(0, cdiv(count, at_once), merge, init)
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        out[...] = (acc / total).astype(out.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out.at[pl.ds(0, problem.head_dim)], out_ref.at[b, row])
+        lse_ref[b, row] = jnp.where(some, high + jnp.log(total), -jnp.inf)
+        plgpu.wait_smem_to_gmem(0)
+
+    each = out_ref.shape[1] // lax.axis_size("program")
+    lax.fori_loop(0, each, lambda i, _: combine_row(lax.axis_index("program") * each + i), None)
 
 
 def _pieces(plan: Tiles, b, where):
@@ -118,5 +120,5 @@ def _pieces(plan: Tiles, b, where):
         start, end = plan.schedule.clipped(b, *(None if ref is None else ref[b] for ref in where))
         before, stop = jnp.int32(0), rounds_of(plan, start, end)
         total = stop
-    # The schedule asks for the worker and the range only where it cuts a line, not where it counts.
+    # Worker and range matter where a line is cut, and not where pieces are counted.
     return plan.schedule.pieces(Line(0, b, 0, 0, stop - before, stop, total))

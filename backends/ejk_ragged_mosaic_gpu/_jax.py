@@ -46,7 +46,13 @@ def launch(kernel, name, results, grid, *, follows, interpret, detect_races, red
         interpret=plgpu.InterpretGPUParams(detect_races=detect_races) if interpret else None,
         **options,
     )
-    return _interpreted(call, results) if interpret else call
+    call = _interpreted(call, results) if interpret else call
+
+    def without_64_bits(*operands):  # which numbers without a type would have, where these types are enabled
+        with jax.enable_x64(False):
+            return call(*operands)
+
+    return without_64_bits
 
 
 def _interpreted(call, results):

@@ -41,6 +41,12 @@ class Tiles:
         return round_up(self.block_dim, 128)
 
     @property
+    def merge_slots(self) -> int:
+        """Partial results of a sequence that are read at once: about as many as there are."""
+        each = -(-self.schedule.slots // self.schedule.batch)
+        return min(max(1 << (each - 1).bit_length(), 1), 16)
+
+    @property
     def reduction_bytes(self) -> int:
         """Shared memory in which a sum or maximum over keys passes between warps, all rows at once."""
         return 128 * self.block_rows
