@@ -8,10 +8,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from ejk_ragged_schedule import cdiv, length_arrays, Line
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ejk_ragged_schedule import cdiv, length_arrays, Line
 
 from ._jax import launch, LOWEST
 from ._split import rounds_of, split

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ejk_ragged_schedule import cdiv, Line
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ejk_ragged_schedule import cdiv, Line
 
 from ._jax import launch, LOWEST
 from ._tuning import BLOCK_SEQUENCES, Tiles

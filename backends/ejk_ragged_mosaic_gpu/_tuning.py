@@ -2,9 +2,8 @@
 
 import dataclasses
 
-from ejk_ragged_schedule import Schedule
-
 from ejk_ragged import FwdParams, Problem, Target
+from ejk_ragged_schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)

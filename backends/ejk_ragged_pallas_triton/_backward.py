@@ -12,10 +12,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from ejk_ragged_schedule import cdiv, length_arrays, Schedule
 from jax.experimental import pallas as pl
 
 from ejk_ragged import Wanted
+from ejk_ragged_schedule import cdiv, length_arrays, Schedule
 
 from ._blocks import (
     Block,

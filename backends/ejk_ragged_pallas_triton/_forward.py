@@ -7,9 +7,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from ejk_ragged_schedule import cdiv, length_arrays
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+from ejk_ragged_schedule import cdiv, length_arrays
 
 from ._blocks import Block, line_of, load, LOG2_E, logits, LOWEST, query_dot, store, store_pieces, value_dot, WHOLE
 from ._jax import array, compiler_params

@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 
-from ejk_ragged_schedule import Schedule
-
 from ejk_ragged import FwdParams, Problem, Target
+from ejk_ragged_schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +34,13 @@ class Tiles:
 # The defaults, measured on an H100; docs/performance has the log.
 TILE_BYTES = 16 * 1024  # of keys in a tile, and as many of values: enough in flight, and small enough for three stages
 MOST_KEYS = 256  # of a tile
-# Of a quantised cache, whose tiles are widened in registers: fewer, and fewer still beside more rows of queries than 16, in the backward
-# kernel, and where the whole cache has less than so many tiles a program.
+# Of a quantised cache, whose tiles are widened in registers: fewer, and fewer still beside more rows of queries than 16, in the
+# backward kernel, and where the whole cache has no more than so many tiles a program.
 MOST_QUANTISED_KEYS, FEW_QUANTISED_KEYS, FEW_TILES = 128, 64, 8
 NUM_WARPS = 4  # eight wait for each other in the softmax, two are too few for a tile
 NUM_STAGES = 3  # two tiles on their way while one is worked on
-# Programs of a multiprocessor, all of them there from the beginning to the end, by whether the cache is quantised. One gets its equal
-# share of the bandwidth. But a tile of 8 bits takes longer to work on than to load, so another one works while the first waits.
+# Programs of a multiprocessor, all of them there from the beginning to the end, by whether the cache is quantised. One gets its
+# equal share of the bandwidth. But a tile of 8 bits takes longer to work on than to load, and two work on one each in turn.
 PROGRAMS = {False: 1, True: 2}
 
 # What there is to a device, where there is no device to ask: an H100.
@@ -70,8 +69,12 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
             raise ValueError(f"FwdParams.{name} must be a power of two and at least {least} for pallas_triton, got {value}.")
     if given.num_warps is not None and given.num_warps > 32:
         raise ValueError(f"FwdParams.num_warps must be at most 32 for pallas_triton, got {given.num_warps}.")
-    # A block of fewer rows than the tensor cores take is padded, so that any number of them has one.
-    rows = given.block_size_heads or default_block_rows(problem)
+
+    def fits(rows):
+        keys = given.block_size_keys or default_block_keys(problem, rows, target)
+        return shared_bytes(problem, keys, rows, 1, backward=False) <= _shared_memory(target)
+
+    rows = given.block_size_heads or fitting_rows(problem, fits)
     keys = given.block_size_keys or default_block_keys(problem, rows, target)
     needs = functools.partial(shared_bytes, problem, keys, rows, backward=False)
     stages = given.num_stages or _fitting_stages(needs, target)
@@ -87,7 +90,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 
 def candidates(problem: Problem, target: Target):
     """Hints for the tuner to try: around the defaults, those that fit."""
-    default = default_block_keys(problem, default_block_rows(problem), target)
+    default = tile_keys(problem)
     for keys in (default, 2 * default, max(default // 2, 16)):
         for warps in (NUM_WARPS, 2 * NUM_WARPS):
             for stages in (NUM_STAGES, NUM_STAGES + 1, NUM_STAGES - 1):
@@ -108,22 +111,27 @@ def forward_tiles(problem: Problem, target: Target) -> Tiles:
 
 
 def backward_tiles(problem: Problem, target: Target) -> Tiles:
-    """The shape of the backward work: blocks of as many rows as there is room for."""
-    most_stages = NUM_STAGES
-    for rows in (64, 32, 16):
-        rows = min(rows, default_block_rows(problem))
+    """The shape of the backward work."""
+
+    def keys_beside(rows):
         # Probabilities and their gradients pass between warps: in tiles no larger than those of keys.
         keys = min(tile_keys(problem), max(TILE_BYTES // (rows * problem.dtype.itemsize), 16))
-        if problem.quantised:
-            keys, most_stages = min(keys, FEW_QUANTISED_KEYS), 2
-        needs = functools.partial(shared_bytes, problem, keys, rows, backward=True)
-        if needs(1) <= _shared_memory(target):
-            break
-    return _tiles(problem, target, rows, keys, NUM_WARPS, _fitting_stages(needs, target, most_stages), needs)
+        return min(keys, FEW_QUANTISED_KEYS) if problem.quantised else keys
+
+    def needs(rows, stages):
+        return shared_bytes(problem, keys_beside(rows), rows, stages, backward=True)
+
+    rows = fitting_rows(problem, lambda rows: needs(rows, 1) <= _shared_memory(target))
+    of_stages = functools.partial(needs, rows)
+    stages = _fitting_stages(of_stages, target, 2 if problem.quantised else NUM_STAGES)
+    return _tiles(problem, target, rows, keys_beside(rows), NUM_WARPS, stages, of_stages)
 
 
-def default_block_rows(problem: Problem) -> int:
-    return min(max(power_of_two(problem.num_tokens * problem.group), 16), MAX_ROWS)
+def fitting_rows(problem: Problem, fits) -> int:
+    """Rows of queries of a block: as many as there are of a kv head, up to `MAX_ROWS`, or to what fits."""
+    # A block of fewer rows than the tensor cores take is padded, so that any number of them has one.
+    most = min(max(power_of_two(problem.num_tokens * problem.group), 16), MAX_ROWS)
+    return next((rows for rows in (64, 32) if rows <= most and fits(rows)), 16)
 
 
 def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
@@ -189,7 +197,7 @@ def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
     widened = block_keys * dim * 4 if problem.quantised and problem.dtype.itemsize == 4 else 0
     if stages == 1:
         return stage + queries * whole + widened
-    sums = 6 * rows * dim + 4096 if whole and problem.quantised else (rows + 2) * 1024 + 4096 * (rows > 16)
+    sums = (8 if backward else 6) * rows * dim + 4096 if whole and problem.quantised else (rows + 2) * 1024 + 4096 * (rows > 16)
     beside = max(sums, layouts * rows * block_keys * weights + 2048) + widened
     return stage * (stages - (not whole or problem.quantised)) + beside
 
