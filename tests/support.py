@@ -39,6 +39,12 @@ class Subject:
             call()
         pytest.skip("refused, as it must be")
 
+    def on_cpus(self) -> str | Backend:
+        """What is passed as `backend=` where a call runs on several CPU devices."""
+        if self.name == "mosaic_gpu":
+            pytest.skip("JAX interprets these kernels by callbacks, which a program for several devices cannot have")
+        return PallasTritonBackend(interpret=True) if self.name == "pallas_triton" else self.backend
+
 
 def pallas_triton() -> str | Backend:
     """The kernels where there is a GPU for them, else the same kernels in Pallas' interpreter."""
