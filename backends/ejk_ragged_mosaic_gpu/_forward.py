@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ejk_ragged_schedule import cdiv, length_arrays, Line
 
-from ._jax import launch, LOWEST
+from ._jax import launch, LOWEST, plgpu
 from ._split import rounds_of, split
 from ._tuning import round_up, Tiles, tiles
 
@@ -114,12 +113,13 @@ def _combine_kernel(*refs, tree, problem, plan: Tiles, out):
 
 def _pieces(plan: Tiles, b, where):
     """The first slot of a sequence, and how many from there on are its pieces."""
+    zero = jnp.zeros_like(b)
     if plan.table:
         (stops_ref,) = where
         before, stop, total = jnp.where(b > 0, stops_ref[jnp.maximum(b - 1, 0)], 0), stops_ref[b], stops_ref[plan.table - 1]
     else:
         start, end = plan.schedule.clipped(b, *(None if ref is None else ref[b] for ref in where))
-        before, stop = jnp.int32(0), rounds_of(plan, start, end)
+        before, stop = zero, rounds_of(plan, start, end)
         total = stop
     # Worker and range matter where a line is cut, and not where pieces are counted.
-    return plan.schedule.pieces(Line(0, b, 0, 0, stop - before, stop, total))
+    return plan.schedule.pieces(Line(zero, b, zero, zero, stop - before, stop, total))

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ejk_ragged_schedule import cdiv, Line
 
-from ._jax import launch, LOWEST
+from ._jax import launch, LOWEST, plgpu
 from ._tuning import BLOCK_SEQUENCES, Tiles
 
 
@@ -289,7 +288,8 @@ class _Program:
         def tile(i, carry):
             acc, high, total = carry
             slot = lax.rem(piece.tiles_before + i, plan.stages)
-            key = plgpu.broadcasted_iota(jnp.int32, (keys, rows), 0, layout=TILE) + (piece.row + i * plan.schedule.stride)
+            first = piece.row + i * plan.schedule.stride
+            key = plgpu.broadcasted_iota(jnp.int32, (keys, rows), 0, layout=TILE) + first
             sees = (key >= piece.start) & (key < piece.end)
             for bound, holds in zip(row_bounds, (jnp.greater_equal, jnp.less), strict=True):
                 if bound is not None:
@@ -308,7 +308,7 @@ class _Program:
             plgpu.commit_smem()
 
             plgpu.barrier_wait(shared.v_full.at[slot])
-            v = self.laid_out("v", slot, sees, piece, i)
+            v = self.laid_out("v", slot, sees, (first < piece.start) | (first + keys > piece.end))
             acc = acc * lax.broadcast_in_dim(fade, acc.shape, [1]) + _product(v.transpose((1, 0)), shared.p.transpose((1, 0)))
             plgpu.barrier_arrive(shared.v_free.at[slot])
             return acc, new_high, total
@@ -326,9 +326,9 @@ class _Program:
             for ref in self.row_bounds
         ]
 
-    def laid_out(self, name, slot, sees=None, piece=None, i=None):
-        """A tile that has arrived, as products take it; given what the rows see, with zeros where nobody does, for 0 times what is
-        there may be NaN."""
+    def laid_out(self, name, slot, sees=None, at_an_end=False):
+        """A tile that has arrived, as products take it. Given what the rows see, it has zeros where nobody does, `at_an_end` of the
+        range or between tokens: 0 times what is there may be NaN."""
         plan, shared = self.plan, self.shared
         arrived = getattr(shared, name).at[slot]
         tile = arrived if plan.direct else getattr(shared, f"{name}_tile")
@@ -344,8 +344,7 @@ class _Program:
         if not plan.direct or (sees is not None and self.problem.gaps):
             lay_out()
         elif sees is not None:
-            row = piece.row + i * plan.schedule.stride
-            pl.when((row < piece.start) | (row + plan.schedule.block_keys > piece.end))(lay_out)
+            pl.when(at_an_end)(lay_out)
         return tile
 
     def logits(self, products):
