@@ -25,7 +25,8 @@ PACKAGES = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 # Python 3.11 ends with JAX 0.10.2 and the last one takes the newest JAX, so the one between holds the release between.
 CONSTRAINTS = {"3.12": ["jax==0.11.2"]}
 # What another release may break. `nox -s pythons -- tests` runs all; interpreting the kernels again is most of the time of that.
-AFFECTED = ("semantics", "jit", "vmap", "grad", "loops", "export", "devices", "module", "xla_backend", "pallas_triton", "sharding")
+KERNELS = ("pallas_triton", "mosaic_gpu")
+AFFECTED = ("semantics", "jit", "vmap", "grad", "loops", "export", "devices", "module", "xla_backend", *KERNELS, "sharding")
 OFTEN = [*(f"tests/test_{name}.py" for name in AFFECTED), "-m", "not pallas_triton"]
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 OTHER_PYTHONS = [python for python in nox.project.python_versions(PYPROJECT) if python != THIS_PYTHON]

@@ -7,27 +7,44 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ejk_ragged import Backend, FwdParams, ragged_decode_attention
 from ejk_ragged.testing import verify
+from ejk_ragged_mosaic_gpu import MosaicGpuBackend
 from ejk_ragged_pallas_triton import PallasTritonBackend
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A backend under test. `make` gives what is passed as `backend=`: its name, or an instance that runs on this machine."""
+    """A backend under test. `make` gives what is passed as `backend=`: its name, or an instance that runs on this machine.
+
+    `call` is the call that tests make; one that the backend does not take must be refused, and there the test ends.
+    """
 
     name: str
     make: Callable[[], str | Backend]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    quantised: bool = True
+    here: bool = True  # whether this JAX has what it takes
 
     @functools.cached_property
     def backend(self) -> str | Backend:
         return self.make()
 
-    @functools.cached_property
-    def call(self) -> Callable:
-        return functools.partial(ragged_decode_attention, backend=self.backend)
+    def call(self, query, key, *args, **kwargs):
+        call = functools.partial(ragged_decode_attention, query, key, *args, **kwargs, backend=self.backend)
+        if self.here and query.dtype.name in self.dtypes and (self.quantised or key.dtype == query.dtype):
+            return call()
+        with pytest.raises(ValueError, match=f"backend '{self.name}' cannot do this call"):
+            call()
+        pytest.skip("refused, as it must be")
+
+    def on_cpus(self) -> str | Backend:
+        """What is passed as `backend=` where a call runs on several CPU devices."""
+        if self.name == "mosaic_gpu":
+            pytest.skip("JAX interprets these kernels by callbacks, which a program for several devices cannot have")
+        return PallasTritonBackend(interpret=True) if self.name == "pallas_triton" else self.backend
 
 
 def pallas_triton() -> str | Backend:
@@ -35,8 +52,16 @@ def pallas_triton() -> str | Backend:
     return "pallas_triton" if jax.default_backend() == "gpu" else PallasTritonBackend(interpret=True)
 
 
+def mosaic_gpu() -> str | Backend:
+    """Likewise; the interpreter prints what races it finds."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return "mosaic_gpu" if capability.startswith("9.") else MosaicGpuBackend(interpret=True, detect_races=True)
+
+
 # A line for each backend that needs one; the others are named and run as they are.
+HAS_MOSAIC_GPU = MosaicGpuBackend().unavailable() is None
 SUBJECTS = {
+    "mosaic_gpu": Subject("mosaic_gpu", mosaic_gpu, ("bfloat16", "float16"), quantised=False, here=HAS_MOSAIC_GPU),
     "pallas_triton": Subject("pallas_triton", pallas_triton),
     "xla": Subject("xla", lambda: "xla", ("float32", "bfloat16", "float16", "float64")),
 }

@@ -21,7 +21,6 @@ from support import assert_close, assert_right, draw
 
 from ejk_ragged import merge, ragged_decode_attention
 from ejk_ragged.testing import Case
-from ejk_ragged_pallas_triton import PallasTritonBackend
 
 
 EXAMPLE = pathlib.Path(__file__).parents[1] / "docs" / "examples" / "many_devices.py"
@@ -108,8 +107,7 @@ def test_right(case, mesh, spec):
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x", "y")], ids=["batch", "sequence and heads"])
 def test_each_backend(subject, mesh, spec):
-    backend = PallasTritonBackend(interpret=True) if subject.name == "pallas_triton" else subject.backend
-    call = functools.partial(ragged_decode_attention, backend=backend)
+    call = functools.partial(ragged_decode_attention, backend=subject.on_cpus())
     assert_right(split(call, mesh, spec), FEATURES.draw(poison=True))
 
 
@@ -335,8 +333,7 @@ def test_exported_with_explicit_axes(explicit):
 
 def test_shard_map(subject, mesh):
     """Each device calls on its share of the batch; sinks are shared, and their gradient is summed."""
-    backend = PallasTritonBackend(interpret=True) if subject.name == "pallas_triton" else subject.backend
-    function = functools.partial(loss, backend=backend)
+    function = functools.partial(loss, backend=subject.on_cpus())
     local = jax.shard_map(lambda *args: function(*args)[None], mesh=mesh, in_specs=(*[P("x")] * 5, P()), out_specs=P("x"))
     arrays, _ = draw(CASE)
     args = [*put(mesh, P("x"), *list(arrays.values())[:5]), put(mesh, P(), arrays["softmax_aux"])]

@@ -1,0 +1,79 @@
+"""The Mosaic GPU backend: NVIDIA GPUs of the Hopper family. Nothing of Pallas is imported before a call is lowered for one."""
+
+import dataclasses
+import importlib.util
+import types
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from ejk_ragged import Backend, FwdParams, Problem, Target
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicGpuBackend(Backend):
+    """Decode attention as two Pallas kernels for Mosaic GPU, with copies by TMA and products of whole warpgroups. Forward only.
+
+    Attributes:
+        interpret: run the kernels in Pallas' interpreter, on any platform; slow, for tests.
+        detect_races: have the interpreter look for races between a kernel's threads and copies.
+        programs: how many the interpreter has to share out the work among.
+    """
+
+    interpret: bool = False
+    detect_races: bool = False
+    programs: int = 4
+
+    name: ClassVar[str] = "mosaic_gpu"
+    priority: ClassVar[int] = 90
+    clips_lengths: ClassVar[bool] = True
+    version: ClassVar[str] = "1"
+
+    @property
+    def platforms(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return None if self.interpret else frozenset({"cuda"})
+
+    def unavailable(self) -> str | None:
+        # Before 0.11 its kernels cannot be interpreted, so that nothing of them can be checked without a GPU, and importing
+        # it takes a package that JAX does not depend on.
+        if jax.__version_info__ < (0, 11) or importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is None:
+            return f"it needs the Mosaic GPU backend of JAX 0.11 or newer, not {jax.__version__}"
+        return None
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        from ._tuning import does_not_fit
+
+        if not all(isinstance(n, int) for n in problem.sizes):
+            return "its kernels need sizes known when they are lowered, not symbolic ones"
+        if problem.quantised:
+            return "its kernels have no quantised caches"
+        if problem.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"its products are of bfloat16 and float16, not {problem.dtype.name}"
+        if problem.head_dim % 8 or problem.head_dim > 256:
+            return f"its kernels hold a head_dim of up to 256 that is a multiple of 8, not {problem.head_dim}"
+        capability = getattr(target.device, "compute_capability", None)
+        if capability is not None and not 9.0 <= float(capability) < 10.0:
+            return f"its products are those of a GPU of compute capability 9, not {capability}"
+        return does_not_fit(problem, target)
+
+    def supports_backward(self, problem: Problem, target: Target) -> str | None:
+        del problem, target
+        return "it has no backward operation"
+
+    def fwd_params(self, problem: Problem, target: Target) -> FwdParams:
+        from ._tuning import resolve
+
+        return resolve(problem, target)
+
+    def candidates(self, problem: Problem, target: Target):
+        from ._tuning import candidates
+
+        return candidates(problem, target)
+
+    def forward(self, problem, target, queries, cache):
+        from ._forward import forward
+
+        if self.interpret:  # by which no program goes faster for the others
+            target = Target(target.platform, types.SimpleNamespace(core_count=self.programs))
+        return forward(problem, target, queries, cache, interpret=self.interpret, detect_races=self.detect_races)

@@ -1,0 +1,74 @@
+"""How kernels are launched by JAX's Mosaic GPU backend, or interpreted; and what all of them use."""
+
+import threading
+import warnings
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu
+
+
+plgpu = cast(Any, mosaic_gpu)  # types are checked with the oldest JAX, in which it is another
+
+LOWEST = float(jnp.finfo(jnp.float32).min)  # stands in for -inf where a difference of two must not be NaN
+
+# The second kernel is launched while the first one runs, and waits for its end on the device.
+OVERLAPPED = True
+# Every store into shared memory waits for all reads before it, and every read for all stores.
+AUTOMATIC_BARRIERS = True
+# What a thread holds of an array is what the kernel says. A search for what is best takes JAX minutes here, or for ever.
+LAYOUTS_AS_WRITTEN = plgpu.LoweringSemantics.Lane
+
+
+def launch(kernel, name, results, grid, *, follows, interpret, detect_races, reduction_bytes=2048, **options):
+    """A function of operands: `kernel` over a grid, {name of an axis: size}, with `results` of these shapes and dtypes.
+
+    `follows` says whether it works on what the other kernel leaves, which is the one before it.
+    """
+
+    def body(*refs, **shared):
+        if OVERLAPPED and not interpret:
+            (plgpu.griddepcontrol_wait if follows else plgpu.griddepcontrol_launch_dependents)()
+        kernel(*refs, **shared)
+
+    body.__name__ = name
+    results = [jax.ShapeDtypeStruct(*result) for result in results]
+    parameters = plgpu.CompilerParams(
+        approx_math=True,
+        reduction_scratch_bytes=reduction_bytes,
+        lowering_semantics=LAYOUTS_AS_WRITTEN,
+        unsafe_no_auto_barriers=not AUTOMATIC_BARRIERS,
+    )
+    call = plgpu.kernel(
+        body,
+        out_type=results,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        compiler_params=parameters,
+        interpret=plgpu.InterpretGPUParams(detect_races=detect_races) if interpret else None,
+        **options,
+    )
+    call = _interpreted(call, results) if interpret else call
+
+    def without_64_bits(*operands):  # which numbers without a type would have, where these types are enabled
+        with jax.enable_x64(False):
+            return call(*operands)
+
+    return without_64_bits
+
+
+def _interpreted(call, results):
+    """`call` as a function that XLA calls back: what interprets a kernel has ordered effects, for which there is no place in the
+    lowering of a primitive."""
+    call = jax.jit(call)
+
+    def on_host(*operands):
+        with _one_at_a_time, jax.default_device(jax.local_devices(backend="cpu")[0]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "invalid value encountered in matmul", RuntimeWarning)  # keys that nobody sees
+            return jax.block_until_ready(call(*operands))
+
+    return lambda *operands: jax.pure_callback(on_host, results, *operands)
+
+
+_one_at_a_time = threading.Lock()  # the interpreter has one memory for all

@@ -1,0 +1,298 @@
+"""What is the Mosaic GPU backend's own: how its kernels read the cache, in the interpreter, which also looks for races; their
+lowering for cuda on any machine, export, hints and refusals.
+
+The shared suite has the rest, in the dtypes that it takes. Before JAX 0.11 the backend says that it cannot run, and that is all.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_right, HAS_MOSAIC_GPU
+
+import ejk_ragged_mosaic_gpu
+from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Target
+from ejk_ragged._registry import registry
+from ejk_ragged.testing import Case, oracle, relative_error
+from ejk_ragged_mosaic_gpu import MosaicGpuBackend
+from ejk_ragged_mosaic_gpu._tuning import resolve, tiles
+
+
+CUSTOM_CALL = "mosaic_gpu_v2"
+has_mosaic_gpu = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="needs JAX 0.11")
+
+
+def problem(**changes):
+    one = Problem(
+        batch=4,
+        num_tokens=1,
+        seq_len=1000,
+        num_q_heads=28,
+        num_kv_heads=4,
+        head_dim=128,
+        dtype=np.dtype(jnp.bfloat16),
+        cache_dtype=np.dtype(jnp.bfloat16),
+        softmax_scale=1.0,
+    )
+    return dataclasses.replace(one, **changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# In the interpreter
+
+
+@pytest.fixture
+def interpreted(capfd):
+    """A function of `FwdParams` and programs to the call, in the interpreter; in the end, no race was found."""
+
+    def call(fwd_params=None, programs=4):
+        backend = MosaicGpuBackend(interpret=True, detect_races=True, programs=programs)
+        return functools.partial(ragged_decode_attention, backend=backend, fwd_params=fwd_params)
+
+    yield call
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@has_mosaic_gpu
+def test_tiles_as_they_are_multiplied(interpreted):
+    """Rows and dimensions that copies lay out: ranges begin and end within tiles, and one program has more of them than stages."""
+    ranges = ("ranges", (3, 256), (7, 7), (60, 70))
+    case = Case("", 3, 256, 4, 1, 128, "float16", ranges, 0.2, (250, 0), 1.5, ("query", 1))
+    assert_right(interpreted(FwdParams(num_stages=2), programs=1), case.draw(poison=True), gradients=False)
+
+
+@has_mosaic_gpu
+def test_rows_with_bounds_of_their_own_in_two_blocks(interpreted):
+    """15 rows a kv head, in blocks of 8, of which the second has one that is not there."""
+    case = Case("", 2, 128, 6, 2, 64, "bfloat16", ("ranges", (2, 100), (0, 3)), num_tokens=5, query_lengths=(5, 4))
+    assert_right(interpreted(FwdParams(block_size_heads=8)), case.draw(poison=True), gradients=False)
+
+
+@has_mosaic_gpu
+def test_gaps_between_tokens(interpreted):
+    """Three maps of one cache see ranges far from each other; what stands between them is junk."""
+    rows = np.arange(208)
+    arguments = Case("", 1, len(rows), 2, 1, 64, "bfloat16").draw()
+    starts, ends = np.array([[0], [100], [150]], np.int32), np.array([[9], [101], [208]], np.int32)
+    seen = (rows >= starts) & (rows < ends)
+    for name in ("key", "value"):
+        arguments[name][:, ~seen.any(axis=0)] = np.nan
+    query, key, value = (jnp.asarray(arguments[name]) for name in ("query", "key", "value"))
+    call = lambda start, end: interpreted()(query, key, value, start, end, return_lse=True)
+    out, lse = jax.vmap(call)(jnp.asarray(starts), jnp.asarray(ends))
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        want, want_lse = oracle(query, key, value, start, end)
+        assert relative_error(out[i], want) < 4e-3
+        np.testing.assert_allclose(lse[i], want_lse, rtol=1e-5)
+
+
+@has_mosaic_gpu
+def test_a_last_round_of_which_some_have_no_keys(interpreted):
+    """Two programs share each of four stretches; the last round ends within the tile of the first."""
+    case = Case("", 1, 640, 2, 1, 64, "bfloat16", ("ranges", (5, 5 * 128 - 100)))
+    assert_right(interpreted(programs=8), case.draw(poison=True), gradients=False)
+
+
+@has_mosaic_gpu
+def test_more_sequences_than_are_summed_up_at_once(interpreted):
+    """Of 66 there are keys in four, the last one too."""
+    lengths = [(0, 0)] * 66
+    lengths[3], lengths[40], lengths[64], lengths[65] = (1, 30), (0, 64), (60, 64), (0, 9)
+    case = Case("", 66, 64, 1, 1, 64, "bfloat16", ("ranges", *lengths))
+    assert_right(interpreted(programs=2), case.draw(poison=True), gradients=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Lowering
+
+
+def arrays(dtype="bfloat16", head_dim=128, group=7, seq_len=1000, tokens=()):
+    shape = jax.ShapeDtypeStruct
+    cache = shape((4, seq_len, 4, head_dim), dtype)
+    return shape((4, *tokens, 4 * group, head_dim), dtype), cache, cache, shape((4,), "int32"), shape((4,), "int32")
+
+
+def lowered(args, **options):
+    call = functools.partial(ragged_decode_attention, backend="mosaic_gpu", **options)
+    return jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+CALLS = {
+    "plain": (arrays(), {}),
+    "no lengths": (arrays()[:3], {}),
+    "everything": (
+        arrays("float16", tokens=(3,)),
+        {"sliding_window": (100, 0), "logits_soft_cap": 30.0, "softmax_aux": np.zeros((28, 2), np.float32)},
+    ),
+    "splits": (arrays(), {"fwd_params": FwdParams(num_key_splits=4)}),
+    "hints": (arrays(), {"fwd_params": FwdParams(block_size_keys=128, block_size_heads=64, num_stages=2)}),
+    "head_dim 80": (arrays(head_dim=80), {}),
+    "head_dim 256, many rows": (arrays(head_dim=256, group=100), {}),
+    "an odd number of rows": (arrays(head_dim=64, group=1, seq_len=1001), {}),
+}
+
+
+@has_mosaic_gpu
+@pytest.mark.parametrize("name", CALLS)
+def test_lowers_for_cuda_anywhere(name):
+    args, options = CALLS[name]
+    assert lowered(args, **options).count(CUSTOM_CALL) == 2
+
+
+@has_mosaic_gpu
+def test_lowers_with_64_bit_types(x64):
+    assert lowered(arrays()).count(CUSTOM_CALL) == 2
+
+
+@has_mosaic_gpu
+def test_nothing_is_made_around_the_kernels():
+    """A short call would wait for it: lengths are clipped in the kernel, and what the caller left out is not even filled in."""
+    query, key, value, _, end = arrays()
+    call = lambda query, key, value, end: ragged_decode_attention(query, key, value, None, end, backend="mosaic_gpu")
+    text = jax.jit(call).trace(query, key, value, end).lower(lowering_platforms=("cuda",)).as_text()
+    entry = [line for line in text.splitlines() if CUSTOM_CALL in line]
+    split, combine = (line.split("(", 1)[1].split(")", 1)[0].split(",") for line in entry)
+    assert (len(split), len(combine)) == (4, 3)  # query, key, value, end; partial results, their lse, where sequences stop
+    assert "clamp" not in text
+    assert "stablehlo.pad" not in text
+
+
+@has_mosaic_gpu
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (256, 64), (80, 64)])
+def test_what_fits_by_our_count_fits(head_dim, group):
+    """With as many stages as our count of shared memory allows, JAX does not refuse the kernel, and with one more we do."""
+    one = problem(head_dim=head_dim, num_q_heads=4 * group)
+
+    def fits(stages):
+        hints = FwdParams(num_stages=stages, block_size_heads=resolve(one, Target("cuda")).block_size_heads)
+        try:
+            return resolve(dataclasses.replace(one, fwd_params=hints), Target("cuda"))
+        except ValueError:
+            return None
+
+    most = max(stages for stages in range(1, 20) if fits(stages))
+    assert lowered(arrays(head_dim=head_dim, group=group), fwd_params=fits(most))
+
+
+@has_mosaic_gpu
+def test_export_needs_no_disabled_checks():
+    call = functools.partial(ragged_decode_attention, backend="mosaic_gpu")
+    exported = jax.export.export(jax.jit(call), platforms=("cuda",))(*arrays())
+    again = jax.export.deserialize(exported.serialize())
+    assert again.platforms == ("cuda",)
+    assert again.mlir_module().count(CUSTOM_CALL) == 2
+
+
+# In a process of its own: what JAX has imported cannot be taken away.
+WITHOUT_TRITON = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None
+import jax, jax.numpy as jnp, numpy as np
+from ejk_ragged import backends, explain, ragged_decode_attention
+
+broken = {info.name: info.broken for info in backends()}
+assert "no jax.experimental.pallas.triton" in broken["pallas_triton"], broken
+assert broken["xla"] is broken["mosaic_gpu"] is None, broken
+
+keys = jax.random.split(jax.random.key(0), 3)
+query = jax.random.normal(keys[0], (2, 4, 64), jnp.bfloat16)
+key, value = (jax.random.normal(key, (2, 40, 2, 64), jnp.bfloat16) for key in keys[1:])
+end = jnp.array([7, 40])
+choice = explain(query, key, value, None, end)
+assert (choice["cuda"].forward, choice["cuda"].backward, choice["cpu"].forward) == ("mosaic_gpu", "xla", "xla"), choice
+
+call = jax.jit(lambda query, key, value, end: ragged_decode_attention(query, key, value, None, end))
+exported = jax.export.export(call, platforms=("cpu", "cuda"))(query, key, value, end)
+assert exported.mlir_module().count("mosaic_gpu_v2") == 2
+again = jax.export.deserialize(exported.serialize())
+if jax.default_backend() == "cpu":
+    np.testing.assert_array_equal(again.call(query, key, value, end), call(query, key, value, end))
+"""
+
+
+@has_mosaic_gpu
+def test_a_jax_without_triton():
+    """This backend takes over, in an artifact for cpu and cuda with no check disabled."""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Hints and refusals
+
+
+def test_hints_are_rounded_up_to_what_is_multiplied():
+    hints = resolve(problem(fwd_params=FwdParams(block_size_keys=16, block_size_heads=3)), Target("cuda"))
+    assert (hints.block_size_keys, hints.block_size_heads) == (64, 8)
+
+
+def test_hints_that_cannot_work():
+    with pytest.raises(ValueError, match=r"num_stages 9 need .* bytes of shared memory"):
+        MosaicGpuBackend().fwd_params(problem(fwd_params=FwdParams(num_stages=9)), Target("cuda"))
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 200, 256])
+@pytest.mark.parametrize("group", [1, 7, 64, 200])
+def test_something_fits_for_every_shape(head_dim, group):
+    one = problem(head_dim=head_dim, num_q_heads=4 * group)
+    assert MosaicGpuBackend().supports(one, Target("cuda")) is None
+    hints = resolve(one, Target("cuda"))
+    assert hints.num_stages >= 2
+    for given in MosaicGpuBackend().candidates(one, Target("cuda")):
+        resolve(dataclasses.replace(one, fwd_params=given), Target("cuda"))
+
+
+def test_with_splits_nothing_but_the_schedule_knows_the_batch():
+    def shape(batch):
+        given = problem(batch=batch, fwd_params=FwdParams(num_key_splits=7))
+        found = tiles(dataclasses.replace(given, fwd_params=resolve(given, Target("cuda"))), Target("cuda"))
+        return dataclasses.replace(found, schedule=dataclasses.replace(found.schedule, batch=0)), found.merge_slots
+
+    assert shape(1) == shape(64) == shape(100_000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "reason"),
+    [
+        ({"dtype": np.dtype("float32"), "cache_dtype": np.dtype("float32")}, None, "of bfloat16 and float16, not float32"),
+        ({"cache_dtype": np.dtype("int8")}, None, "no quantised caches"),
+        ({"head_dim": 264}, None, "a head_dim of up to 256 that is a multiple of 8, not 264"),
+        ({"head_dim": 100}, None, "not 100"),
+        ({"batch": 100_000}, None, "table of 100000 sequences"),
+        ({"batch": jax.export.symbolic_shape("b")[0]}, None, "not symbolic"),
+        ({}, types.SimpleNamespace(compute_capability="8.0"), "of compute capability 9, not 8.0"),
+        ({}, types.SimpleNamespace(compute_capability="10.0"), "of compute capability 9, not 10.0"),
+    ],
+)
+def test_says_what_it_cannot_do(changes, device, reason):
+    assert reason in MosaicGpuBackend().supports(problem(**changes), Target("cuda", device))
+    assert MosaicGpuBackend().supports(problem(), Target("cuda")) is None
+
+
+@has_mosaic_gpu
+def test_another_backend_has_the_gradients():
+    choice = explain(*arrays(), backend="mosaic_gpu")["cuda"]
+    assert choice.forward == "mosaic_gpu"
+    assert choice.backward in ("pallas_triton", "xla")
+
+
+def test_a_jax_without_mosaic_gpu(monkeypatch):
+    find_spec = importlib.util.find_spec
+    gone = lambda name, *args: None if name == "jax.experimental.pallas.mosaic_gpu" else find_spec(name, *args)
+    monkeypatch.setattr(ejk_ragged_mosaic_gpu.importlib.util, "find_spec", gone)
+    info = {info.name: info for info in registry.backends()}
+    assert "it needs the Mosaic GPU backend of JAX 0.11 or newer" in info["mosaic_gpu"].broken
+    assert info["xla"].broken is None
+
+
+def test_instances_are_values():
+    """So that calls with equal ones share what JAX compiled."""
+    assert MosaicGpuBackend(interpret=True) == MosaicGpuBackend(interpret=True)
+    assert hash(dataclasses.replace(MosaicGpuBackend())) == hash(MosaicGpuBackend())
