@@ -77,7 +77,9 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     rows = given.block_size_heads or fitting_rows(problem, fits)
     keys = given.block_size_keys or default_block_keys(problem, rows, target)
     needs = functools.partial(shared_bytes, problem, keys, rows, backward=False)
-    stages = given.num_stages or _fitting_stages(needs, target)
+    # Of wide blocks beside a quantised cache, so few that two programs fit.
+    most_stages = 2 if problem.quantised and rows >= WHOLE_STAGES_FROM else NUM_STAGES
+    stages = given.num_stages or _fitting_stages(needs, target, most_stages)
     if needs(stages) > _shared_memory(target):
         raise ValueError(
             f"FwdParams.block_size_keys {keys}, block_size_heads {rows} and num_stages {stages} need about {needs(stages)} bytes "

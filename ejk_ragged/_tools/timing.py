@@ -1,6 +1,7 @@
 """How long the device takes: kernel times from JAX's profiler on a GPU, wall time on a CPU, and others where these don't do."""
 
 import dataclasses
+import math
 import pathlib
 import statistics
 import tempfile
@@ -35,7 +36,7 @@ class Timing:
     """What one call takes.
 
     Attributes:
-        clock: "kernels" (the sum of the durations of its kernels), "graph" (one call of a replayed CUDA graph), "loop" (one call in
+        clock: "kernels" (how long any of its kernels runs), "graph" (one call of a replayed CUDA graph), "loop" (one call in
             a loop on the device) or "wall".
         seconds: what is reported: the least of wall times, the median of all others.
         time: the spread of what the clock says.
@@ -143,10 +144,20 @@ def _of_events(events, runs) -> Timing:
     calls = [events[i * per_run : (i + 1) * per_run] for i in range(runs)]
     durations = np.array([[duration for _, duration, _ in call] for call in calls]) * 1e-9
     spans = [(max(start + duration for start, duration, _ in call) - call[0][0]) * 1e-9 for call in calls]
+    busy = [_busy([(start, start + duration) for start, duration, _ in call]) * 1e-9 for call in calls]
     names = [name for _, _, name in calls[0]]
     medians = np.median(durations, axis=0)
     kernels = tuple((name[:80], float(seconds)) for name, seconds in zip(names, medians, strict=True))
-    return Timing("kernels", Spread.of(durations.sum(axis=1).tolist()), Spread.of(spans), kernels)
+    return Timing("kernels", Spread.of(busy), Spread.of(spans), kernels)
+
+
+def _busy(intervals: Sequence[tuple[float, float]]) -> float:
+    """How long any of the intervals, sorted by their beginnings, lasts: a kernel that waits for another counts once with it."""
+    total, until = 0.0, -math.inf
+    for begin, end in intervals:
+        total += max(end - max(begin, until), 0)
+        until = max(until, end)
+    return total
 
 
 def graph_times(torch: Any, call: Callable[[int], Any], runs: int) -> Timing:
