@@ -146,8 +146,8 @@ def write(model, prompts, tokens, dtype="float32", stop=None, drafts=0, show=lam
         width = 1 + drafts if any(new) else longest
         fed = np.array([piece + [0] * (width - len(piece)) for piece in pieces], np.int32)
         count = np.array([len(piece) for piece in pieces], np.int32)
-        wanted = np.array([max(len(sure), 1) - 1 for sure in certain], np.int32)[:, None] + np.arange(1 + drafts, dtype=np.int32)
-        wanted = np.minimum(wanted, width - 1)
+        last = np.array([max(len(sure), 1) - 1 for sure in certain], np.int32)
+        wanted = last[:, None] + np.arange(1 + drafts if any(new) else 1, dtype=np.int32)
         if width not in warm:  # compiling is no part of the time: a first call, with no new token in any sequence, changes nothing
             pause = time.perf_counter()
             cache = jax.block_until_ready(step(model, cache, fed, lengths, 0 * count, wanted))[1]
@@ -174,8 +174,8 @@ def write(model, prompts, tokens, dtype="float32", stop=None, drafts=0, show=lam
 # The check
 
 REFERENCE = pathlib.Path(__file__).with_name("smollm2.json")  # what transformers writes, in float32, from the same file
-# Kullback-Leibler divergence from a float32 cache, a token, on another text of 3 x 2047 tokens. On this one, up to thrice as much.
-DIVERGENCE = {"bfloat16": 0.0001, "int8": 0.001, "float8_e4m3fn": 0.01}
+# Kullback-Leibler divergence from a float32 cache, a token, on other text, 3 x 2047 tokens of it. The check allows thrice as much.
+DIVERGENCE = {"int8": 0.001, "float8_e4m3fn": 0.01}
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -228,49 +228,32 @@ def teacher_forced(model, texts, piece, caches=("float32",)):
     return whole_text[0], dict(zip(caches[1:], whole_text[1:], strict=True))
 
 
-def check(model, tokenizer, say):
-    """Whether the model says what it should; what was found, by name."""
-    found, wrong = {}, []
-
-    def judge(name, ok, value, text):
-        found[name] = value
-        wrong.extend([] if ok else [name])
-        say(f"  {'ok' if ok else 'WRONG':5}  {text}")
-
+def findings(model, tokenizer):
+    """What the check looks at, one after another: a name, whether it is right, what was found, and that in words."""
     reference = json.loads(REFERENCE.read_text())
     prompts = [tokenizer.encode(r["prompt"]) for r in reference]
+    count, number = len(reference[0]["new"]), len(reference)
     same = prompts == [r["ids"] for r in reference]
-    judge("ids", same, same, f"{len(prompts)} prompts have transformers' tokens")
-    count = len(reference[0]["new"])
-    plain = write(model, prompts, count)
-    same = sum(new == r["new"] for new, r in zip(plain.new, reference, strict=True))
-    judge(
-        "greedy",
-        same == len(prompts),
-        same,
-        f"{same} of {len(prompts)} continue with transformers' {count} tokens, as a ragged batch",
-    )
-    drafted = write(model, prompts, count, drafts=4)
-    judge(
-        "drafts",
-        drafted.new == plain.new,
-        drafted.tokens_per_step,
-        f"drafts change nothing, {drafted.tokens_per_step:.2f} tokens a step",
-    )
+    yield "ids", same, same, f"{number} prompts are transformers' tokens"
+    prompts.append(tokenizer.encode("One, two, three, four.\n" * 3))  # something that drafts are good at
+    plain, drafted = write(model, prompts, count), write(model, prompts, count // 2, drafts=4)
+    same = sum(new == r["new"] for new, r in zip(plain.new, reference, strict=False))
+    yield "greedy", same == number, same, f"{same} of {number} go on with transformers' {count} tokens, as a ragged batch"
+    same, pace = drafted.new == [new[: count // 2] for new in plain.new], drafted.tokens_per_step
+    yield "drafts", same and pace > 1, pace, f"with drafts the same is written, {pace:.2f} tokens a step of a sequence"
 
     text = tokenizer.encode("\n\n".join(pydoc_data.topics.topics.values())[:20000])
-    texts = [text[1000 * i :][:size] for i, size in enumerate((513, 400, 97, 30))]
+    texts = [text[500 * i :][:size] for i, size in enumerate((97, 80, 40))]
     expected = full_losses(model, texts)
-    for piece, length in ((1, 65), (32, 513)):
-        loss, divergence = teacher_forced(model, [t[:length] for t in texts], piece, CACHES if piece > 1 else CACHES[:1])
+    for piece, length, caches in ((1, 33, CACHES[:1]), (32, 97, CACHES)):
+        loss, divergence = teacher_forced(model, [text[:length] for text in texts], piece, caches)
         error = float(np.nanmean(np.abs(loss - expected[:, : loss.shape[1]])))
-        told = f"{piece} tokens a step: loss {np.nanmean(loss):.3f}, {error:.1e} a token from full attention's"
-        judge(f"loss_{piece}", error < 1e-3, error, told)
+        told = f"teacher-forced, {piece} at a time: a loss of {np.nanmean(loss):.3f}, {error:.1e} from full attention's, a token"
+        yield f"loss_{piece}", error < 1e-3, error, told
     for dtype, values in divergence.items():
-        mean, usual = float(np.nanmean(values)), DIVERGENCE[dtype]
-        told = f"{dtype} cache: predictions diverge by {mean:.1e} a token, about {usual} elsewhere"
-        judge(f"divergence_{dtype}", 0 < mean < 3 * usual, mean, told)
-    return wrong, found
+        mean, elsewhere = float(np.nanmean(values)), DIVERGENCE.get(dtype)
+        told = f"{dtype}: predictions diverge by {mean:.1e} a token" + (f", on other text by {elsewhere:g}" if elsewhere else "")
+        yield f"divergence_{dtype}", 0 < mean < 3 * (elsewhere or 0.0001), mean, told
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -303,7 +286,7 @@ def main(argv=None) -> int:
     """Returns the exit status: 1 if a check failed."""
     options = parse(argv)
     out, err = Console(stderr=options.json, highlight=False), Console(stderr=True)
-    say = lambda text: out.print(text, markup=False)
+    say = lambda text: out.print(text, markup=False, soft_wrap=True)
     show_json = lambda result: print(json.dumps(result)) if options.json else None
     if options.random:
         say(f"{options.random}, random weights in bfloat16, on {jax.devices()[0].device_kind}, JAX {jax.__version__}")
@@ -317,10 +300,14 @@ def main(argv=None) -> int:
             return 0
         model = model.stacked()
         if options.check:
-            wrong, found = check(model, tokenizer, say)
-            say(f"FAILED: {', '.join(wrong)}" if wrong else "OK")
-            show_json(found)
-            return 1 if wrong else 0
+            found, failed = {}, False
+            for name, ok, value, told in findings(model, tokenizer):
+                found[name] = value
+                say(f"  {'ok' if ok else 'WRONG':5}  {told}")
+                failed |= not ok
+            say("FAILED" if failed else "OK")
+            show_json({"ok": not failed} | found)
+            return failed
         prompts = [tokenizer.encode(prompt, options.chat) for prompt in options.prompts]
         settings = options.tokens, options.cache, tokenizer.end if options.chat else None
 

@@ -51,7 +51,7 @@ ATTENTION = {
 
 
 def measure(model, lengths, rows, ways, say):
-    """A line for each way (attention, cache, tokens a step): a step's time at these `lengths`. Ways of one cache are timed in turn."""
+    """A line for each way (attention, cache, tokens a step): a step's time. Those of one cache are timed in turn."""
     lines, batch = [], len(lengths)
     for dtype, group in itertools.groupby(ways, lambda way: way[1]):
         config, device = model.config, jax.devices()[0]
