@@ -96,11 +96,10 @@ def load(progress=track):
         return x.reshape(heads, -1, 2, config.width).swapaxes(1, 2).reshape(x.shape)
 
     def block(i):
-        of = lambda name: tensors[f"blk.{i}.{name}.weight"]
-        to_heads = np.concatenate([halves(of("attn_q"), query_heads), halves(of("attn_k"), kv_heads), of("attn_v")])
-        up = np.concatenate([of("ffn_gate"), of("ffn_up")])
-        arrays = of("attn_norm"), to_heads.T, of("attn_output").T, of("ffn_norm"), up.T, of("ffn_down").T
-        return Block(*map(jnp.asarray, arrays), config)
+        of = lambda name: jnp.asarray(tensors[f"blk.{i}.{name}.weight"])
+        to_heads = jnp.concatenate([halves(of("attn_q"), query_heads), halves(of("attn_k"), kv_heads), of("attn_v")])
+        up = jnp.concatenate([of("ffn_gate"), of("ffn_up")])
+        return Block(of("attn_norm"), to_heads.T, of("attn_output").T, of("ffn_norm"), up.T, of("ffn_down").T, config)
 
     embedding = jnp.asarray(tensors["token_embd.weight"])
     blocks = [block(i) for i in range(config.layers)]

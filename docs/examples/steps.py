@@ -57,6 +57,7 @@ def measure(model, lengths, rows, dtype, ways, say):
     layer = 2 * batch * rows * config.kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
     room = int(0.85 * (memory["bytes_limit"] - memory["bytes_in_use"])) // layer
     cache = empty_cache(model, batch, rows, dtype, min(max(room, 1), config.layers))
+    assert isinstance(cache, list), "a model whose layers are a list has one cache for each"
     if len(cache) < config.layers:
         say(f"  There is room for the caches of {len(cache)} layers, which all {config.layers} share: as many bytes are read.")
     programs, times = {}, {}
