@@ -41,10 +41,11 @@ def group(name):
 
 @nox.session
 def lint(session):
-    """Ruff: rules and format."""
+    """Ruff: rules and format; import-linter: who may import whom."""
     session.install(*group("lint"))
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", "--check", *session.posargs)
+    session.run("lint-imports", "--no-cache", "--no-logo")
 
 
 @nox.session

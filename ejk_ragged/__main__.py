@@ -6,6 +6,15 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+import jax
+
+from ._hints import default_file
+from ._problem import QUANTISED_DTYPES
+from ._registry import registry
+from ._tools import report as tool
+from ._tools import rows, suite, tables
+from ._tools import tune as tuner
+
 
 DESCRIPTION = """\
 Ragged decode attention for JAX: what is installed here, and whether it works.
@@ -35,6 +44,10 @@ measured in the same run: "fraction" is the live bytes of K and V, divided by th
 gradients it is the backward operation's: the live K and V read, and gradients of the whole cache written, beside the
 bandwidth of copying. Lengths and data are drawn afresh for every run; the seed is printed.
 
+With --tokens and --cache-dtype rows are measured with several query tokens and with quantised caches as well, whose
+bytes count their scales and whose gradient is the query's alone; "beside plain" is their time, beside that of the same
+row without.
+
 A peer that is not installed, cannot express a row, fails, or differs from the oracle is named with the reason, not timed.
 """
 BENCH_EPILOG = """\
@@ -49,6 +62,7 @@ examples:
   python -m ejk_ragged bench
   python -m ejk_ragged bench --rows shapes --peers --grad --out results
   python -m ejk_ragged bench --rows ragged skew --backends pallas_triton xla --dtype float16
+  python -m ejk_ragged bench --rows full ragged --tokens 4 16 --cache-dtype int8
   python -m ejk_ragged bench --rows full one --split only
 """
 
@@ -79,11 +93,28 @@ def _bench_arguments(commands):
         epilog=BENCH_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("--rows", nargs="+", metavar="NAME", help="rows, or groups of them")
+    command.add_argument("--rows", nargs="+", metavar="NAME", dest="names", help="rows, or groups of them")
     command.add_argument(
         "--backends", nargs="+", default=[], metavar="NAME", help="backends, the first one in front; default: automatic"
     )
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="instead of each row's own")
+    command.add_argument(
+        "--tokens",
+        nargs="+",
+        default=[],
+        type=positive,
+        metavar="N",
+        help="also with N query tokens a sequence: named rows, and some of a group",
+    )
+    command.add_argument(
+        "--cache-dtype",
+        nargs="+",
+        default=[],
+        choices=QUANTISED_DTYPES,
+        dest="cache_dtypes",
+        help="also with quantised caches, alone and with these tokens",
+    )
+    command.add_argument("--scales", choices=rows.SCALES, default="row", help="of quantised caches: one for each (row)")
     command.add_argument(
         "--grad",
         nargs="?",
@@ -107,52 +138,55 @@ def _bench_arguments(commands):
     command.add_argument(
         "--out", type=pathlib.Path, metavar="DIR", help="write DEVICE.json there, and pictures if matplotlib is installed"
     )
+    command.add_argument("--name", help="of this run, for DEVICE-NAME.json; so that another does not replace it")
     command.add_argument("--json", action="store_true", help="print the data as JSON instead of tables")
     command.set_defaults(run=bench)
 
 
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """The benchmark. The exit status is 1 if a backend of ours was wrong or failed."""
-    import jax
-
-    from ._registry import registry
-    from ._tools import bench_report
-
     try:
-        bench_report.named_rows(arguments.rows or [])
+        rows.named(arguments.names or [])
         for name in arguments.backends:
             registry.get(name)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     if arguments.split and len(jax.devices()) < 2:
         parser.error("argument --split: there is only one device here")
-    options = ("rows", "backends", "dtype", "grad", "peers", "split", "scaling", "seed", "runs")
-    data = bench_report.run(**{name: getattr(arguments, name) for name in options})
+    options = {name: x for name, x in vars(arguments).items() if name not in ("run", "checks", "json", "out")}
+    keep = (lambda data: suite.write(data, arguments.out)) if arguments.out else (lambda data: None)
+    data = suite.run(**options, keep=keep)
     if arguments.json:
         print(json.dumps(data, indent=1, allow_nan=False))
-    elif not bench_report.print_rich(data):
-        print(bench_report.show(data))
+    else:
+        tables.show(data)
     if arguments.out:
-        for file in bench_report.write(data, arguments.out):
+        for file in (suite.write(data, arguments.out), *suite.draw(data, arguments.out)):
             print(f"wrote {file}", file=sys.stderr)
-    ours = [found for row in data["rows"] for found in row["candidates"] if found["ours"]]
-    ours += [row["ways"][way] for row in data["splits"] for way in row["ways"]]
-    return 1 if any("refused" in found for found in ours) else 0
+    return 1 if suite.failed(data) else 0
 
 
 TUNE = """\
 Searches the tuning hints that a backend declares, for problems as they are met here, and remembers the best.
 
 Every candidate is compiled, compared with a float64 oracle and timed as `bench` does it; those that are wrong or do not
-compile are left out. The best is saved by backend and its version, device, and class of problem (dtype, heads, head
-dimension, soft cap or none, batch and cache length up to the next power of two). Calls that give no hints of their own
-pick it up by themselves, and `ejk_ragged.explain` says so. Nothing is ever tuned inside a call.
+compile are left out. The best is saved by backend and its version, device, and class of problem (dtypes of query and
+cache, heads, head dimension, soft cap or none, and batch, query tokens and cache length up to the next power of two).
+Calls that give no hints of their own pick it up by themselves, and `ejk_ragged.explain` says so. Nothing is ever tuned
+inside a call.
 """
 TUNE_EPILOG = """\
 examples:
   python -m ejk_ragged tune                                     the rows of `bench`
   python -m ejk_ragged tune --problem 64,16384,32:8,128,bfloat16
   python -m ejk_ragged tune --problem 16,8192,16:8,256,bfloat16,cap --limit 60
+  python -m ejk_ragged tune --problem 64,16384,32:8,128,bfloat16,int8,T4    an int8 cache, four query tokens
   python -m ejk_ragged tune --rows cpu-skew --file hints.json   then: with ejk_ragged.tuned_hints("hints.json"): ...
 """
 
@@ -166,7 +200,7 @@ def _tune_arguments(commands):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="rows of the benchmark, or groups of them")
-    command.add_argument("--problem", nargs="+", default=[], metavar="B,S,Hq:Hkv,D,DTYPE[,cap]", help="problems of your own")
+    command.add_argument("--problem", nargs="+", default=[], metavar=tuner.PROBLEM, help="problems of your own")
     command.add_argument("--backends", nargs="+", default=[], metavar="NAME", help="backends; default: the automatic choice")
     command.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="of time, shared among the problems (300)")
     command.add_argument("--file", type=pathlib.Path, metavar="PATH", help="where to save; default: the user's cache folder")
@@ -178,13 +212,8 @@ def _tune_arguments(commands):
 
 def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """The tuner. The exit status is 1 if nothing was saved."""
-    from ._hints import default_file
-    from ._registry import registry
-    from ._tools import bench_report
-    from ._tools import tune as tuner
-
     try:
-        cases = [*bench_report.named_rows(arguments.rows), *map(tuner.parse, arguments.problem)]
+        cases = [*rows.named(arguments.rows), *map(tuner.parse, arguments.problem)]
         for name in arguments.backends:
             registry.get(name)
     except (ValueError, RuntimeError) as error:
@@ -192,9 +221,9 @@ def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     file = arguments.file or default_file()
     if file is None:
         parser.error("without --file it needs platformdirs, which is not installed: pip install 'ejk-ragged[tune]'")
-    cases = cases or bench_report.default_rows()
-    seed = bench_report.new_seed() if arguments.seed is None else arguments.seed
-    with bench_report.progress(len(cases) * max(len(arguments.backends), 1)) as advance:
+    cases = cases or suite.default_rows()
+    seed = suite.new_seed() if arguments.seed is None else arguments.seed
+    with suite.progress(len(cases) * max(len(arguments.backends), 1)) as advance:
         results = tuner.run(cases, arguments.backends, file, arguments.limit, seed, arguments.runs, advance)
     print(json.dumps(results, indent=1) if arguments.json else tuner.text(results, file))
     return 0 if any("best" in result for result in results) else 1
@@ -202,8 +231,6 @@ def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 def report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """The quick report."""
-    from ._tools import report as tool  # here, so that --help does not wait for the tools
-
     cases = tool.CHECKS
     if arguments.checks:
         known = {case.name: case for case in cases}

@@ -48,7 +48,9 @@ class Arguments:
 
 def check(*, softmax_scale, fwd_params, sliding_window, logits_soft_cap, backend, **arrays) -> tuple[Arguments, Request]:
     """The arguments of a call of `ragged_decode_attention`, all of them, in two halves: what is traced, and what is static."""
-    types = {name: _type(name, x) if x is not None or name in ("query", "key", "value") else None for name, x in arrays.items()}
+    types: dict[str, Any] = {
+        name: _type(name, x) if x is not None or name in ("query", "key", "value") else None for name, x in arrays.items()
+    }
     query, key = types["query"], types["key"]
     check_cache(query, key, types["value"])
     batch, _, num_kv_heads, head_dim = key.shape
@@ -83,13 +85,12 @@ def check(*, softmax_scale, fwd_params, sliding_window, logits_soft_cap, backend
     return Arguments(**arrays, window_left=None if left is None else np.int32(left)), request
 
 
-def _type(name, x) -> jax.ShapeDtypeStruct:
+def _type(name: str, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array, or of a number given as a scale."""
-    if name.endswith("_scale") and isinstance(x, int | float) and not isinstance(x, bool):
-        x = np.float32(x)
-    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+    array: Any = np.float32(x) if name.endswith("_scale") and type(x) in (int, float) else x
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
         raise TypeError(f"{name} must be an array, got {x!r} of type {type(x).__name__}.")
-    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True))
+    return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype, allow_extended_dtype=True))
 
 
 _CACHE = "batch, seq_len, num_kv_heads, head_dim"

@@ -69,7 +69,8 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     call.apply_defaults()
     del call.arguments["return_lse"]
     arguments, request = check(**call.arguments)
-    problem = Problem.of(*jax.eval_shape(canonical, arguments), request.settings)
+    queries, cache = jax.eval_shape(canonical, arguments)
+    problem = Problem.of(queries, cache, request.settings)
     registry.check_named(request.backend, problem)
     return Explanation(problem, {platform: _choose(platform, problem, request) for platform in KNOWN_PLATFORMS})
 

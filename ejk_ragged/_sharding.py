@@ -54,7 +54,7 @@ class Layout:
         operands = jax.tree.map(lambda letters, x: None if x is None else spec(letters, x), self.operands, args)
         return operands, [spec(letters) for letters in self.results]
 
-    def rule(self, args):
+    def rule(self, args) -> tuple[str, dict[str, Any]]:
         """The same as a sharding rule for Shardy: its text, and the sizes that it needs.
 
         Splits spread between key, value and results and nowhere else. Were the other operands tied to them, a query that is split

@@ -2,42 +2,42 @@
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from ejk_ragged import _registry, Backend, explain
 from ejk_ragged.__main__ import main
 from ejk_ragged._tools import report as _report
-from ejk_ragged.testing import Case, Verdict
+from ejk_ragged.testing import Case, CHECKS, TextbookBackend, Verdict
 
 
 TINY = Case("tiny", 2, 64, 4, 2, 32, lengths=("skew", 3, 9))
 
 
-class Wrong(Backend):
+class Wrong(TextbookBackend):
     """Zeros for an answer, for heads of 32, and no gradients."""
 
     name = "wrong"
     platforms = frozenset({"cpu", "cuda"})
+    backward = Backend.backward
 
     def supports(self, problem, target):
         return "its heads are 32 wide" if problem.head_dim != 32 else None
 
-    def forward(self, problem, target, query, key, value, start, end, sink):
-        return query * 0, sink
+    def divided(self, values, total):
+        return values * 0
 
 
-class Raises(Backend):
+class Raises(TextbookBackend):
     name = "raises"
     platforms = frozenset({"cpu"})
 
-    def supports(self, problem, target):
-        return None
-
-    def forward(self, problem, target, query, key, value, start, end, sink):
+    def forward(self, problem, target, queries, cache):
         raise ArithmeticError("not today")
 
 
@@ -94,10 +94,21 @@ def test_json(capsys):
     assert data["step"]["speedup"] > 0
 
 
-def test_every_case_is_checked_by_default():
+def test_every_case_is_checked_by_default(monkeypatch):
+    """By every backend that can; whether they are right is the suite's business."""
+    asked = []
+
+    def verify(call, arguments):
+        asked.append(arguments)
+        return (Verdict("out", 0.0, 1e-6),)
+
+    monkeypatch.setattr(_report, "verify", verify)
     results = _report.checks()
-    assert [result["case"] for result in results if result["backend"] == "xla"] == [case.name for case in _report.CHECKS]
+    assert [result["case"] for result in results if result["backend"] == "xla"] == [case.name for case in CHECKS]
     assert all(result["ok"] for result in results)
+    assert len(asked) == len(results)
+    poison = next(arguments for arguments in asked if "sequence_end" in arguments)
+    assert not all(np.isfinite(np.asarray(poison["key"], np.float32)).ravel())
 
 
 def test_wrong_backend(capsys, install):
@@ -159,7 +170,7 @@ def test_no_backend_works(capsys, install):
 
 def test_only_forward(capsys, install):
     install(alone=True, wrong=f"{__name__}:Wrong")
-    choice = explain(**_report.CHECKS[0].draw())["cpu"]
+    choice = explain(**CHECKS[0].draw())["cpu"]
     assert choice.forward == "wrong"
     assert choice.backward is None
     assert "it has no backward operation" in choice.error
@@ -182,7 +193,9 @@ def test_unknown_check(capsys):
     assert "nonsense not known; choose from mha," in capsys.readouterr().err
 
 
-def test_help_does_not_import_jax():
-    code = "import sys; from ejk_ragged.__main__ import main\ntry: main(['--help'])\nfinally: print('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("arguments", [[], ["bench"], ["tune"]], ids=str)
+def test_help_asks_no_device(arguments):
+    """It takes no GPU's memory, and is there where JAX finds no device."""
+    command = [sys.executable, "-m", "ejk_ragged", *arguments, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"JAX_PLATFORMS": "none_such"})
     assert "examples:" in done.stdout

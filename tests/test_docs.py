@@ -17,6 +17,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
     "README.md",
     "docs/index.md",
+    "docs/tokens.md",
+    "docs/quantised-caches.md",
     "docs/backends.md",
     "docs/write-a-backend.md",
     "docs/faq.md",

@@ -35,6 +35,54 @@ def test_empty_by_hand():
     np.testing.assert_allclose(lse, np.log(2))
 
 
+def test_tokens_by_hand():
+    """The same keys for two tokens: the first sees the first key alone, and with one token there the second is padding."""
+    query = np.array([[[[1.0], [2.0]], [[1.0], [2.0]]]])
+    key = np.array([[[[9.0]], [[0.0]], [[np.log(2)]], [[9.0]]]])
+    value = np.array([[[[9.0]], [[4.0]], [[8.0]], [[9.0]]]])
+    one, two = [[4.0], [4.0]], [[20 / 3], [36 / 5]]
+    out, lse = oracle(query, key, value, [1], [3], softmax_scale=1.0)
+    np.testing.assert_allclose(out, [[one, two]])
+    np.testing.assert_allclose(lse, [[[0, 0], [np.log(3), np.log(5)]]], atol=1e-15)
+    out, lse = oracle(query, key, value, [1], [3], softmax_scale=1.0, query_lengths=[1])
+    np.testing.assert_allclose(out, [[two, [[0], [0]]]])
+    assert np.all(lse[0, 1] == -np.inf)
+    out, _ = oracle(query, key, value, [0], [3], softmax_scale=1.0, sliding_window=(0, 5))
+    np.testing.assert_allclose(out, [[one, [[8.0], [8.0]]]])
+    out, _ = oracle(query, key, value, [2], [3], softmax_scale=1.0)  # the first token stands before the start
+    np.testing.assert_allclose(out, [[[[0], [0]], [[8.0], [8.0]]]])
+
+
+@pytest.mark.parametrize(
+    ("key_scale", "value_scale"),
+    [
+        (np.full((1, 1, 4), np.log(2)), np.full((1, 1, 4), 4.0)),
+        (np.full((1, 1), np.log(2)), np.full(1, 4.0)),
+        (np.log(2), 4.0),
+    ],
+)
+def test_scales_by_hand(key_scale, value_scale):
+    """Keys 0 and 1 that stand for 0 and ln 2, values that stand for 4 and 8; what dead rows' scales hold is of no interest."""
+    query = np.array([[[1.0], [2.0]]])
+    key, value = np.array([7, 0, 1, 7], np.int8).reshape(1, 4, 1, 1), np.array([7, 1, 2, 7], np.int8).reshape(1, 4, 1, 1)
+    if np.ndim(key_scale) == 3:
+        key_scale[..., [0, 3]] = value_scale[..., [0, 3]] = np.nan
+    out, lse = oracle(query, key, value, [1], [3], 1.0, key_scale=key_scale, value_scale=value_scale)
+    np.testing.assert_allclose(out, [[[20 / 3], [36 / 5]]])
+    np.testing.assert_allclose(lse, [[np.log(3), np.log(5)]])
+
+
+@pytest.mark.parametrize("axes", [(0, 2), 2], ids=["head", "sequence"])
+def test_scales_of_fewer_axes(axes):
+    """They stand for one for every row."""
+    (case,) = (case for case in CHECKS if case.name == "int8")
+    arguments = case.draw()
+    few = {name: arguments.pop(name).mean(axes) for name in ("key_scale", "value_scale")}
+    many = {name: np.broadcast_to(np.expand_dims(x, axes), (6, 2, 67)) for name, x in few.items()}
+    for x, y in zip(oracle(**arguments, **few), oracle(**arguments, **many), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 @pytest.mark.parametrize("case", CHECKS, ids=lambda case: case.name)
 def test_gradients_by_finite_differences(case):
     arguments = dataclasses.replace(case, dtype="float64").draw(1)
@@ -48,7 +96,11 @@ def test_gradients_by_finite_differences(case):
         out, lse = oracle(**arguments | changed)
         return np.sum(out * d_out) + np.sum(np.where(np.isfinite(lse), lse, 0) * d_lse)
 
+    floating = ("query", "softmax_aux") if case.cache_dtype else ("query", "key", "value", "softmax_aux")
     for name in {"query", "key", "value", "softmax_aux"} & set(arguments):
+        if name not in floating:
+            assert getattr(gradients, name) is None
+            continue
         direction = rng.standard_normal(arguments[name].shape)
         step = 1e-5 * direction
         slope = (loss(**{name: arguments[name] + step}) - loss(**{name: arguments[name] - step})) / 2e-5
@@ -76,7 +128,9 @@ def test_cases_are_sound(case):
     """Heads divide, the live part is neither nothing nor more than there is, and a name stands for one problem."""
     assert case.num_q_heads % case.num_kv_heads == 0
     assert 0 < case.live_tokens() <= case.batch * case.seq_len
-    assert case.live_bytes() == case.live_tokens() * 2 * case.num_kv_heads * case.head_dim * (4 if case.dtype == "float32" else 2)
+    itemsize = 1 if case.cache_dtype else 4 if case.dtype == "float32" else 2
+    row = case.head_dim * itemsize + 4 * (case.scales == "row")
+    assert case.live_bytes() == case.live_tokens() * 2 * case.num_kv_heads * row
     group = CHECKS if case in CHECKS else ROWS
     assert [other.name for other in group].count(case.name) == (case is not CPU_STEP)
 
@@ -88,6 +142,15 @@ def test_poison_is_outside():
     assert np.isfinite(key).all(axis=(2, 3)).sum() == case.live_tokens()
     assert not np.isfinite(key).any(axis=(2, 3))[0].any()
     assert np.isfinite(key[3]).all()
+
+
+def test_poison_of_a_quantised_cache():
+    """int8 has nothing worse than its ends, but the scales beside it have."""
+    (case,) = (case for case in CHECKS if case.name == "int8")
+    arguments = case.draw(poison=True)
+    assert set(np.unique(arguments["key"][0])) == {-128, 127}
+    assert np.isfinite(arguments["key_scale"]).all(axis=1).sum() == case.live_tokens()
+    assert arguments["key_scale"].shape == (6, 2, 67)
 
 
 def test_unknown_lengths():

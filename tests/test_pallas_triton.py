@@ -6,6 +6,7 @@ What it computes is the shared suite's matter, in the interpreter here and compi
 import dataclasses
 import functools
 import importlib.util
+import re
 import types
 
 import hypothesis
@@ -15,29 +16,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from support import assert_right, pallas_triton
+from support import assert_close, assert_right, pallas_triton
 
 import ejk_ragged_pallas_triton
 from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Target
 from ejk_ragged._registry import registry
 from ejk_ragged.testing import Case
 from ejk_ragged_pallas_triton import PallasTritonBackend
-from ejk_ragged_pallas_triton._schedule import Schedule
-from ejk_ragged_pallas_triton._tuning import backward_tiles, default_block_keys, forward_tiles, resolve, shared_bytes
+from ejk_ragged_pallas_triton._blocks import line_of, store_pieces
+from ejk_ragged_pallas_triton._tuning import backward_tiles, forward_tiles, resolve, shared_bytes, tile_keys
+from ejk_ragged_schedule import Schedule
 
 
 CUSTOM_CALL = "__gpu$xla.gpu.triton"
 BATCH, SEQ_LEN = 5, 200
 
 
-def problem(**changes):
-    return dataclasses.replace(Problem(4, 1000, 28, 4, 128, np.dtype(jnp.bfloat16), softmax_scale=1.0), **changes)
+SIZES = {"batch": 4, "num_tokens": 1, "seq_len": 1000, "num_q_heads": 28, "num_kv_heads": 4, "head_dim": 128}
 
 
-def arrays(dtype="bfloat16", head_dim=128, group=7):
+def problem(dtype="bfloat16", cache_dtype=None, **changes):
+    dtypes = {"dtype": np.dtype(dtype), "cache_dtype": np.dtype(cache_dtype or dtype)}
+    return Problem(**SIZES | dtypes | {"softmax_scale": 1.0} | changes)
+
+
+def arrays(dtype="bfloat16", head_dim=128, group=7, tokens=()):
     shape = jax.ShapeDtypeStruct
     cache = shape((4, 1000, 4, head_dim), dtype)
-    return shape((4, 4 * group, head_dim), dtype), cache, cache, shape((4,), "int32"), shape((4,), "int32")
+    return shape((4, *tokens, 4 * group, head_dim), dtype), cache, cache, shape((4,), "int32"), shape((4,), "int32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -56,7 +62,7 @@ def walk(schedule):
             rows_ref[...] = jnp.zeros_like(rows_ref)
             slots_ref[...] = jnp.full_like(slots_ref, -1)
 
-        line = schedule.line(program, start_ref, end_ref)
+        line = line_of(schedule, program, start_ref, end_ref)
         num_tiles, at = schedule.tiles(line)
         tiles_ref[program] = num_tiles
 
@@ -72,7 +78,7 @@ def walk(schedule):
                 slots_ref[slot] = jnp.where(slots_ref[slot] == -1, b, -2)  # -2: two pieces in one slot
 
         jax.lax.fori_loop(0, num_tiles, tile, None)
-        schedule.store_pieces(line, pieces_ref)
+        store_pieces(schedule, line, pieces_ref)
 
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     shapes = [int32((schedule.programs,)), int32((BATCH, SEQ_LEN)), int32((schedule.slots,)), int32((2, BATCH))]
@@ -125,7 +131,7 @@ def test_a_line_longer_than_int32():
 
     def kernel(first_ref):
         program = pl.program_id(0)
-        _, at = schedule.tiles(schedule.line(program, None, None))
+        _, at = schedule.tiles(line_of(schedule, program, None, None))
         first_ref[program, 0], first_ref[program, 1], _ = at(0)
 
     shape = jax.ShapeDtypeStruct((workers, 2), jnp.int32)
@@ -151,6 +157,39 @@ def test_a_last_round_of_which_some_have_no_keys():
     """Four programs share a stretch, whose second round, the sixth of the sequence, ends within the first one's tile."""
     case = Case("", 1, 1320, 8, 8, 64, lengths=("ranges", (3, 3 + 5 * 4 * 64 + 30)))
     assert_right(functools.partial(ragged_decode_attention, backend=pallas_triton()), case.draw(poison=True))
+
+
+@pytest.mark.pallas_triton
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_rows_beyond_one_block(cache_dtype):
+    """Tokens and heads of two blocks: d_query apart from d_key and d_value, and a range that ends within the first tokens."""
+    ranges = ("ranges", (0, 90), (3, 17))
+    case = Case("", 2, 90, 14, 2, 16, lengths=ranges, num_tokens=12, cache_dtype=cache_dtype, scales=cache_dtype and "row")
+    assert_right(functools.partial(ragged_decode_attention, backend=pallas_triton()), case.draw(poison=True))
+
+
+@pytest.mark.pallas_triton
+@pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn"])
+def test_rows_between_the_tokens_ranges(cache_dtype):
+    """Mapped lengths on a shared cache are tokens with ranges of their own: what lies between may be NaN, scales too."""
+    case = Case("", 1, 80, 4, 2, 16, cache_dtype=cache_dtype, scales=cache_dtype and "row")
+    arguments = case.draw()
+    seen = np.zeros(80, bool)
+    start, end = np.array([[2], [60]], np.int32), np.array([[7], [80]], np.int32)
+    for low, high in zip(start[:, 0], end[:, 0], strict=True):
+        seen[low:high] = True
+    for name, x in arguments.items():
+        if name in ("key", "value"):
+            x[:, ~seen] = np.nan
+        elif name.endswith("scale"):
+            x[:, :, ~seen] = np.nan
+    call = functools.partial(ragged_decode_attention, backend=pallas_triton())
+    query, arrays = arguments.pop("query"), {name: jnp.asarray(x) for name, x in arguments.items()}
+    function = lambda query, start, end: call(query, **arrays, sequence_start=start, sequence_end=end)
+    mapped = jax.vmap(jax.value_and_grad(lambda *args: jnp.sum(function(*args))), (None, 0, 0))(query, start, end)
+    for i in range(2):
+        want = jax.value_and_grad(lambda query, i=i: jnp.sum(function(query, start[i], end[i])))(query)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], mapped), want)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -198,6 +237,32 @@ def test_nothing_is_made_around_the_kernels():
 @pytest.mark.parametrize("group", [1, 5, 16, 64])
 def test_lowers_for_cuda_in_any_shape(head_dim, group):
     assert lowered(ragged_decode_attention, arrays(head_dim=head_dim, group=group)).count(CUSTOM_CALL) == 2
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_lowers_with_quantised_caches(dtype, cache_dtype):
+    """With several tokens and a scale a row: two kernels forward, two more for d_query."""
+    query, key, value, *lengths = arrays(dtype, tokens=(3,))
+    key, value = (jax.ShapeDtypeStruct(x.shape, cache_dtype) for x in (key, value))
+    scales = [jax.ShapeDtypeStruct((4, 4, 1000), "float32")] * 2
+
+    def loss(query, key, value, start, end, key_scale, value_scale):
+        out = ragged_decode_attention(query, key, value, start, end, key_scale=key_scale, value_scale=value_scale)
+        return out.astype(jnp.float32).sum()
+
+    arguments = (query, key, value, *lengths, *scales)
+    assert lowered(loss, arguments).count(CUSTOM_CALL) == 2
+    text = lowered(jax.grad(loss), arguments)
+    assert text.count(CUSTOM_CALL) == 4
+    assert not re.search(r"tensor<4x1000x4x128x(f32|bf16|f16)>", text)  # the cache is widened nowhere but in the kernels
+
+
+def test_gradients_of_rows_beyond_one_block_are_done_apart():
+    """d_query needs its sums in registers, d_key and d_value all rows of a tile: a kernel each."""
+    loss = lambda *args: ragged_decode_attention(*args).astype(jnp.float32).sum()
+    for tokens, kernels in (((9,), 4), ((10,), 5)):  # 63 and 70 rows
+        assert lowered(jax.grad(loss, (0, 1, 2)), arrays(tokens=tokens)).count(CUSTOM_CALL) == kernels
 
 
 def test_lowers_with_64_bit_types(x64):
@@ -271,8 +336,8 @@ TAKEN = [
 
 @pytest.mark.parametrize(("dtype", "head_dim", "group", "stages", "forward", "backward"), TAKEN)
 def test_estimates_of_shared_memory_cover_what_is_taken(dtype, head_dim, group, stages, forward, backward):
-    one = problem(dtype=np.dtype(dtype), head_dim=head_dim, num_q_heads=group, num_kv_heads=1)
-    shape = (one, default_block_keys(one), group, stages)
+    one = problem(dtype, head_dim=head_dim, num_q_heads=group, num_kv_heads=1)
+    shape = (one, tile_keys(one), group, stages)
     assert shared_bytes(*shape, backward=False) >= forward
     assert shared_bytes(*shape, backward=True) >= backward
 
@@ -291,7 +356,7 @@ def test_as_many_stages_as_fit(capability, head_dim, group, stages):
 
 def test_small_heads_of_large_groups_have_smaller_tiles():
     """With 256 keys for 64 query heads the backward kernel would need more shared memory than there is."""
-    one = problem(dtype=np.dtype("float32"), head_dim=8, num_q_heads=64, num_kv_heads=1)
+    one = problem("float32", head_dim=8, num_q_heads=64, num_kv_heads=1)
     tiles = backward_tiles(one, Target("cuda"))
     assert (tiles.schedule.block_keys, tiles.num_stages) == (64, 3)
 
@@ -318,10 +383,16 @@ def test_with_splits_nothing_but_the_schedule_knows_the_batch(tiles):
 @pytest.mark.parametrize(
     ("changes", "device", "reason"),
     [
-        ({"dtype": np.dtype("float64")}, None, "no float64"),
+        ({"dtype": "float64"}, None, "no float64"),
         ({"head_dim": 320}, None, "head_dim of up to 256, not 320"),
         ({}, types.SimpleNamespace(compute_capability="7.5"), "compute capability 8.0 or newer, not 7.5"),
         ({"batch": jax.export.symbolic_shape("b")[0]}, None, "not symbolic"),
+        ({"num_tokens": jax.export.symbolic_shape("t")[0]}, None, "not symbolic"),
+        (
+            {"cache_dtype": "float8_e4m3fn"},
+            types.SimpleNamespace(compute_capability="8.6"),
+            "8.9 or newer for float8_e4m3fn, not 8.6",
+        ),
     ],
 )
 def test_says_what_it_cannot_do(changes, device, reason):
@@ -329,10 +400,45 @@ def test_says_what_it_cannot_do(changes, device, reason):
     assert PallasTritonBackend().supports(problem(), Target("cuda")) is None
 
 
-def test_gradients_of_large_groups_come_from_another_backend():
-    choice = explain(*arrays(group=128))["cuda"]
-    assert (choice.forward, choice.backward) == ("pallas_triton", "xla")
-    assert "groups of up to 64" in choice.passed_over["pallas_triton"]
+@pytest.mark.parametrize("head_dim", [8, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"), [("bfloat16", None), ("float32", None), ("bfloat16", "int8"), ("float32", "int8")]
+)
+@pytest.mark.parametrize("capability", ["9.0", "8.0", "8.6"])
+def test_defaults_fit(capability, dtype, cache_dtype, head_dim):
+    """Whatever the rows of queries, by the estimate, forward and backward: what is not refused must compile."""
+    target = Target("cuda", types.SimpleNamespace(compute_capability=capability, core_count=84))
+    room = {"9.0": 227, "8.0": 163, "8.6": 99}[capability] * 1024
+    for rows in (1, 17, 33, 64, 200):
+        one = problem(dtype, cache_dtype, head_dim=head_dim, num_tokens=rows, num_q_heads=4)
+        one = dataclasses.replace(one, fwd_params=resolve(one, target))
+        for backward, tiles in ((False, forward_tiles(one, target)), (True, backward_tiles(one, target))):
+            needs = shared_bytes(one, tiles.schedule.block_keys, tiles.block_rows, tiles.num_stages, backward=backward)
+            assert needs <= room
+
+
+def test_two_programs_a_multiprocessor_for_quantised_caches():
+    """As long as both fit."""
+    target = Target("cuda")
+
+    def workers(**changes):
+        one = problem(batch=64, seq_len=16384, num_q_heads=8, num_kv_heads=2, **changes)
+        return forward_tiles(dataclasses.replace(one, fwd_params=resolve(one, target)), target).schedule.workers
+
+    assert workers() == 66
+    assert workers(cache_dtype="int8") == 132
+    assert workers(cache_dtype="int8", fwd_params=FwdParams(block_size_keys=256, num_warps=8)) == 66
+
+
+def test_tiles_of_quantised_caches():
+    """Fewer keys beside more rows, and where there are few tiles; with splits given the batch has no say in it."""
+    target = Target("cuda")
+    keys = lambda **changes: resolve(problem(cache_dtype="int8", **changes), target).block_size_keys
+    assert keys(batch=64, seq_len=16384) == 128
+    assert keys(batch=64, seq_len=16384, num_tokens=4) == 64
+    assert keys(batch=1, seq_len=4096) == 64
+    splits = FwdParams(num_key_splits=4)
+    assert keys(batch=1, seq_len=4096, fwd_params=splits) == keys(batch=64, seq_len=4096, fwd_params=splits)
 
 
 def test_a_jax_without_triton(monkeypatch):

@@ -1,35 +1,39 @@
-"""Tuned hints: how they are found, kept and picked up, and what happens when what was kept is of no use."""
+"""The tuner: how the best hints are found among those that are right, for problems of every kind, and what is saved."""
 
-import concurrent.futures
-import contextvars
 import dataclasses
 import json
-import os
-import sys
-import time
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import platformdirs
 import pytest
 
 import ejk_ragged_pallas_triton._tuning as pallas_triton
-from ejk_ragged import _hints, Backend, explain, FwdParams, Problem, ragged_decode_attention, Target, tuned_hints
+from ejk_ragged import _hints, Backend, explain, FwdParams, Problem, Target, tuned_hints
 from ejk_ragged.__main__ import main
 from ejk_ragged._registry import platform_of, registry
-from ejk_ragged._tools import bench as _bench
 from ejk_ragged._tools import tune as _tune
+from ejk_ragged._tools.machine import Machine
 from ejk_ragged._tools.timing import Spread, Timing
-from ejk_ragged.testing import Case
+from ejk_ragged.testing import Case, TextbookBackend
 from ejk_ragged_xla import XlaBackend
 
 
 CASE = Case("tiny", 3, 48, 4, 2, 64, lengths=("uniform", 3, 40))
 DEVICE = jax.local_devices(backend="cpu")[0]
 TARGET = Target(platform_of(DEVICE), DEVICE)
-PROBLEM = Problem(3, 48, 4, 2, 64, np.dtype("float32"), 0.125)
+PROBLEM = Problem(
+    batch=3,
+    num_tokens=1,
+    seq_len=48,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    dtype=np.dtype("float32"),
+    cache_dtype=np.dtype("float32"),
+    softmax_scale=0.125,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +43,11 @@ def _on_a_cpu():
         yield
 
 
-class Notes(XlaBackend):
-    """The XLA backend, which writes down the hints that it is traced with; some of them it gets wrong."""
+class Notes(TextbookBackend):
+    """Writes down the hints that it is traced with; some of them it gets wrong."""
 
     name = "notes"
-    seen: tuple = ()
+    traced: tuple = ()
 
     def fwd_params(self, problem, target):
         if problem.fwd_params.num_warps == 3:
@@ -53,11 +57,11 @@ class Notes(XlaBackend):
     def candidates(self, problem, target):
         return [FwdParams(num_warps=warps) for warps in (2, 4, 5, 7)]
 
-    def forward(self, problem, target, query, *args):
-        self.seen += (problem.fwd_params.num_warps,)
+    def forward(self, problem, target, queries, cache):
+        self.traced += (problem.fwd_params.num_warps,)
         if problem.fwd_params.num_warps == 5:
             raise ArithmeticError("five is too many")
-        out, lse = super().forward(dataclasses.replace(problem, fwd_params=FwdParams(block_size_keys=16)), target, query, *args)
+        out, lse = super().forward(problem, target, queries, cache)
         return (out * 2 if problem.fwd_params.num_warps == 7 else out), lse
 
 
@@ -71,228 +75,7 @@ def file(tmp_path):
     return tmp_path / "tuned.json"
 
 
-def arguments(**options):
-    query = jnp.ones((3, 4, 64))
-    cache = jnp.ones((3, 48, 2, 64))
-    return {"query": query, "key": cache, "value": cache, **options}
-
-
-def save(file, backend, problem=PROBLEM, **hints):
-    _hints.save(file, {_hints.key_of(backend, problem, TARGET): {"fwd_params": hints}})
-
-
-def chosen(**options):
-    return explain(**arguments(**options))[TARGET.platform]
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Picking up
-
-
-def test_calls_pick_up(backend, file):
-    save(file, backend, num_warps=8)
-    ragged_decode_attention(**arguments(backend=backend))
-    with tuned_hints(file):
-        ragged_decode_attention(**arguments(backend=backend))
-        ragged_decode_attention(**arguments(backend=backend))
-        assert backend.seen == (1, 8)  # compiled for what the file says, and once
-        save(file, backend, num_warps=16)
-        jax.jit(lambda arrays: ragged_decode_attention(**arrays, backend=backend))(arguments())
-        with tuned_hints(None):
-            ragged_decode_attention(**arguments(backend=backend))
-    assert backend.seen == (1, 8, 16)
-
-
-def test_explain_says_where_hints_come_from(backend, file):
-    save(file, backend, num_warps=8)
-    assert chosen(backend=backend).hints_from == "default"
-    with tuned_hints(file):
-        tuned = explain(**arguments(backend=backend))
-        assert tuned[TARGET.platform].hints_from == "tuned"
-        assert tuned[TARGET.platform].fwd_params == FwdParams(num_warps=8)
-        assert "notes; tuned hints: num_warps 8" in str(tuned)
-        given = explain(**arguments(backend=backend, fwd_params=FwdParams(num_warps=2)))
-        assert given[TARGET.platform].hints_from == "given"
-        assert "given hints: num_warps 2" in str(given)
-        assert chosen(backend=backend, fwd_params=FwdParams()).hints_from == "tuned"
-
-
-def test_splits_that_are_given_stand_alone(backend, file):
-    """What a sequence gives with `num_key_splits` must not depend on the batch, so nothing that depends on it joins in."""
-    save(file, backend, num_warps=8)
-    with tuned_hints(file):
-        choice = chosen(backend=backend, fwd_params=FwdParams(num_key_splits=3))
-    assert choice.fwd_params == FwdParams(num_key_splits=3, num_warps=1)
-
-
-def test_gradients_keep_the_defaults(backend, file):
-    save(file, backend, num_warps=8)
-    with tuned_hints(file):
-        problem = dataclasses.replace(PROBLEM, tuned=_hints.current())
-        assert select(problem, backend, "forward").fwd_params == FwdParams(num_warps=8)
-        assert select(problem, backend, "backward").fwd_params == FwdParams(num_warps=1)
-
-
-def select(problem, backend, direction):
-    return registry.select(TARGET.platform, problem, backend, direction).problem
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"batch": 5},
-        {"seq_len": 65},
-        {"num_q_heads": 8},
-        {"num_kv_heads": 4},
-        {"head_dim": 32},
-        {"dtype": np.dtype("float16")},
-        {"logits_soft_cap": 3.0},
-    ],
-    ids=str,
-)
-def test_other_classes(backend, change):
-    other = dataclasses.replace(PROBLEM, **change)
-    assert _hints.key_of(backend, other, TARGET) != _hints.key_of(backend, PROBLEM, TARGET)
-
-
-def test_one_class(backend):
-    """Sizes up to the next power of two, and whatever the scale and the cap are."""
-    same = dataclasses.replace(PROBLEM, batch=4, seq_len=33, softmax_scale=1.0)
-    assert _hints.key_of(backend, same, TARGET) == _hints.key_of(backend, PROBLEM, TARGET)
-    caps = [dataclasses.replace(PROBLEM, logits_soft_cap=cap) for cap in (3.0, 4.0)]
-    assert _hints.key_of(backend, caps[0], TARGET) == _hints.key_of(backend, caps[1], TARGET)
-
-
-def test_no_class(backend):
-    assert _hints.key_of(backend, PROBLEM, Target("cuda")) is None  # lowered for a device that is not here
-    (symbolic,) = jax.export.symbolic_shape("b")
-    assert _hints.key_of(backend, dataclasses.replace(PROBLEM, batch=symbolic), TARGET) is None
-
-
-def test_another_version(backend, file, monkeypatch):
-    save(file, backend, num_warps=8)
-    monkeypatch.setattr(Notes, "version", "another")
-    with tuned_hints(file):
-        assert chosen(backend=backend).hints_from == "default"
-
-
-def test_the_users_own_file(backend, tmp_path, monkeypatch):
-    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name, appauthor: tmp_path / name)  # on any system
-    _hints.default_file.cache_clear()
-
-    def outside():  # of what the tests' own fixture gives
-        before = chosen(backend=backend).hints_from
-        save(_hints.default_file(), backend, num_warps=8)
-        return before, chosen(backend=backend).hints_from
-
-    try:
-        assert _hints.default_file() == tmp_path / "ejk-ragged" / "tuned.json"
-        assert contextvars.Context().run(outside) == ("default", "tuned")
-    finally:
-        _hints.default_file.cache_clear()
-
-
-def test_without_platformdirs(backend, monkeypatch):
-    """Calls go on with defaults; nothing can have been tuned there."""
-    _hints.default_file.cache_clear()
-    monkeypatch.setitem(sys.modules, "platformdirs", None)
-    try:
-        assert contextvars.Context().run(lambda: chosen(backend=backend).hints_from) == "default"
-        with pytest.raises(SystemExit):
-            main(["tune", "--problem", "3,48,4:2,64,float32"])
-    finally:
-        _hints.default_file.cache_clear()
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Of no use
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "[]",
-        '"text"',
-        "{}",
-        '{"format": 2, "entries": {}}',
-        '{"format": 1, "entries": []}',
-        '{"format": 1, "entries": {"a": {}}}',
-        '{"format": 1, "entries": {"a": {"fwd_params": {"num_warps": -1}}}}',
-        '{"format": 1, "entries": {"a": {"fwd_params": {"num_warps": "4"}}}}',
-        '{"format": 1, "entries": {"a": {"fwd_params": {"num_wraps": 4}}}}',
-        b"\xff\xfe\x00",
-    ],
-)
-def test_damaged(backend, file, text):
-    """One warning, and then as if there were no file; saving repairs it."""
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with tuned_hints(file):
-        with pytest.warns(RuntimeWarning, match=r"tuned hints in .*tuned.json are ignored: "):
-            out = ragged_decode_attention(**arguments(backend=backend))
-        assert chosen(backend=backend).hints_from == "default"
-        save(file, backend, num_warps=8)
-        assert chosen(backend=backend).hints_from == "tuned"
-    np.testing.assert_allclose(out, 1, rtol=1e-6)
-
-
-def test_stale(backend, file):
-    """Hints that the backend refuses by now: one warning, and its defaults."""
-    save(file, backend, num_warps=3)
-    with tuned_hints(file):
-        with pytest.warns(RuntimeWarning, match="Tuned hints are ignored: FwdParams.num_warps must not be 3"):
-            ragged_decode_attention(**arguments(backend=backend))
-        assert chosen(backend=backend).fwd_params == FwdParams(num_warps=1)
-    registry._warned.clear()
-
-
-def test_no_such_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file of tuned hints at .*none.json"), tuned_hints(tmp_path / "none.json"):
-        pass
-
-
-def test_file_that_goes_away(backend, file):
-    save(file, backend, num_warps=8)
-    with tuned_hints(file):
-        assert chosen(backend=backend).hints_from == "tuned"
-        file.unlink()
-        assert chosen(backend=backend).hints_from == "default"
-
-
-def test_saving_at_once(file, backend):
-    keys = [f"{worker} {i}" for worker in range(4) for i in range(10)]
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        for done in [threads.submit(_hints.save, file, {key: {"fwd_params": {"num_warps": 2}}}) for key in keys]:
-            done.result()
-    assert sorted(json.loads(file.read_text())["entries"]) == sorted(keys)
-    assert [left.name for left in file.parent.iterdir()] == [file.name]
-
-
-def test_lock_of_the_dead(file, backend):
-    lock = file.with_suffix(".lock")
-    lock.touch()
-    old = time.time() - 2 * _hints.LOCK_SECONDS
-    os.utime(lock, (old, old))
-    save(file, backend, num_warps=2)
-    assert file.exists()
-    assert not lock.exists()
-
-
-def test_a_write_that_fails_leaves_the_old_file(file, backend):
-    save(file, backend, num_warps=2)
-    before = file.read_bytes()
-    with pytest.raises(TypeError):
-        _hints.save(file, {"a": {"fwd_params": object()}})
-    assert file.read_bytes() == before
-    assert [left.name for left in file.parent.iterdir()] == [file.name]
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Searching
-
-
-MACHINE = _bench.Machine("cpu", "a test", 1 << 30, 1e9, None)
+MACHINE = Machine("cpu", "a test", 1 << 30, 1e9, None)
 
 
 @pytest.fixture
@@ -305,7 +88,7 @@ def clock(monkeypatch):
         return {hints: spread(seconds[hints.num_warps]) for hints in calls}
 
     monkeypatch.setattr(_tune, "wall_times", times)
-    monkeypatch.setattr(_bench.Machine, "here", classmethod(lambda cls, copying=False: MACHINE))
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, copying=False: MACHINE))
     return seconds
 
 
@@ -313,15 +96,19 @@ def tune(backend, deadline=float("inf")):
     return _tune.tune(CASE, MACHINE, backend, seed=1, deadline=deadline)
 
 
-def test_the_best_that_is_right(backend, clock):
-    result = tune(backend)
+@pytest.mark.parametrize(
+    "case", [CASE, dataclasses.replace(CASE, num_tokens=3, cache_dtype="int8", scales="row")], ids=["plain", "all"]
+)
+def test_the_best_that_is_right(case, backend, clock):
+    result = _tune.tune(case, MACHINE, backend, seed=1, deadline=float("inf"))
     assert result["best"] == {"fwd_params": {"num_warps": 4}, "seconds": 0.25}
     assert result["default"]["fwd_params"] == {"num_warps": 1}
     refused = {one["fwd_params"]["num_warps"]: one["refused"] for one in result["tried"] if "refused" in one}
     assert refused[5] == "ArithmeticError: five is too many"
     assert refused[7].startswith("differs from the oracle: out 1.0e+00")
     assert sorted(refused) == [5, 7]
-    assert result["key"] == _hints.key_of(backend, PROBLEM, TARGET)
+    changed = {"num_tokens": 3, "cache_dtype": np.dtype("int8")} if case.cache_dtype else {}
+    assert result["key"] == _hints.key_of(backend, dataclasses.replace(PROBLEM, **changed), TARGET)
 
 
 def test_noise_is_no_gain(backend, clock):
@@ -337,7 +124,7 @@ def test_no_candidate_is_timed_from_a_cache_that_the_gpu_still_holds(backend, cl
         return Timing("kernels", Spread(1.0, 1.0, 1.0, 1.0))
 
     monkeypatch.setattr(_tune, "kernel_times", trace)
-    monkeypatch.setattr(_bench.Machine, "counts_kernels", property(lambda self: True))
+    monkeypatch.setattr(Machine, "counts_kernels", property(lambda self: True))
     tune(backend)
     assert [len(results) for results in traced] == [15, 15, 15]  # as many copies of the cache as runs, for it is small
 
@@ -350,27 +137,33 @@ def test_time_limit(backend, clock, monkeypatch):
     assert result["best"]["fwd_params"] == {"num_warps": 2}
 
 
-def test_calls_do_not_tune(backend, file, monkeypatch):
-    for name in ("tune", "run"):
-        monkeypatch.setattr(_tune, name, None)
-    save(file, backend, dataclasses.replace(PROBLEM, batch=64), num_warps=8)
-    before = file.read_bytes()
-    with tuned_hints(file):
-        ragged_decode_attention(**arguments(backend=backend))
-    assert backend.seen == (1,)
-    assert file.read_bytes() == before
-
-
 def test_command(backend, clock, file, monkeypatch, capsys):
+    """An entry for each problem, which the calls that it is of pick up, and no others."""
     monkeypatch.setattr(registry, "get", lambda name: backend)
-    command = ["tune", "--problem", "3,48,4:2,64,float32", "3,48,4:2,64,bfloat16,cap", "--backends", "notes", "--file", str(file)]
-    assert main(command) == 0
+    problems = ["3,48,4:2,64,float32", "3,48,4:2,64,bfloat16,cap", "3,48,4:2,64,bfloat16,int8,T3"]
+    assert main(["tune", "--problem", *problems, "--backends", "notes", "--file", str(file)]) == 0
     out = capsys.readouterr().out
     assert "3,48,4:2,64,float32 (notes): num_warps 4: 250000.0 us, 4.00x the speed of the default; 5 tried, 2 refused" in out
     assert f"Saved in {file}" in out
+    entries = json.loads(file.read_text())["entries"]
+    assert [entry["problem"] for entry in entries.values()] == [
+        "B 3, S 48, heads 4:2, D 64, bfloat16, soft cap 50",
+        "B 3, T 3, S 48, heads 4:2, D 64, bfloat16, int8 cache",
+        "B 3, S 48, heads 4:2, D 64, float32",
+    ]
     with tuned_hints(file):
-        assert chosen(backend=backend).fwd_params == FwdParams(num_warps=4)
-    assert len(json.loads(file.read_text())["entries"]) == 2
+        for text, hints_from in [*((text, "tuned") for text in problems), ("3,48,4:2,64,bfloat16,int8", "default")]:
+            arguments = _tune.parse(text).draw()
+            assert explain(**arguments, backend=backend)[TARGET.platform].hints_from == hints_from
+
+
+def test_problems():
+    """What is not written is what a row has by default."""
+    case = _tune.parse("64,16384, 32:8,128,bfloat16")
+    assert case == Case(case.name, 64, 16384, 32, 8, 128, "bfloat16", ("uniform", 2048, 16384))
+    more = _tune.parse("1,4,4:2,64,float32,float8_e5m2,T12,cap")
+    assert (more.cache_dtype, more.scales, more.num_tokens, more.logits_soft_cap) == ("float8_e5m2", "row", 12, 50.0)
+    assert (more.lengths, more.batch, more.dtype) == (("uniform", 1, 4), 1, "float32")
 
 
 def test_command_out_of_time(clock, file, capsys):
@@ -387,7 +180,13 @@ def test_nothing_to_tune(clock, backend, file, monkeypatch, capsys):
     assert "nothing saved: ValueError: notes declares no hints to try" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "1,2,3", "3,48,4,64,float32", "3,48,4:2,64,int8", "3,48,4:2,64,float32,sinks"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "1,2,3", "3,48,4,64,float32", "3,48,4:2,64,int8", "3,48,4:2,64,float32,sinks"),
+        *("3,48,4:2,64,float32,T0", "3,48,4:2,64,float32,T2,int8", "3,48,4:2,64,float32,int4"),
+    ],
+)
 def test_problems_that_cannot_be_read(text, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["tune", "--problem", text])
@@ -402,10 +201,12 @@ def test_candidates_of_the_xla_backend():
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_candidates_of_the_pallas_triton_backend(head_dim, dtype):
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "int8")], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_candidates_of_the_pallas_triton_backend(head_dim, dtype, cache_dtype, num_tokens):
     """All of them can be given."""
-    problem = dataclasses.replace(PROBLEM, head_dim=head_dim, dtype=np.dtype(jnp.dtype(dtype)))
+    dtypes = {"dtype": np.dtype(jnp.dtype(dtype)), "cache_dtype": np.dtype(jnp.dtype(cache_dtype))}
+    problem = dataclasses.replace(PROBLEM, head_dim=head_dim, num_tokens=num_tokens, **dtypes)
     hints = list(pallas_triton.candidates(problem, Target("cuda")))
     assert len(hints) >= 4
     for one in hints:

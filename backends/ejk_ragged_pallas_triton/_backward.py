@@ -12,16 +12,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from ejk_ragged_schedule import cdiv, Schedule
 from jax.experimental import pallas as pl
 
 from ejk_ragged import Wanted
+from ejk_ragged_schedule import cdiv, length_arrays, Schedule
 
 from ._blocks import (
     Block,
     dot,
     key_dot,
-    length_arrays,
     line_of,
     load,
     LOG2_E,
@@ -118,7 +117,7 @@ def _split_kernel(
             """For a block: query, cotangent, probabilities, gradients of the products q . k; and keys with their scales."""
             q, d_out = load(block.of_query(q_ref, b)), load(block.of_query(d_out_ref, b))
             lse, delta = load(block.of_row(lse_ref, b)), load(block.of_row(delta_ref, b))
-            sees = block.sees(lengths, b, keys, live)
+            sees = block.sees(lengths, b, keys, end)
             tiles = (k, key_scales), (v, value_scales)
             if problem.gaps:  # 0 times what is there may be NaN
                 tiles = (block.cleaned(sees, *tile) for tile in tiles)

@@ -73,11 +73,12 @@ class Block:
             return 1.0
         return ref[b if ref.shape[0] > 1 else 0, self.kv_head, 0]
 
-    def sees(self, lengths, b, keys, live):
-        """Which keys each row sees, [block_rows, keys], or [1, keys] where all see the same."""
-        mask = live[None, :]
-        if (ref := lengths.get("token_end")) is not None:
-            mask = mask & (keys[None, :] < load((ref.at[b, self.tokens], self.ok))[:, None])
+    def sees(self, lengths, b, keys, end):
+        """Which keys of a piece that ends at `end` each row sees, [block_rows, keys], or [1, keys] where all see the same."""
+        if (ref := lengths.get("token_end")) is None:
+            mask = keys[None, :] < end
+        else:
+            mask = keys[None, :] < jnp.minimum(load((ref.at[b, self.tokens], self.ok)), end)[:, None]
         if (ref := lengths.get("token_start")) is not None:
             mask = mask & (keys[None, :] >= load((ref.at[b, self.tokens], self.ok))[:, None])
         return mask
@@ -88,19 +89,6 @@ class Block:
         seen = jnp.max(sees.astype(jnp.int32), axis=0) > 0
         tile = jnp.where(seen[:, None], tile, jnp.zeros((), tile.dtype))
         return tile, scale if scale is None else jnp.where(seen, scale, 0.0)
-
-
-def length_arrays(problem, queries) -> dict[str, Any]:
-    """What says which keys are seen: "start" and "end" of each sequence, [B], and "token_start" and "token_end", [B, T], where the
-    tokens of a sequence differ in them. What says nothing is None: XLA then does not make it, which on a short call is a tenth of
-    the time."""
-    start, end = queries.start, queries.end
-    if start.shape[1] == end.shape[1] == 1:
-        return {name: x[:, 0] if name in problem.given else None for name, x in (("start", start), ("end", end))}
-    start, end = (jnp.clip(x, 0, problem.seq_len) for x in (start, end))
-    hull = dataclasses.replace(queries, start=start, end=end).hull(problem.seq_len)
-    per_token = {name: x if x.shape[1] > 1 else None for name, x in (("token_start", start), ("token_end", end))}
-    return dict(zip(("start", "end"), hull, strict=True)) | per_token
 
 
 def line_of(schedule, program, start_ref, end_ref):

@@ -7,11 +7,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from ejk_ragged_schedule import cdiv
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ._blocks import Block, length_arrays, line_of, load, LOG2_E, logits, LOWEST, query_dot, store, store_pieces, value_dot, WHOLE
+from ejk_ragged_schedule import cdiv, length_arrays
+
+from ._blocks import Block, line_of, load, LOG2_E, logits, LOWEST, query_dot, store, store_pieces, value_dot, WHOLE
 from ._jax import array, compiler_params
 from ._tuning import forward_tiles, Tiles
 
@@ -71,7 +72,7 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, tree, problem, plan: Tiles):
         q = load(block.of_query(q_ref, b))
         k, v = load(block.of_cache(k_ref, b, keys, live)), load(block.of_cache(v_ref, b, keys, live))
         key_scales, value_scales = (block.scales(ref, b, keys, live) for ref in (key_scale_ref, value_scale_ref))
-        sees = block.sees(lengths, b, keys, live)
+        sees = block.sees(lengths, b, keys, end)
         x = logits(problem, query_dot(problem, q, k.T), key_scales, block.common_scale(key_scale_ref, b))
         x = jnp.where(sees, x, -jnp.inf)
         # The first tile of a piece forgets the piece before. This is arithmetic and no branch, and so are the look-ups of the

@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 
-from ejk_ragged_schedule import Schedule
-
 from ejk_ragged import FwdParams, Problem, Target
+from ejk_ragged_schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +33,15 @@ class Tiles:
 
 # The defaults, measured on an H100; docs/performance has the log.
 TILE_BYTES = 16 * 1024  # of keys in a tile, and as many of values: enough in flight, and small enough for three stages
+MOST_KEYS = 256  # of a tile
+# Of a quantised cache, whose tiles are widened in registers: fewer, and fewer still beside more rows of queries than 16, in the
+# backward kernel, and where the whole cache has no more than so many tiles a program.
+MOST_QUANTISED_KEYS, FEW_QUANTISED_KEYS, FEW_TILES = 128, 64, 8
 NUM_WARPS = 4  # eight wait for each other in the softmax, two are too few for a tile
 NUM_STAGES = 3  # two tiles on their way while one is worked on
-# One program a multiprocessor, all of them there from the beginning to the end: each gets an equal share of the bytes, and an equal
-# share of the bandwidth. More programs than fit at once leave a tail.
+# Programs of a multiprocessor, all of them there from the beginning to the end, by whether the cache is quantised. One gets its
+# equal share of the bandwidth. But a tile of 8 bits takes longer to work on than to load, and two work on one each in turn.
+PROGRAMS = {False: 1, True: 2}
 
 # What there is to a device, where there is no device to ask: an H100.
 MULTIPROCESSORS = 132
@@ -45,6 +49,7 @@ CAPABILITY = "9.0"
 # Shared memory that one program may have, in KiB (CUDA C++ Programming Guide, technical specifications per compute capability).
 SHARED_MEMORY = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227, "11.0": 227}
 SHARED_MEMORY_ELSEWHERE = 99
+RESERVED = 1024  # bytes that the system takes of it for each program; all have together as much as one may have, with that
 # Rows of queries from here on go into further blocks, each of which reads the cache again.
 MAX_ROWS = 64
 # Of rows from here on the tensor cores take their operands from shared memory, and hold on to a stage for longer.
@@ -64,9 +69,13 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
             raise ValueError(f"FwdParams.{name} must be a power of two and at least {least} for pallas_triton, got {value}.")
     if given.num_warps is not None and given.num_warps > 32:
         raise ValueError(f"FwdParams.num_warps must be at most 32 for pallas_triton, got {given.num_warps}.")
-    # A block of fewer rows than the tensor cores take is padded, so that any number of them has one.
-    rows = given.block_size_heads or default_block_rows(problem)
-    keys = given.block_size_keys or default_block_keys(problem)
+
+    def fits(rows):
+        keys = given.block_size_keys or default_block_keys(problem, rows, target)
+        return shared_bytes(problem, keys, rows, 1, backward=False) <= _shared_memory(target)
+
+    rows = given.block_size_heads or fitting_rows(problem, fits)
+    keys = given.block_size_keys or default_block_keys(problem, rows, target)
     needs = functools.partial(shared_bytes, problem, keys, rows, backward=False)
     stages = given.num_stages or _fitting_stages(needs, target)
     if needs(stages) > _shared_memory(target):
@@ -81,7 +90,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 
 def candidates(problem: Problem, target: Target):
     """Hints for the tuner to try: around the defaults, those that fit."""
-    default = default_block_keys(problem)
+    default = tile_keys(problem)
     for keys in (default, 2 * default, max(default // 2, 16)):
         for warps in (NUM_WARPS, 2 * NUM_WARPS):
             for stages in (NUM_STAGES, NUM_STAGES + 1, NUM_STAGES - 1):
@@ -97,27 +106,50 @@ def forward_tiles(problem: Problem, target: Target) -> Tiles:
     """The shape of the forward work for a problem whose hints are resolved."""
     hints = problem.fwd_params
     block_rows = max(hints.block_size_heads or 0, 16)
-    return _tiles(problem, target, block_rows, hints.block_size_keys, hints.num_warps, hints.num_stages)
+    needs = functools.partial(shared_bytes, problem, hints.block_size_keys, block_rows, backward=False)
+    return _tiles(problem, target, block_rows, hints.block_size_keys, hints.num_warps, hints.num_stages, needs)
 
 
 def backward_tiles(problem: Problem, target: Target) -> Tiles:
-    """The shape of the backward work: blocks of as many rows as there is room for."""
-    for rows in (64, 32, 16):
-        rows = min(rows, default_block_rows(problem))
+    """The shape of the backward work."""
+
+    def keys_beside(rows):
         # Probabilities and their gradients pass between warps: in tiles no larger than those of keys.
-        keys = max(min(default_block_keys(problem), TILE_BYTES // (rows * problem.dtype.itemsize)), 16)
-        needs = functools.partial(shared_bytes, problem, keys, rows, backward=True)
-        if needs(1) <= _shared_memory(target):
-            break
-    return _tiles(problem, target, rows, keys, NUM_WARPS, _fitting_stages(needs, target))
+        keys = min(tile_keys(problem), max(TILE_BYTES // (rows * problem.dtype.itemsize), 16))
+        return min(keys, FEW_QUANTISED_KEYS) if problem.quantised else keys
+
+    def needs(rows, stages):
+        return shared_bytes(problem, keys_beside(rows), rows, stages, backward=True)
+
+    rows = fitting_rows(problem, lambda rows: needs(rows, 1) <= _shared_memory(target))
+    of_stages = functools.partial(needs, rows)
+    stages = _fitting_stages(of_stages, target, 2 if problem.quantised else NUM_STAGES)
+    return _tiles(problem, target, rows, keys_beside(rows), NUM_WARPS, stages, of_stages)
 
 
-def default_block_rows(problem: Problem) -> int:
-    return min(max(power_of_two(problem.num_tokens * problem.group), 16), MAX_ROWS)
+def fitting_rows(problem: Problem, fits) -> int:
+    """Rows of queries of a block: as many as there are of a kv head, up to `MAX_ROWS`, or to what fits."""
+    # A block of fewer rows than the tensor cores take is padded, so that any number of them has one.
+    most = min(max(power_of_two(problem.num_tokens * problem.group), 16), MAX_ROWS)
+    return next((rows for rows in (64, 32) if rows <= most and fits(rows)), 16)
 
 
-def default_block_keys(problem: Problem) -> int:
-    return min(max(TILE_BYTES // (block_dim(problem) * problem.dtype.itemsize), 16), 256)
+def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
+    """Keys of a tile beside so many rows of queries; with splits given it does not depend on the batch."""
+    keys = tile_keys(problem)
+    if not problem.quantised:
+        return keys
+    programs = PROGRAMS[True] * _multiprocessors(target) // problem.num_kv_heads
+    few = problem.batch * problem.seq_len <= FEW_TILES * keys * programs and not problem.fwd_params.num_key_splits
+    return min(keys, FEW_QUANTISED_KEYS) if few or rows > 16 else keys
+
+
+def tile_keys(problem: Problem) -> int:
+    """Keys of a tile of `TILE_BYTES`, within bounds."""
+    # Beside float32 queries, what counts is what a tile is widened to.
+    itemsize = max(problem.cache_dtype.itemsize, 4 if problem.dtype.itemsize == 4 else 1)
+    most = MOST_QUANTISED_KEYS if problem.quantised else MOST_KEYS
+    return min(max(TILE_BYTES // (block_dim(problem) * itemsize), 16), most)
 
 
 def block_dim(problem: Problem) -> int:
@@ -129,12 +161,15 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _tiles(problem, target, block_rows, block_keys, num_warps, num_stages) -> Tiles:
+def _tiles(problem, target, block_rows, block_keys, num_warps, num_stages, needs) -> Tiles:
     rows = problem.num_tokens * problem.num_q_heads
     row_blocks = -(-problem.num_tokens * problem.group // block_rows)
     splits = problem.fwd_params.num_key_splits
-    multiprocessors = getattr(target.device, "core_count", None) or MULTIPROCESSORS
-    schedule = Schedule.of(problem, multiprocessors // (problem.num_kv_heads * row_blocks), block_keys)
+    multiprocessors = _multiprocessors(target)
+    programs = PROGRAMS[problem.quantised]
+    while programs * (needs(num_stages) + RESERVED) > _shared_memory(target) + RESERVED:
+        programs -= 1
+    schedule = Schedule.of(problem, programs * multiprocessors // (problem.num_kv_heads * row_blocks), block_keys)
 
     # Merging is short: as many programs as run at once, each with a few rows. The shape of that work sets the order of the sums,
     # so with splits given it must not depend on the batch.
@@ -147,22 +182,32 @@ def _tiles(problem, target, block_rows, block_keys, num_warps, num_stages) -> Ti
 
 
 def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
-    """Bytes of shared memory that a program needs: what the compiler was seen to take on an H100, or somewhat more.
+    """Bytes of shared memory that a program needs: what the compiler was seen to take, or somewhat more.
 
     A stage holds a tile of keys and one of values, and the blocks of rows that are loaded beside them. The last stage is at work
     in registers, and beside the others there are sums over rows, and tiles [rows, keys] that change their layout.
     """
-    block_rows, itemsize = max(block_rows, 16), problem.dtype.itemsize
+    rows, dim = max(block_rows, 16), block_dim(problem)
+    whole = rows >= WHOLE_STAGES_FROM
     blocks, layouts = (2, 3) if backward else (1, 1)
-    stage = (2 * block_keys + blocks * block_rows) * block_dim(problem) * itemsize
+    queries = blocks * rows * dim * problem.dtype.itemsize
+    stage = 2 * block_keys * dim * problem.cache_dtype.itemsize + queries
+    weights = 4 if backward and problem.quantised else problem.dtype.itemsize
+    # A tile that float32 operands come from is widened on its way.
+    widened = block_keys * dim * 4 if problem.quantised and problem.dtype.itemsize == 4 else 0
     if stages == 1:
-        return stage
-    beside = max((block_rows + 2) * 1024, layouts * block_rows * block_keys * itemsize + 2048)
-    return stage * (stages - (block_rows < WHOLE_STAGES_FROM)) + beside
+        return stage + queries * whole + widened
+    sums = (8 if backward else 6) * rows * dim + 4096 if whole and problem.quantised else (rows + 2) * 1024 + 4096 * (rows > 16)
+    beside = max(sums, layouts * rows * block_keys * weights + 2048) + widened
+    return stage * (stages - (not whole or problem.quantised)) + beside
 
 
-def _fitting_stages(needs, target) -> int:
-    return next((stages for stages in range(NUM_STAGES, 1, -1) if needs(stages) <= _shared_memory(target)), 1)
+def _fitting_stages(needs, target, most=NUM_STAGES) -> int:
+    return next((stages for stages in range(most, 1, -1) if needs(stages) <= _shared_memory(target)), 1)
+
+
+def _multiprocessors(target) -> int:
+    return getattr(target.device, "core_count", None) or MULTIPROCESSORS
 
 
 def _shared_memory(target) -> int:

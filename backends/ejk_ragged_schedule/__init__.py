@@ -18,14 +18,15 @@ Arithmetic on values alone: how lengths are read and results are written is the 
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
 class Line(NamedTuple):
-    """A worker's number, and of each sequence on its line: number, first key and end, rounds, and where these stop."""
+    """A worker's number, and of each sequence on its line, or of one: number, first key and end, rounds, and where these stop;
+    and all the line's rounds."""
 
     worker: jax.Array
     number: jax.Array
@@ -33,6 +34,7 @@ class Line(NamedTuple):
     end: jax.Array
     rounds: jax.Array
     stop: jax.Array
+    total: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +98,25 @@ class Schedule:
         return number, number < self.batch
 
     def line(self, program, number, start, end) -> Line:
-        """The line on which `program` works, from the first keys and the ends of its `sequences`; clipped here, 0 where there is no
+        """The line on which `program` works, from the first keys and the ends of its `sequences`: as given, 0 where there is no
         sequence. None: ranges begin at 0, or end at seq_len."""
+        start, end = self.clipped(number, start, end)
+        rounds = self.rounds(start, end)
+        return Line(program % self.workers, number, start, end, rounds, running_sum(rounds), total_of(rounds))
+
+    def clipped(self, number, start, end):
+        """First keys and ends of the sequences `number` within the cache, from what was given."""
         start = jnp.zeros_like(number) if start is None else jnp.maximum(start, 0)
         end = jnp.where(number < self.batch, self.seq_len, 0) if end is None else jnp.minimum(end, self.seq_len)
-        rounds = jnp.where(end > start, cdiv(end - start, self.stride), 0)
-        return Line(program % self.workers, number, start, end, rounds, running_sum(rounds))
+        return start, end
+
+    def rounds(self, start, end):
+        """Rounds of ranges that are clipped already."""
+        return jnp.where(end > start, cdiv(end - start, self.stride), 0)
 
     def pieces(self, line: Line):
         """Of each sequence on the line: the first slot, and how many from there on are its pieces; all its workers say the same."""
-        chunk = self._chunk(line)
+        chunk = self._chunk(line.total)
         before = (line.stop - line.rounds) // chunk
         count = jnp.where(line.rounds > 0, (line.stop - 1) // chunk - before + 1, 0)
         first = line.number * self.workers if self.by_sequence else (line.number + before) * self.deal
@@ -116,24 +127,34 @@ class Schedule:
 
         All who share a stretch have as many, so that each has a piece of each sequence on it, if one of tiles without keys.
         """
-        worker, number, start, end, rounds, stop = line
-        before = stop - rounds
-        chunk = self._chunk(line)
-        first = (worker // self.deal) * chunk
-        count = jnp.clip(total_of(rounds) - first, 0, chunk)
-        zero = start - before * self.stride  # the key that would stand at the beginning of the line
-        piece_end = jnp.minimum(end, start + (jnp.minimum(stop, first + chunk) - before) * self.stride)
+        first, count = self.stretch(line.worker, line.total)
+        before = line.stop - line.rounds
+        origin, piece_end = self.piece(line)
 
         def at(tile):
             place = first + tile
-            here = (before <= place) & (place < stop)  # one sequence; looked up in registers, without a load
+            here = (before <= place) & (place < line.stop)  # one sequence; looked up in registers, without a load
 
             def pick(of_each):
                 return total_of(jnp.where(here, of_each, 0))
 
-            return pick(number), pick(zero) + place * self.stride + self._turn(worker), pick(piece_end)
+            return pick(line.number), pick(origin) + place * self.stride, pick(piece_end)
 
         return count, at
+
+    def stretch(self, worker, total):
+        """Where on a line of `total` rounds the worker's stretch begins, and how many rounds it has."""
+        chunk = self._chunk(total)
+        first = (worker // self.deal) * chunk
+        return first, jnp.clip(total - first, 0, chunk)
+
+    def piece(self, line: Line):
+        """Of each sequence on the line: the key at which the worker's tile would begin in the line's first round, `stride` keys
+        before that of the next; and where its piece ends."""
+        first, count = self.stretch(line.worker, line.total)
+        before = line.stop - line.rounds
+        piece_end = jnp.minimum(line.end, line.start + (jnp.minimum(line.stop, first + count) - before) * self.stride)
+        return line.start - before * self.stride + self._turn(line.worker), piece_end
 
     def is_last(self, program, row, piece_end):
         """Whether the tile of `program` that begins at key `row` is the last one of its piece."""
@@ -143,9 +164,22 @@ class Schedule:
         """Keys of a round that others have before this worker."""
         return (worker % self.deal) * self.block_keys
 
-    def _chunk(self, line: Line):
+    def _chunk(self, total):
         """Rounds of a stretch; one at least, for it is divided by."""
-        return jnp.maximum(cdiv(total_of(line.rounds), self.workers // self.deal), 1)
+        return jnp.maximum(cdiv(total, self.workers // self.deal), 1)
+
+
+def length_arrays(problem, queries) -> dict[str, Any]:
+    """What says which keys are seen: "start" and "end" of each sequence, [B], and "token_start" and "token_end", [B, T], where the
+    tokens of a sequence differ in them. What says nothing is None: XLA then does not make it, which on a short call is a tenth of
+    the time."""
+    start, end = queries.start, queries.end
+    if start.shape[1] == end.shape[1] == 1:
+        return {name: x[:, 0] if name in problem.given else None for name, x in (("start", start), ("end", end))}
+    start, end = (jnp.clip(x, 0, problem.seq_len) for x in (start, end))
+    hull = dataclasses.replace(queries, start=start, end=end).hull(problem.seq_len)
+    per_token = {name: x if x.shape[1] > 1 else None for name, x in (("token_start", start), ("token_end", end))}
+    return dict(zip(("start", "end"), hull, strict=True)) | per_token
 
 
 LEAST_STRETCHES = 4  # of a line, however few sequences are on it; fewer and longer ones are read more slowly again

@@ -43,9 +43,11 @@ def weighted(problem, target, weights, rows):
     """
     heads, num_rows, dim = rows.shape
     num_queries = weights.shape[1]
+    if target.platform != "cpu" or not isinstance(num_rows, int) or not isinstance(num_queries, int):  # sizes may be symbolic
+        return product(problem, weights, rows, (2, 1))
     block = max(BLOCK_ROWS, 8 * num_queries)  # so that the blocks' sums are few beside the rows
-    blocks = num_rows // block if isinstance(num_rows, int) and num_rows % block == 0 else 1
-    if target.platform != "cpu" or heads * blocks < LEAST_PRODUCTS:
+    blocks = num_rows // block if num_rows % block == 0 else 1
+    if heads * blocks < LEAST_PRODUCTS:
         return product(problem, weights, rows, (2, 1))
     weights, rows = weights.reshape(heads, num_queries, blocks, block), rows.reshape(heads, blocks, block, dim)
     return jnp.sum(product(problem, weights, rows, (3, 2), ((0, 2), (0, 1))), axis=1)

@@ -117,7 +117,8 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
         chunk = chunk.transpose(1, 0, 2).astype(problem.cache_dtype)
         return lax.dynamic_update_slice(rows_of, to_bits(chunk)[None], place(b, row, heads))
 
-    def do(rows, heads, first, b, start, end, arrays, state):
+    def do(rows, heads, first, b, bounds, arrays, state):
+        start, end = bounds
         row = jnp.clip(first, 0, seq_len - rows)  # as slices and their updates clip it themselves
         here = row + jnp.arange(rows, dtype=row.dtype)
         live = (here >= start[:, None]) & (here < end[:, None])
@@ -125,9 +126,9 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
         # Without the barrier XLA's CPU compiler in JAX 0.10 widens the whole bfloat16 cache before the loop.
         row, held = lax.optimization_barrier((row, cache))
         seen = jnp.any(live, axis=0)
-        tiles = (load(x, b, row, rows, heads) for x in (held.key, held.value))
-        scales = (load_scale(x, b, row, rows, heads, seen) for x in (held.key_scale, held.value_scale))
-        return step(arrays, state, Chunk(*tiles, *scales, by_row(live), by_row(new), seen))
+        k, v = (load(x, b, row, rows, heads) for x in (held.key, held.value))
+        k_scale, v_scale = (load_scale(x, b, row, rows, heads, seen) for x in (held.key_scale, held.value_scale))
+        return step(arrays, state, Chunk(k, v, k_scale, v_scale, by_row(live), by_row(new), seen))
 
     def by_row(mask):
         """[T, C] as [R, C]."""
@@ -156,7 +157,7 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
                 first = begun + i * size
                 next_states = []
                 for heads, own, state in zip(parts, arrays, states, strict=True):
-                    state, chunks = do(size, heads, first, b, *bounds, own, state)
+                    state, chunks = do(size, heads, first, b, bounds, own, state)
                     written = [store(x, c, b, first, heads) for x, c in zip(written, chunks, strict=True)]
                     next_states.append(state)
                 return next_states, written
@@ -177,7 +178,7 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
     def chunk(i, carry):
         states, written = carry
         first = begins + i * rows
-        states, chunks = jax.vmap(functools.partial(do, rows, heads))(first, index, *bounds, per_sequence, states)
+        states, chunks = jax.vmap(functools.partial(do, rows, heads))(first, index, bounds, per_sequence, states)
         put = jax.vmap(lambda x, c, r: store(x[None], c, zero, r, heads)[0])
         return states, [put(x, c, first) for x, c in zip(written, chunks, strict=True)]
 

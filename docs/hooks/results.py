@@ -20,7 +20,10 @@ def section(file: pathlib.Path) -> str:
     """One device: versions, tables and pictures."""
     data = json.loads(file.read_text())
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    lines = [f"### {data['machine']['device']}", f"{versions}; seed {data['seed']}; [all data]({file.name})"]
+    lines = [
+        f"### {', '.join(filter(None, (data['machine']['device'], data['name'])))}",
+        f"{versions}; seed {data['seed']}; [all data]({file.name})",
+    ]
     for table in data["tables"]:
         lines += [f"**{table['title']}.**", markdown_table(table), picture(file, table["picture"], table["title"])]
         if table["notes"]:
@@ -30,12 +33,10 @@ def section(file: pathlib.Path) -> str:
 
 
 def markdown_table(table) -> str:
-    """Figures and their units stay on one line."""
-    header, *rows = [
-        [cell.replace(" ", "&nbsp;").replace("-", "&#8209;") for cell in row] for row in (table["columns"], *table["rows"])
-    ]
-    aligned = ["---"] + ["--:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, aligned, *rows))
+    """Figures and their units stay on one line; what stands above them need not."""
+    rows = [[cell.replace(" ", "&nbsp;").replace("-", "&#8209;") for cell in row] for row in table["rows"]]
+    aligned = ["---"] + ["--:"] * (len(table["columns"]) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (table["columns"], aligned, *rows))
 
 
 def picture(file: pathlib.Path, kind: str, text: str) -> str:

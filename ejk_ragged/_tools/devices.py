@@ -1,4 +1,4 @@
-"""The part of `python -m ejk_ragged bench` about many devices: a decode step with its cache on one device, and split over all."""
+"""The part of the benchmark about many devices: a decode step with its cache on one device, and split over all."""
 
 import dataclasses
 import functools
@@ -6,22 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ejk_ragged.testing import Case
 
-from .bench import decode_step, draw_cold, findings, fit, Inputs, Machine, Sample
+from .bench import decode_step, findings
+from .inputs import draw_cold, fit, Inputs, letters_of, Sample
+from .machine import Machine
+from .rows import variant
 from .timing import loop_times
 
 
 ONE = "one device"
-# Ways to split a cache: the size that is split, and the specs of cache and query.
-SPLITS = {
-    "batch": ("batch", P("devices"), P("devices")),
-    "kv heads": ("num_kv_heads", P(None, None, "devices"), P(None, "devices")),
-    "rows": ("seq_len", P(None, "devices"), P()),
-}
+# Ways to split a cache: the size that is split, and the letters of the axes of cache and query that are split with it.
+SPLITS = {"batch": ("batch", "b"), "kv heads": ("num_kv_heads", "qh"), "rows": ("seq_len", "s")}
 
 
 def measure(
@@ -32,7 +30,7 @@ def measure(
     The time is that of a call in a loop on the devices, where each query is the output of the call before.
 
     Raises:
-        ValueError: the row does not fit into memory.
+        TooLarge: the row does not fit into memory.
     """
     asked, case = case, fit(case, machine.memory, 2)  # the first device has its share of the split copies beside the whole ones
     inputs = draw_cold(case, seed, machine, runs, 2)
@@ -42,41 +40,38 @@ def measure(
     with findings(found, ONE):
         found[ONE] = _timed(call, inputs, sample, runs)
     mesh = jax.make_mesh((len(devices),), ("devices",), axis_types=(AxisType.Auto,), devices=devices)
-    for name, (size, cache, query) in SPLITS.items():
+    for name, (size, letters) in SPLITS.items():
         if getattr(case, size) % len(devices):
             found[name] = {"cannot": f"{size} {getattr(case, size)} is no multiple of {len(devices)} devices"}
             continue
         with findings(found, name):
-            found[name] = _timed(call, _split(inputs, mesh, cache, query), sample, runs)
+            found[name] = _timed(call, _split(case, inputs, mesh, letters), sample, runs)
     for name, way in found.items():
         if name != ONE and "seconds" in way and "seconds" in found[ONE]:
             way["speedup"] = found[ONE]["seconds"] / way["seconds"]
     sizes = {"batch": case.batch, "batch_asked": asked.batch, "live_bytes": case.live_bytes(seed)}
-    return {"row": case.name, "devices": len(devices), "ways": found} | sizes
+    return {"row": case.name, "variant": variant(case), "devices": len(devices), "ways": found} | sizes
 
 
-def _split(inputs: Inputs, mesh, cache: P, query: P) -> Inputs:
-    """The same arrays on a mesh."""
-    put = lambda x, spec: None if x is None else jax.device_put(x, NamedSharding(mesh, spec))
-    return dataclasses.replace(
-        inputs,
-        query=put(inputs.query, query),
-        caches=[(put(key, cache), put(value, cache)) for key, value in inputs.caches],
-        start=put(inputs.start, P()),
-        end=put(inputs.end, P()),
-        aux=put(inputs.aux, P()),
-    )
+def _split(case, inputs: Inputs, mesh, letters: str) -> Inputs:
+    """The same arrays on a mesh: cache and query split along the axes of these letters, the rest on every device."""
+
+    def put(name, x):
+        split = letters_of(name, x, case) if name not in inputs.rest or name == "query" else ""
+        spec = PartitionSpec(*("devices" if letter in letters else None for letter in split))
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    on_mesh = lambda arrays: {name: put(name, x) for name, x in arrays.items()}
+    return dataclasses.replace(inputs, rest=on_mesh(inputs.rest), caches=[on_mesh(cache) for cache in inputs.caches])
 
 
 def _timed(call, inputs, sample, runs) -> dict[str, Any]:
-    sample.verify(lambda run: jax.jit(call)(*inputs.arguments(run)))
-    query, _, _, *rest = inputs.arguments()
+    sample.verify(lambda run: jax.jit(call)(**inputs.arguments(run)))
 
     @functools.partial(jax.jit, static_argnums=0)
-    def loop(rounds, query, caches, rest):
-        return jax.lax.fori_loop(
-            0, rounds, lambda _, query: functools.reduce(lambda query, cache: call(query, *cache, *rest), caches, query), query
-        )
+    def loop(rounds, rest, caches):
+        step = lambda query, cache: call(**rest | {"query": query}, **cache)
+        return jax.lax.fori_loop(0, rounds, lambda _, query: functools.reduce(step, caches, query), rest["query"])
 
-    timing = loop_times(lambda rounds: lambda: loop(rounds, query, inputs.caches, rest), len(inputs.caches), runs)
+    timing = loop_times(lambda rounds: lambda: loop(rounds, inputs.rest, inputs.caches), len(inputs.caches), runs)
     return timing.as_dict()

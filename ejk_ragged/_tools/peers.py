@@ -1,7 +1,7 @@
 """Other implementations of decode attention, to be held beside ours where they are installed.
 
-Each is a function that takes a `Case` and gives a call `f(query, key, value, start, end, aux)` on JAX arrays, start and end int32
-[B], with the result [B, Hq, D]. It raises `CannotExpress` where it has no way to say what the case asks.
+Each is a function that takes a `Case` and gives a call on JAX arrays, by the names of our arguments, whose result is shaped like
+the query. It raises `CannotExpress` where it has no way to say what the case asks.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from ejk_ragged.testing import Case
+
+from .inputs import settings
 
 
 class CannotExpress(Exception):
@@ -29,7 +31,7 @@ class Peer:
         platforms: where it runs.
         gradients: whether it is compared in gradients too.
         torch: whether it takes PyTorch tensors and JAX cannot trace it; then `make` gives two functions,
-            `prepare(query, key, value, start, end)`, which makes the tensors once, and the call, which takes them.
+            `prepare`, which takes the JAX arrays and makes the tensors once, and the call, which takes them.
     """
 
     name: str
@@ -39,18 +41,19 @@ class Peer:
     torch: bool = False
 
 
-def _needs(case, **features):
-    """Refuses the features of a case that are False here: window, cap, sinks, scale."""
+def _needs(case, *able):
+    """Refuses the features of a case that are not among those that a peer is able to express."""
     asked = {
-        "window": case.sliding_window is not None,
-        "cap": case.logits_soft_cap is not None,
-        "sinks": case.sinks is not None,
-        "start": case.lengths[0] == "ranges",
+        "window": ("no decode window", case.sliding_window is not None),
+        "cap": ("no soft cap", case.logits_soft_cap is not None),
+        "sinks": ("no sinks", case.sinks is not None),
+        "start": ("no start", case.lengths[0] == "ranges"),
+        "tokens": ("one query token only", case.num_tokens is not None),
+        "padding": ("no padding tokens", case.query_lengths is not None),
+        "8 bits": ("no 8-bit cache", case.cache_dtype is not None),
     }
-    missing = [name for name, wanted in asked.items() if wanted and not features.get(name, False)]
-    if missing:
-        words = {"window": "decode window", "cap": "soft cap", "sinks": "sinks", "start": "start"}
-        raise CannotExpress(", ".join(f"no {words[name]}" for name in missing))
+    if missing := [words for name, (words, wanted) in asked.items() if wanted and name not in able]:
+        raise CannotExpress(", ".join(missing))
 
 
 def _unless_full(case, end):
@@ -58,50 +61,64 @@ def _unless_full(case, end):
     return None if case.lengths == ("full",) else end
 
 
-def jax_nn(case: Case, implementation: Literal["xla", "cudnn"]):
-    """`jax.nn.dot_product_attention`. Its local window stands at the first rows of the cache, not at a sequence's end."""
-    _needs(case)
+def _seen(case, start, end, xp=jnp):
+    """Which keys each token sees, [B, 1, T, S], for those that take a mask; in the arrays of `xp`, JAX's or PyTorch's."""
+    place = {} if xp is jnp else {"device": end.device}
+    rows, back = xp.arange(case.seq_len, **place), xp.arange((case.num_tokens or 1) - 1, -1, -1, **place)
+    start, end = start[:, None], end[:, None] - back  # of each token
+    if case.sliding_window is not None:
+        start = xp.maximum(start, end - 1 - case.sliding_window[0])
+    return ((rows >= start[..., None]) & (rows < end[..., None]))[:, None]
 
-    def call(query, key, value, start, end, aux):
-        out = jax.nn.dot_product_attention(
-            query[:, None],
-            key,
-            value,
-            scale=case.softmax_scale,
-            key_value_seq_lengths=_unless_full(case, end),
-            implementation=implementation,
-        )
-        return out[:, 0]
+
+def _lengths_or_mask(case, start, end) -> dict[str, Any]:
+    """For `jax.nn` and those who follow it: their causality and their window stand at the first rows of the cache, not at the end
+    of a sequence, so several tokens take a mask."""
+    return {"mask": _seen(case, start, end)} if case.num_tokens else {"key_value_seq_lengths": _unless_full(case, end)}
+
+
+def _in_four_axes(call):
+    """`call` takes and gives [B, T, H, D]; what this gives does so with [B, H, D] too."""
+
+    @functools.wraps(call)
+    def either(query, **rest):
+        return call(query, **rest) if query.ndim == 4 else call(query[:, None], **rest)[:, 0]
+
+    return either
+
+
+def jax_nn(case: Case, implementation: Literal["xla", "cudnn"]):
+    """`jax.nn.dot_product_attention`."""
+    _needs(case, "tokens")
+
+    @_in_four_axes
+    def call(query, key, value, sequence_start, sequence_end):
+        seen = _lengths_or_mask(case, sequence_start, sequence_end)
+        return jax.nn.dot_product_attention(query, key, value, scale=case.softmax_scale, implementation=implementation, **seen)
 
     return call
 
 
 def jax_pallas(case: Case):
     """JAX's own example of decode attention in Pallas, for as long as it is there."""
-    _needs(case, start=True)
+    _needs(case, "start")
     from jax.experimental.pallas.ops.gpu.decode_attention import gqa
 
-    def call(query, key, value, start, end, aux):
-        start = start if case.lengths[0] == "ranges" else None
-        return gqa(query, key, value, start_idx=start, kv_seq_len=_unless_full(case, end), sm_scale=case.softmax_scale)
+    def call(query, key, value, sequence_start, sequence_end):
+        start = sequence_start if case.lengths[0] == "ranges" else None
+        return gqa(query, key, value, start_idx=start, kv_seq_len=_unless_full(case, sequence_end), sm_scale=case.softmax_scale)
 
     return call
 
 
 def tokamax(case: Case):
-    _needs(case, cap=True)
+    _needs(case, "cap", "tokens")
     from tokamax import dot_product_attention  # pyright: ignore[reportMissingImports]
 
-    def call(query, key, value, start, end, aux):
-        out = dot_product_attention(
-            query[:, None],
-            key,
-            value,
-            scale=case.softmax_scale,
-            key_value_seq_lengths=_unless_full(case, end),
-            logits_soft_cap=case.logits_soft_cap,
-        )
-        return out[:, 0]
+    @_in_four_axes
+    def call(query, key, value, sequence_start, sequence_end):
+        seen = _lengths_or_mask(case, sequence_start, sequence_end)
+        return dot_product_attention(query, key, value, scale=case.softmax_scale, logits_soft_cap=case.logits_soft_cap, **seen)
 
     return call
 
@@ -110,77 +127,66 @@ def ejkernel(case: Case, kind: str):
     """The project whose signature ours follows; its Pallas kernel, and its Triton kernel."""
     import importlib
 
+    _needs(case, "window", "cap", "sinks", "start")
     if kind == "triton" and case.seq_len > 4096:
         raise CannotExpress("it unrolls its loop over the cache: minutes to compile")
     module = {"pallas": "ejkernel.kernels._pallas.gpu", "triton": "ejkernel.kernels._triton"}[kind]
     function = importlib.import_module(f"{module}.ragged_decode_attention").ragged_decode_attention
 
-    def call(query, key, value, start, end, aux):
-        return function(
-            query,
-            key,
-            value,
-            start,
-            end,
-            softmax_scale=case.softmax_scale,
-            sliding_window=case.sliding_window,
-            logits_soft_cap=case.logits_soft_cap,
-            softmax_aux=aux,
-        )
+    def call(query, key, value, sequence_start, sequence_end, softmax_aux=None):
+        return function(query, key, value, sequence_start, sequence_end, softmax_aux=softmax_aux, **settings(case))
 
     return call
 
 
 def flash_attention_3(case: Case):
+    """Its causality stands at a sequence's end, as ours does. Of 8 bits it has caches with a query of 8 bits only."""
     from flash_attn3_jax import flash_mha_with_kvcache  # pyright: ignore[reportMissingImports]
 
-    _needs(case, window=True)
+    _needs(case, "window", "tokens")
     left = -1 if case.sliding_window is None else case.sliding_window[0]
     splits = max(1, min(16, 132 // (case.batch * case.num_kv_heads)))  # it leaves the choice to its callers; one a multiprocessor
 
-    def call(query, key, value, start, end, aux):
+    @_in_four_axes
+    def call(query, key, value, sequence_start, sequence_end):
         results = flash_mha_with_kvcache(
-            query[:, None],
+            query,
             key,
             value,
-            cache_seqlens=end,
+            cache_seqlens=sequence_end,
             softmax_scale=case.softmax_scale,
-            is_causal=left >= 0,
+            is_causal=left >= 0 or case.num_tokens is not None,
             window_size=(left, 0 if left >= 0 else -1),
             num_splits=splits,
         )
-        return (results[0] if isinstance(results, tuple | list) else results)[:, 0]
+        return results[0] if isinstance(results, tuple | list) else results
 
     return call
 
 
 def torch_sdpa(case: Case):
-    """PyTorch's attention on the same memory: as it is where all sequences are full, with a boolean mask where they are not."""
+    """PyTorch's attention on the same memory: as it is where one token sees all rows, with a boolean mask where it does not."""
     import torch  # pyright: ignore[reportMissingImports]
     from torch.nn.attention import sdpa_kernel, SDPBackend  # pyright: ignore[reportMissingImports]
 
     if not torch.cuda.is_available():
         raise CannotExpress("PyTorch sees no GPU")
-    _needs(case, window=True, start=True)
+    _needs(case, "window", "start", "tokens")
     # Not its plain products, which would copy the cache once a query head.
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     options = {"scale": case.softmax_scale, "enable_gqa": case.num_q_heads != case.num_kv_heads}
+    several = case.num_tokens is not None
+    masked = several or case.sliding_window is not None or case.lengths != ("full",)
 
-    def mask(start, end):
-        rows = torch.arange(case.seq_len, device=end.device)
-        return ((rows >= start[:, None]) & (rows < end[:, None]))[:, None, None]
+    def prepare(query, key, value, sequence_start, sequence_end):
+        query, key, value, start, end = map(torch.from_dlpack, (query, key, value, sequence_start, sequence_end))
+        query = query.transpose(1, 2) if several else query[:, :, None]
+        return query, key.transpose(1, 2), value.transpose(1, 2), _seen(case, start, end, torch) if masked else None
 
-    def prepare(query, key, value, start, end):
-        if case.sliding_window is not None:
-            start = jnp.maximum(start, end - 1 - case.sliding_window[0])
-        ragged = case.lengths != ("full",)
-        tensors = [torch.from_dlpack(x) for x in (query, key, value)]
-        q, k, v = tensors[0][:, :, None], tensors[1].transpose(1, 2), tensors[2].transpose(1, 2)
-        return q, k, v, mask(torch.from_dlpack(start), torch.from_dlpack(end)) if ragged else None
-
-    def call(q, k, v, attend):
+    def call(query, key, value, seen):
         with torch.no_grad(), sdpa_kernel(kernels):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attend, **options)[:, :, 0]
+            out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, **options)
+        return out.transpose(1, 2) if several else out[:, :, 0]
 
     return prepare, call
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import matplotlib as mpl
 
+from .tables import kind_of, seconds_of
+
 
 mpl.use("agg")  # needs no screen, and must be chosen first
 import matplotlib.pyplot as plt
@@ -12,19 +14,28 @@ import matplotlib.pyplot as plt
 
 OURS = "#00796b"
 ROWS_OF_PANEL = 8
+SHADES = (OURS, "#4db6ac", "#b2dfdb", "#26a69a", "#80cbc4")  # of ours
+DARK = ("#e65100", "#1565c0", "#6a1b9a", "#4e342e", "#33691e", "#ad1457")  # for lines
 THEIRS = ("#b0bec5", "#ffb74d", "#90caf9", "#ce93d8", "#bcaaa4", "#aed581", "#f48fb1")
 
 
 def draw(data: dict[str, Any], stem: pathlib.Path) -> list[pathlib.Path]:
     """PNG files whose names begin with `stem`."""
-    files = []
-    for direction in ("forward", "gradient"):
-        rows = [row for row in data["rows"] if row["direction"] == direction]
-        if rows:
-            files.append(_save(_fractions(rows, data["machine"], direction), stem, f"{direction}"))
-    if data.get("scaling"):
-        files.append(_save(_scaling(data["scaling"], data["machine"]), stem, "scaling"))
-    return files
+    machine, scaling = data["machine"], data.get("scaling")
+    scaling = scaling if scaling and scaling["live"] and scaling["size"] else None
+    of = lambda kind, direction="forward": [
+        row for row in data["rows"] if kind_of(row) == kind and row["direction"] == direction and seconds_of(row)
+    ]
+    varied = {kind: [row for row in of(kind) if row["beside_plain"]] for kind in ("tokens", "cache")}
+    pictures = {
+        "forward": (_fractions, of("plain"), machine, "forward"),
+        "gradient": (_fractions, of("plain", "gradient"), machine, "gradient"),
+        "tokens": (_tokens, varied["tokens"], machine),
+        "cache": (_cache, varied["cache"], of("plain"), machine),
+        "scaling": (_scaling, scaling, machine),
+        "summary": (_summary, scaling and of("plain"), scaling, machine),  # of whole runs
+    }
+    return [_save(make(what, *rest), stem, kind) for kind, (make, what, *rest) in pictures.items() if what]
 
 
 def _save(figure, stem, kind):
@@ -61,27 +72,102 @@ def _fractions(rows, machine, direction):
     return figure
 
 
+def _tokens(rows, machine):
+    """Time against rows of queries, tokens times heads of a group, relative to that of one token; a line for each row."""
+    figure, axes = plt.subplots(figsize=(6.5, 3.4))
+    for name, color in zip(dict.fromkeys(row["row"] for row in rows), (OURS, *DARK) * len(rows), strict=False):
+        mine = sorted((row for row in rows if row["row"] == name), key=lambda row: row["num_tokens"])
+        group = mine[0]["group"]
+        at = [group, *(group * row["num_tokens"] for row in mine)]
+        axes.plot(at, [1, *(row["beside_plain"] for row in mine)], "o-", color=color, linewidth=1, label=f"{name} (G {group})")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_ylim(0, 1.1 * max(row["beside_plain"] for row in rows))
+    axes.set_xlabel("rows of queries of a kv head, T * G; the first point is one token")
+    axes.set_ylabel("time, relative to one token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"several query tokens, {machine['device']}", fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def _cache(rows, plain, machine):
+    """Bars: time as a part of that of the same row in 16 bits, and a line at what the bytes would allow."""
+    moved = {row["row"]: row["moved_bytes"] for row in plain}
+    names = list(dict.fromkeys(row["row"] for row in rows))
+    kinds = list(dict.fromkeys(row["variant"] for row in rows))
+    figure, axes = plt.subplots(figsize=(9, 3.4))
+    width = 0.85 / len(kinds)
+    for i, (kind, color) in enumerate(zip(kinds, SHADES * len(kinds), strict=False)):
+        mine = [row for row in rows if row["variant"] == kind]
+        at = [names.index(row["row"]) + (i - (len(kinds) - 1) / 2) * width for row in mine]
+        bars = axes.bar(at, [row["beside_plain"] for row in mine], width * 0.92, label=kind, color=color)
+        axes.bar_label(bars, [f"{row['beside_plain']:.2f}" for row in mine], fontsize=7)
+        limits = [row["moved_bytes"] / moved[row["row"]] for row in mine]
+        axes.hlines(limits, [x - width / 2 for x in at], [x + width / 2 for x in at], color="black", linewidth=1.2)
+    axes.plot([], [], color="black", linewidth=1.2, label="what the bytes allow")
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"quantised caches, {machine['device']}: time, as a part of that with a cache of the query's dtype", fontsize=10
+    )
+    figure.legend(fontsize=8, frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 0.02))
+    figure.tight_layout()
+    return figure
+
+
+def _summary(rows, scaling, machine):
+    """For the first page: the fraction by row, beside the best of all others, and time against the cache's size."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=(3, 1), squeeze=True)
+    best = {
+        ours: [max((c.get("fraction", 0) for c in row["candidates"] if c["ours"] == ours), default=0) for row in rows]
+        for ours in (True, False)
+    }
+    others = dict.fromkeys(c["name"] for row in rows for c in row["candidates"] if not c["ours"] and "fraction" in c)
+    bars = left.bar([i - 0.2 for i in range(len(rows))], best[True], 0.4, color=OURS, label="ejk-ragged")
+    left.bar_label(bars, [f"{f:.2f}" for f in best[True]], fontsize=7)
+    if others:
+        at = [i + 0.2 for i in range(len(rows))]
+        left.bar(at, best[False], 0.4, color=THEIRS[0], label=f"the best of {', '.join(others)}")
+    left.set_xticks(range(len(rows)), [row["row"] for row in rows], rotation=35, ha="right", fontsize=8)
+    left.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    left.set_title(f"fraction of the read bandwidth, {machine['device']}", fontsize=9)
+    left.legend(fontsize=7, frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1, 1.02))
+    left.set_ylim(0, 1.3)
+    _against(right, scaling["size"], "seq_len", "rows of the cache")
+    right.set_xscale("log", base=4)
+    right.xaxis.set_major_formatter("{x:.0f}")
+    right.set_title("the same live tokens", fontsize=9)
+    left.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
 def _scaling(scaling, machine):
     """Time against live tokens, with a line through the origin, and against the cache's size."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    for axes, points, x, label in (
-        (left, scaling["live"], "live_tokens", "live tokens, the cache's size fixed"),
-        (right, scaling["size"], "seq_len", "rows of the cache, live tokens fixed"),
-    ):
-        at = [point[x] for point in points]
-        times = [point["seconds"] * 1e6 for point in points]
-        low = [max(0.0, t - point["time"]["p10"] * 1e6) for t, point in zip(times, points, strict=True)]
-        high = [max(0.0, point["time"]["p90"] * 1e6 - t) for t, point in zip(times, points, strict=True)]
-        axes.errorbar(at, times, [low, high], fmt="o", color=OURS, capsize=3)
-        axes.set_xlabel(label)
-        axes.set_ylabel("time (us)")
-        axes.set_ylim(0, 1.1 * max([t + h for t, h in zip(times, high, strict=True)], default=1))
-        axes.spines[["top", "right"]].set_visible(False)
-    if scaling["live"]:
-        last = scaling["live"][-1]
-        left.plot([0, last["live_tokens"]], [0, last["seconds"] * 1e6], color=OURS, linewidth=0.8, linestyle="--")
-        left.set_xlim(0, None)
+    _against(left, scaling["live"], "live_tokens", "live tokens, the cache's size fixed")
+    _against(right, scaling["size"], "seq_len", "rows of the cache, live tokens fixed")
+    last = scaling["live"][-1]
+    left.plot([0, last["live_tokens"]], [0, last["seconds"] * 1e6], color=OURS, linewidth=0.8, linestyle="--")
+    left.set_xlim(0, None)
     right.set_xscale("log", base=2)
     figure.suptitle(f"{scaling['problem']}, {machine['device']}", fontsize=10)
     figure.tight_layout()
     return figure
+
+
+def _against(axes, points, x, label):
+    """Times of `points` against their size `x`, with the 10th and the 90th percentile."""
+    times = [point["seconds"] * 1e6 for point in points]
+    low = [max(0.0, t - point["time"]["p10"] * 1e6) for t, point in zip(times, points, strict=True)]
+    high = [max(0.0, point["time"]["p90"] * 1e6 - t) for t, point in zip(times, points, strict=True)]
+    axes.errorbar([point[x] for point in points], times, [low, high], fmt="o", color=OURS, capsize=3)
+    axes.set_xlabel(label)
+    axes.set_ylabel("time (us)")
+    axes.set_ylim(0, 1.1 * max(t + h for t, h in zip(times, high, strict=True)))
+    axes.spines[["top", "right"]].set_visible(False)

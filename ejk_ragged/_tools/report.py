@@ -6,9 +6,7 @@ Each section is gathered as plain data, which `--json` prints, and shown as text
 import importlib.metadata
 import math
 import platform
-import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -21,20 +19,17 @@ from ejk_ragged import backends, explain, ragged_decode_attention
 from ejk_ragged._registry import platform_of
 from ejk_ragged.testing import Case, CHECKS, verify
 
+from .machine import default_platform
 from .rows import CPU_STEP, ROWS
+from .timing import wall_times
 
 
 PACKAGES = ("ejk-ragged", "jax", "jaxlib", "equinox", "jaxtyping", "numpy")
 
 
-def here() -> str:
-    """The platform on which arrays are computed unless told otherwise."""
-    return platform_of(jax.devices()[0])
-
-
 def realistic() -> Case:
     """The decode step that is explained and timed; a CPU's takes an accelerator less time than a launch does."""
-    return CPU_STEP if here() == "cpu" else next(row for row in ROWS if row.name == "llama-3-8b")
+    return CPU_STEP if default_platform() == "cpu" else next(row for row in ROWS if row.name == "llama-3-8b")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -72,7 +67,7 @@ def dispatch(case: Case) -> dict[str, Any]:
         }
         for name, choice in explanation.choices.items()
     }
-    return {"problem": str(explanation.problem), "here": here(), "platforms": choices}
+    return {"problem": str(explanation.problem), "here": default_platform(), "platforms": choices}
 
 
 def checks(cases: Sequence[Case] = CHECKS, progress=lambda text: None) -> list[dict[str, Any]]:
@@ -80,7 +75,9 @@ def checks(cases: Sequence[Case] = CHECKS, progress=lambda text: None) -> list[d
 
     Errors and tolerances are relative; an error of None is infinite or not a number.
     """
-    able = [info.name for info in backends() if info.broken is None and (info.platforms is None or here() in info.platforms)]
+    able = [
+        info.name for info in backends() if info.broken is None and (info.platforms is None or default_platform() in info.platforms)
+    ]
     results = []
     for name in able:
         for case in cases:
@@ -93,7 +90,7 @@ def checks(cases: Sequence[Case] = CHECKS, progress=lambda text: None) -> list[d
 def _check(backend, case) -> dict[str, Any]:
     arguments = case.draw(poison=True)
     try:
-        choice = explain(**arguments, backend=backend)[here()]
+        choice = explain(**arguments, backend=backend)[default_platform()]
     except ValueError as error:
         return {"ok": None, "refused": str(error)}
     if choice.forward is None:
@@ -114,7 +111,7 @@ def _check(backend, case) -> dict[str, Any]:
 
 
 def step(case: Case, runs: int = 7) -> dict[str, Any]:
-    """Seconds of one decode step, warm, beside `jax.nn.dot_product_attention` on the same arrays: medians of `runs`.
+    """Seconds of one decode step, warm, beside `jax.nn.dot_product_attention` on the same arrays: the least of `runs`.
 
     Bytes are those of the live K and V rows, which is what a step has to read.
     """
@@ -125,27 +122,22 @@ def step(case: Case, runs: int = 7) -> dict[str, Any]:
         return jax.nn.dot_product_attention(query[:, None], key, value, key_value_seq_lengths=sequence_end)[:, 0]
 
     calls = {
-        "ejk-ragged": lambda: ragged_decode_attention(**arguments),
-        "jax.nn.dot_product_attention": lambda: peer(**arguments),
+        "ejk-ragged": lambda run: ragged_decode_attention(**arguments),
+        "jax.nn.dot_product_attention": lambda run: peer(**arguments),
     }
-    seconds = {name: [] for name in calls}
-    for run in range(runs + 1):
-        for name, call in calls.items():  # in turn, so that a busy moment meets both
-            begin = time.perf_counter()
-            try:
-                jax.block_until_ready(call())
-            except Exception as error:  # of a backend, or that there is none
-                return {"error": f"{name}: {type(error).__name__}: {error}"}
-            if run > 0:
-                seconds[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    ours, theirs = medians.values()
+    for name, call in calls.items():
+        try:
+            jax.block_until_ready(call(0))
+        except Exception as error:  # of a backend, or that there is none
+            return {"error": f"{name}: {type(error).__name__}: {error}"}
+    seconds = {name: timing.seconds for name, timing in wall_times(calls, runs).items()}
+    ours, theirs = seconds.values()
     return {
         "problem": str(explain(**arguments).problem),
         "live_tokens": case.live_tokens(),
         "live_bytes": case.live_bytes(),
-        "seconds": medians,
-        "live_gb_per_s": {name: case.live_bytes() / median / 1e9 for name, median in medians.items()},
+        "seconds": seconds,
+        "live_gb_per_s": {name: case.live_bytes() / taken / 1e9 for name, taken in seconds.items()},
         "speedup": theirs / ours,
     }
 

@@ -1,9 +1,14 @@
-"""Realistic decode steps, of shapes that strain different things and of known models: what is explained, timed and tuned."""
+"""Realistic decode steps, of shapes that strain different things and of known models: what is explained, timed and tuned.
+
+Each can also be had with several query tokens a sequence, and with a quantised cache.
+"""
+
+import dataclasses
+from collections.abc import Sequence
 
 from ejk_ragged.testing import Case
 
 
-# Realistic decode steps.
 ROWS = (
     Case("full", 8, 32768, 32, 8, 128, "bfloat16"),
     Case("ragged", 64, 16384, 32, 8, 128, "bfloat16", ("uniform", 2048, 16384)),
@@ -34,3 +39,46 @@ CPU_ROWS = (
     Case("cpu-short-4096", 8, 4096, 32, 8, 128, "float32", ("uniform", 100, 700)),
     Case("cpu-short-32768", 8, 32768, 32, 8, 128, "float32", ("uniform", 100, 700)),
 )
+
+GROUPS = {"shapes": ROWS[:10], "models": ROWS[10:], "cpu": CPU_ROWS}
+# What is measured of a group only for some of its rows; a row that is named has all that is asked for.
+GRADIENT_ROWS = {"full", "ragged", "mha", "cap", "skew", "cpu-full"}
+SPLIT_ROWS = {"full", "one", "cpu-full"}
+TOKEN_ROWS = {"full", "ragged", "mha", "cpu-full"}
+
+SHORT = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
+SCALES = ("row", "sequence", "head", "number")  # as `Case.scales` has them
+
+
+def named(names: Sequence[str]) -> list[Case]:
+    """The rows of names and of groups of names.
+
+    Raises:
+        ValueError: a name that is neither.
+    """
+    known = {row.name: [row] for row in (*ROWS, *CPU_ROWS)} | GROUPS
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{', '.join(unknown)} not known; choose from {', '.join(known)}")
+    return list(dict.fromkeys(row for name in names for row in known[name]))
+
+
+def variants(case: Case, tokens: Sequence[int] = (), cache_dtypes: Sequence[str] = (), scales: str = "row") -> list[Case]:
+    """`case` itself first; then with several tokens, with a quantised cache, and with both."""
+    return [
+        dataclasses.replace(case, num_tokens=count, cache_dtype=held, scales=held and scales)
+        for held in (None, *dict.fromkeys(cache_dtypes))
+        for count in (None, *dict.fromkeys(tokens))
+    ]
+
+
+def variant(case: Case) -> str:
+    """What distinguishes it from the row of its name, in words; nothing of the row itself."""
+    words = [] if case.cache_dtype is None else [SHORT.get(case.cache_dtype, case.cache_dtype)]
+    words += [] if case.scales in (None, "row") else [f"scales by {case.scales}"]
+    words += [] if case.num_tokens is None else [f"T {case.num_tokens}"]
+    return ", ".join(words)
+
+
+def label(case: Case) -> str:
+    """Its name, and which variant it is."""
+    return " ".join(filter(None, (case.name, variant(case))))

@@ -1,4 +1,4 @@
-"""How long the device takes: kernel times from JAX's profiler on a GPU, wall time on a CPU, and beside them the bandwidth."""
+"""How long the device takes: kernel times from JAX's profiler on a GPU, wall time on a CPU, and others where these don't do."""
 
 import dataclasses
 import pathlib
@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -170,41 +169,3 @@ def graph_times(torch: Any, call: Callable[[int], Any], runs: int) -> Timing:
         end.synchronize()
         seconds.append(begin.elapsed_time(end) / 1e3)
     return Timing("graph", Spread.of(seconds))
-
-
-def read_bandwidth(platform: str, memory: int) -> float:
-    """Bytes per second of reading memory once, in order, on a device with `memory` bytes: the best of what was tried."""
-    size = _power_of_two(min(memory // 8, 4 << 30 if platform != "cpu" else 256 << 20))
-    rows = jax.random.bits(jax.random.key(0), (1 << 15, size >> 17), jnp.uint32)
-    largest = jax.jit(lambda x: jnp.max(x, axis=1))
-    if platform != "cpu":
-        return rows.nbytes / kernel_times(lambda run: largest(rows), 8).time.least
-    host = np.asarray(rows).view(np.int32)
-    ways = {"xla": lambda run: largest(rows), "numpy": lambda run: host.max()}
-    return rows.nbytes / min(timing.seconds for timing in wall_times(ways, 5).values())
-
-
-def copy_bandwidth(platform: str, memory: int) -> float:
-    """Bytes per second, read plus written, of copying memory once: the best of XLA's and, on a GPU, PyTorch's copy."""
-    size = _power_of_two(min(memory // 16, 2 << 30 if platform != "cpu" else 256 << 20))
-    source = jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(0), (size >> 2,), jnp.uint32), jnp.int32)
-    inverted = jax.jit(lambda x: ~x)  # a plain copy might not be a kernel
-    if platform == "cpu":
-        return 2 * size / wall_times({"xla": lambda run: inverted(source)}, 5)["xla"].seconds
-    best = kernel_times(lambda run: inverted(source), 8).time.least
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-
-        best = min(best, _torch_copy(torch, torch.from_dlpack(source)))
-    except Exception:  # not installed, or without this GPU, or no room: XLA's copy stands
-        pass
-    return 2 * size / best
-
-
-def _torch_copy(torch, source) -> float:
-    target = torch.empty_like(source)
-    return graph_times(torch, lambda run: target.copy_(source), 8).time.least
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n.bit_length() - 1)

@@ -12,10 +12,13 @@ from typing import Any
 import jax
 
 from ejk_ragged import _hints, explain, FwdParams
+from ejk_ragged._problem import QUANTISED_DTYPES
 from ejk_ragged._registry import registry
 from ejk_ragged.testing import Case
 
-from .bench import decode_step, draw_cold, findings, fit, Machine, reason, Sample
+from .bench import decode_step, findings, reason
+from .inputs import draw_cold, fit, Sample
+from .machine import Machine
 from .timing import kernel_times, wall_times
 
 
@@ -23,19 +26,33 @@ AT_ONCE = 8  # candidates that are compiled together
 GAIN = 0.98  # of the default's time; whatever is slower than this is no gain but noise
 
 
+PROBLEM = "B,S,Hq:Hkv,D,DTYPE[,CACHE][,T4][,cap]"
+_PATTERN = re.compile(
+    rf"(\d+),(\d+),(\d+):(\d+),(\d+),(float32|bfloat16|float16)(?:,({'|'.join(QUANTISED_DTYPES)}))?(?:,T([1-9]\d*))?(?:,(cap))?"
+)
+
+
 def parse(text: str) -> Case:
-    """A problem as it is written on a command line: "B,S,Hq:Hkv,D,dtype" and perhaps ",cap".
+    """A problem as it is written on a command line: sizes and dtype, and perhaps the dtype of a quantised cache, the number of
+    query tokens, and that there is a soft cap.
 
     Raises:
         ValueError: it is not written so.
     """
-    match = re.fullmatch(r"(\d+),(\d+),(\d+):(\d+),(\d+),(float32|bfloat16|float16)(?:,cap)?", text.replace(" ", ""))
+    match = _PATTERN.fullmatch(text.replace(" ", ""))
     if match is None:
-        raise ValueError(f"a problem is written B,S,Hq:Hkv,D,dtype or B,S,Hq:Hkv,D,dtype,cap, not {text!r}")
-    *sizes, dtype = match.groups()
+        raise ValueError(f"a problem is written {PROBLEM}, as in 64,16384,32:8,128,bfloat16,int8,T4,cap; got {text!r}")
+    *sizes, dtype, cache_dtype, tokens, cap = match.groups()
     batch, seq_len, heads, kv_heads, dim = map(int, sizes)
-    lengths = ("uniform", max(seq_len // 8, 1), seq_len)
-    return Case(text, batch, seq_len, heads, kv_heads, dim, dtype, lengths, logits_soft_cap=50.0 if "cap" in text else None)
+    return Case(
+        text,
+        *(batch, seq_len, heads, kv_heads, dim, dtype),
+        lengths=("uniform", max(seq_len // 8, 1), seq_len),
+        logits_soft_cap=50.0 if cap else None,
+        num_tokens=int(tokens) if tokens else None,
+        cache_dtype=cache_dtype,
+        scales="row" if cache_dtype else None,
+    )
 
 
 def tune(
@@ -82,9 +99,7 @@ def tune(
 
 def _problem(case, inputs, machine, backend):
     """The problem as a call has it, and who does it."""
-    query, key, value, *_ = inputs.arguments()
-    features = {"softmax_scale": case.softmax_scale, "logits_soft_cap": case.logits_soft_cap}
-    problem = explain(query, key, value, **features, backend=backend).problem
+    problem = decode_step(case, backend, function=explain)(**inputs.arguments()).problem
     return problem, registry.select(machine.platform, problem, backend)
 
 
@@ -94,7 +109,7 @@ def _try(case, backend, inputs, sample, machine, batch, runs) -> list[dict[str, 
     lowered, calls = {}, {}
     for hints in batch:
         with findings(found, hints):  # hints that a compiler cannot take are no reason to stop
-            lowered[hints] = jax.jit(decode_step(case, backend, hints)).lower(*inputs.arguments())
+            lowered[hints] = jax.jit(decode_step(case, backend, hints)).lower(**inputs.arguments())
     with ThreadPoolExecutor(AT_ONCE) as threads:
         compiling = {hints: threads.submit(one.compile) for hints, one in lowered.items()}
     for hints, future in compiling.items():
@@ -110,7 +125,7 @@ def _try(case, backend, inputs, sample, machine, batch, runs) -> list[dict[str, 
 
 
 def _call(program, inputs, run):
-    return program(*inputs.arguments(run))
+    return program(**inputs.arguments(run))
 
 
 def as_dict(hints: FwdParams) -> dict[str, int]:

@@ -5,6 +5,7 @@ Tests, the report of `python -m ejk_ragged` and the benchmarks share them.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +115,7 @@ class Case:
     def _query_lengths(self):
         return None if self.query_lengths is None else self._in_turn(self.query_lengths)
 
-    def _scale(self, rng):
+    def _scale(self, rng) -> Any:
         """Such that an int8 cache, drawn with steps of a 32nd, stands for values of about 1."""
         shapes = {
             "head": (self.num_kv_heads,),

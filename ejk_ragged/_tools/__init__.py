@@ -1,0 +1,1 @@
+"""What the command line does: the report, the benchmark, the tuner. Nothing else imports it."""

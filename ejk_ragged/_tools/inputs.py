@@ -1,0 +1,202 @@
+"""The arrays of a row, drawn afresh for every run, and a sample of them for which the oracle says what is right."""
+
+import dataclasses
+import functools
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ejk_ragged import quantize
+from ejk_ragged.testing import Case, oracle, oracle_gradients, relative_error, tolerance
+
+from .machine import Machine
+
+
+COLD_BYTES = 400e6  # read between two uses of the same copy of a cache, several times what the caches of a GPU hold
+MOST_COPIES = 24
+# Peers may round where our contract says not to, but not answer another question.
+PEER_TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2, "float64": 1e-9}
+
+CACHE = ("key", "value", "key_scale", "value_scale")
+
+
+class TooLarge(ValueError):
+    """A row does not fit into memory."""
+
+
+def fit(case: Case, memory: int, copies: int) -> Case:
+    """`case` with as many of its sequences as leave room for `copies` of the cache in 0.6 of `memory`.
+
+    Raises:
+        TooLarge: not even one sequence fits.
+    """
+    room = 0.6 * memory // copies
+    batch = min(case.batch, int(room // (cache_bytes(case) // case.batch)))
+    if batch < 1:
+        raise TooLarge(f"one sequence needs {cache_bytes(case) // case.batch * copies / 1e9:.1f} GB")
+    return dataclasses.replace(case, batch=batch)
+
+
+def cache_bytes(case: Case) -> int:
+    """Of K and V, and of a scale for each of their rows."""
+    row = case.head_dim * jnp.dtype(case.cache_dtype or case.dtype).itemsize + 4 * (case.scales == "row")
+    return 2 * case.batch * case.seq_len * case.num_kv_heads * row
+
+
+def settings(case: Case) -> dict[str, Any]:
+    """The arguments of a call for `case` that are no arrays."""
+    return {name: getattr(case, name) for name in ("softmax_scale", "sliding_window", "logits_soft_cap")}
+
+
+def differentiated(case: Case) -> tuple[str, ...]:
+    """What gradients are taken with respect to: a quantised cache has none."""
+    return ("query",) if case.cache_dtype else ("query", "key", "value")
+
+
+def letters_of(name: str, x, case: Case) -> str:
+    """The axes of an argument: b sequence, t token, q query head, h kv head, s row of the cache, d head dimension, n sink."""
+    match name:
+        case "query":
+            return "bqd" if np.ndim(x) == 3 else "btqd"
+        case "key" | "value":
+            return "bshd"
+        case "key_scale" | "value_scale":
+            return ("", "h", "bh", "bhs")[np.ndim(x)]
+        case "softmax_aux":
+            return "n" if np.ndim(x) == 1 else "qn" if case.sinks and case.sinks[0] == "query" else "hn"
+    return "b"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Arrays of one row, by the names of a call's arguments.
+
+    Attributes:
+        rest: all but the cache; `sequence_start` and `sequence_end` also where they say nothing.
+        caches: copies of the cache with values of their own, to be used in turn.
+        d_out: a cotangent of the output.
+    """
+
+    rest: Mapping[str, jax.Array]
+    caches: Sequence[Mapping[str, jax.Array]]
+    d_out: jax.Array
+
+    def arguments(self, run: int = 0) -> dict[str, jax.Array]:
+        return {**self.rest, **self.caches[run % len(self.caches)]}
+
+
+def draw(case: Case, seed: int, copies: int, on_device: bool) -> Inputs:
+    """Everything but the caches as the case draws it; those, being large, are drawn where they are used."""
+    start, end = case.ranges(seed)
+    bounds = {
+        "sequence_start": np.zeros(case.batch, np.int32) if start is None else start,
+        "sequence_end": np.full(case.batch, case.seq_len, np.int32) if end is None else end,
+    }
+    small = dataclasses.replace(case, seq_len=1, lengths=("full",), cache_dtype=None, scales=None).draw(seed)
+    rest = {name: small[name] for name in ("query", "softmax_aux", "query_lengths") if name in small} | bounds
+    *keys, last = jax.random.split(jax.random.key(seed), copies + 1)
+    if on_device:
+        caches = [_cache(case, key) for key in keys]
+    else:  # NumPy is faster there
+        drawn = [case.draw(seed + i) for i in range(copies)]
+        caches = [{name: jnp.asarray(one[name]) for name in CACHE if name in one} for one in drawn]
+    d_out = jax.random.normal(last, small["query"].shape, jnp.dtype(case.dtype))
+    return Inputs({name: jnp.asarray(x) for name, x in rest.items()}, caches, d_out)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cache(case: Case, key) -> dict[str, jax.Array]:
+    """Normal values, quantised row by row if the cache is; scales of fewer axes are the means of those, for any will do."""
+    shape = (case.batch, case.seq_len, case.num_kv_heads, case.head_dim)
+    means = {"row": (), "sequence": 2, "head": (0, 2), "number": (0, 1, 2)}
+    cache = {}
+    for name, one in zip(("key", "value"), jax.random.split(key), strict=True):
+        cache[name] = jax.random.normal(one, shape, jnp.dtype(case.dtype))
+        if case.cache_dtype:
+            cache[name], scale = quantize(cache[name], case.cache_dtype)
+            if case.scales:
+                cache[f"{name}_scale"] = scale.mean(means[case.scales])
+    return cache
+
+
+def draw_cold(case: Case, seed: int, machine: Machine, runs: int, per_copy: int = 1) -> Inputs:
+    """With as many copies of the cache as it takes, and as fit, so that none comes from a GPU's own caches.
+
+    `per_copy` is how many times the cache's size each copy needs.
+    """
+    wanted = max(2, min(math.ceil(COLD_BYTES / max(case.live_bytes(seed), 1)), runs, MOST_COPIES)) if machine.counts_kernels else 1
+    gc.collect()  # what the row before has left behind takes memory
+    copies = max(1, min(wanted, int(0.6 * machine.memory // (per_copy * cache_bytes(case)))))
+    return draw(case, seed, copies, machine.platform != "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+class Wrong(Exception):
+    """A result differs from the oracle's."""
+
+
+class Sample:
+    """A few sequences and heads of a row, and what the oracle says of them: whole rows would take it minutes."""
+
+    def __init__(self, case: Case, inputs: Inputs, gradients: bool):
+        self.case, self.gradients = case, gradients
+        arguments = inputs.arguments()
+        lengths = np.asarray(arguments["sequence_end"]) - np.asarray(arguments["sequence_start"])
+        self.batch = np.unique([np.argmax(lengths), np.argmin(lengths)])
+        last = case.num_kv_heads - 1
+        self.kv_heads = np.unique([last if case.num_tokens else 0, last])  # the oracle takes its time for every token
+        group = case.num_q_heads // case.num_kv_heads
+        self.heads = np.concatenate([np.arange(h * group, (h + 1) * group) for h in self.kv_heads])
+        sampled = {name: self.of(name, x) for name, x in arguments.items()} | settings(case)
+        if gradients:
+            d_out = self.of("query", inputs.d_out)
+            want = oracle_gradients(**sampled, d_out=d_out, d_lse=np.zeros(d_out.shape[:-1]))
+            self.want = {f"d_{name}": (getattr(want, name), want.size[name]) for name in differentiated(case)}
+        else:
+            self.want = {"out": (oracle(**sampled)[0], 0.0)}
+
+    def of(self, name: str, x) -> np.ndarray:
+        """The sample's part of an argument, or of a result that is shaped like the argument `name`."""
+        letters = letters_of(name, x, self.case)
+        part = {"q": self.heads, "h": self.kv_heads}
+        index = tuple(part.get(letter, slice(None)) for letter in letters.lstrip("b"))
+        if not letters.startswith("b"):
+            return np.asarray(x[index])
+        return np.stack([np.asarray(x[b][index]) for b in self.batch])
+
+    def verify(self, call: Callable[[int], Any]):
+        """Raises `Wrong` unless a forward call of ours is right."""
+        verdict = self.compare({"out": call(0)}, strict=True)
+        if not verdict["ok"]:
+            raise Wrong(differs(verdict))
+
+    def compare(self, results: Mapping[str, Any], strict: bool) -> dict[str, Any]:
+        """The largest relative error of the results, what is tolerated, and whether that was kept."""
+        worst, dtype = {"error": -1.0, "tolerance": 0.0, "ok": True}, self.case.dtype
+        for name, (want, size) in self.want.items():
+            got = self.of("query" if name == "out" else name.removeprefix("d_"), results[name])
+            error = relative_error(got, want, size)
+            allowed = tolerance(dtype, want.size, self.gradients) if strict else PEER_TOLERANCES[dtype]
+            if not error <= allowed or error > worst["error"]:
+                finite = error if math.isfinite(error) else None
+                worst = {"error": finite, "tolerance": allowed, "ok": error <= allowed, "what": name}
+            if not worst["ok"]:
+                break
+        return worst
+
+
+def differs(verdict: Mapping[str, Any]) -> str:
+    error = "is not finite" if verdict["error"] is None else f"{verdict['error']:.1e}"
+    return f"differs from the oracle: {verdict['what']} {error}, {verdict['tolerance']:.1e} allowed"

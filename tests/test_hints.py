@@ -1,0 +1,295 @@
+"""Tuned hints: how they are kept and picked up, and what happens when what was kept is of no use."""
+
+import concurrent.futures
+import contextvars
+import dataclasses
+import json
+import os
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import platformdirs
+import pytest
+
+from ejk_ragged import _hints, explain, FwdParams, Problem, ragged_decode_attention, Target, tuned_hints
+from ejk_ragged.__main__ import main
+from ejk_ragged._registry import platform_of, registry
+from ejk_ragged._tools import tune as _tune
+from ejk_ragged.testing import TextbookBackend
+
+
+DEVICE = jax.local_devices(backend="cpu")[0]
+TARGET = Target(platform_of(DEVICE), DEVICE)
+PROBLEM = Problem(
+    batch=3,
+    num_tokens=1,
+    seq_len=48,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    dtype=np.dtype("float32"),
+    cache_dtype=np.dtype("float32"),
+    softmax_scale=0.125,
+)
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu():
+    """Also where there is a GPU: what is tuned here pretends to be a machine without one."""
+    with jax.default_device(DEVICE):
+        yield
+
+
+class Notes(TextbookBackend):
+    """Writes down the hints that it is traced with; some of them it refuses."""
+
+    name = "notes"
+    traced: tuple = ()
+
+    def fwd_params(self, problem, target):
+        if problem.fwd_params.num_warps == 3:
+            raise ValueError("FwdParams.num_warps must not be 3")
+        return problem.fwd_params.over(FwdParams(num_warps=1))
+
+    def forward(self, problem, target, queries, cache):
+        self.traced += (problem.fwd_params.num_warps,)
+        return super().forward(problem, target, queries, cache)
+
+
+@pytest.fixture
+def backend():
+    return Notes()
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "tuned.json"
+
+
+def arguments(**options):
+    query = jnp.ones((3, 4, 64))
+    cache = jnp.ones((3, 48, 2, 64))
+    return {"query": query, "key": cache, "value": cache, **options}
+
+
+def save(file, backend, problem=PROBLEM, **hints):
+    _hints.save(file, {_hints.key_of(backend, problem, TARGET): {"fwd_params": hints}})
+
+
+def chosen(**options):
+    return explain(**arguments(**options))[TARGET.platform]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Picking up
+
+
+def test_calls_pick_up(backend, file):
+    save(file, backend, num_warps=8)
+    ragged_decode_attention(**arguments(backend=backend))
+    with tuned_hints(file):
+        ragged_decode_attention(**arguments(backend=backend))
+        ragged_decode_attention(**arguments(backend=backend))
+        assert backend.traced == (1, 8)  # compiled for what the file says, and once
+        save(file, backend, num_warps=16)
+        jax.jit(lambda arrays: ragged_decode_attention(**arrays, backend=backend))(arguments())
+        with tuned_hints(None):
+            ragged_decode_attention(**arguments(backend=backend))
+    assert backend.traced == (1, 8, 16)
+
+
+def test_explain_says_where_hints_come_from(backend, file):
+    save(file, backend, num_warps=8)
+    assert chosen(backend=backend).hints_from == "default"
+    with tuned_hints(file):
+        tuned = explain(**arguments(backend=backend))
+        assert tuned[TARGET.platform].hints_from == "tuned"
+        assert tuned[TARGET.platform].fwd_params == FwdParams(num_warps=8)
+        assert "notes; tuned hints: num_warps 8" in str(tuned)
+        given = explain(**arguments(backend=backend, fwd_params=FwdParams(num_warps=2)))
+        assert given[TARGET.platform].hints_from == "given"
+        assert "given hints: num_warps 2" in str(given)
+        assert chosen(backend=backend, fwd_params=FwdParams()).hints_from == "tuned"
+
+
+def test_splits_that_are_given_stand_alone(backend, file):
+    """What a sequence gives with `num_key_splits` must not depend on the batch, so nothing that depends on it joins in."""
+    save(file, backend, num_warps=8)
+    with tuned_hints(file):
+        choice = chosen(backend=backend, fwd_params=FwdParams(num_key_splits=3))
+    assert choice.fwd_params == FwdParams(num_key_splits=3, num_warps=1)
+
+
+def test_gradients_keep_the_defaults(backend, file):
+    save(file, backend, num_warps=8)
+    with tuned_hints(file):
+        chosen = [registry.select(TARGET.platform, PROBLEM, backend, way, _hints.current()) for way in ("forward", "backward")]
+    assert [selection.problem.fwd_params for selection in chosen] == [FwdParams(num_warps=8), FwdParams(num_warps=1)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch": 5},
+        {"num_tokens": 2},
+        {"seq_len": 65},
+        {"num_q_heads": 8},
+        {"num_kv_heads": 4},
+        {"head_dim": 32},
+        {"dtype": np.dtype("float16")},
+        {"cache_dtype": np.dtype("int8")},
+        {"cache_dtype": np.dtype(jnp.float8_e4m3fn)},
+        {"logits_soft_cap": 3.0},
+    ],
+    ids=str,
+)
+def test_other_classes(backend, change):
+    other = dataclasses.replace(PROBLEM, **change)
+    assert _hints.key_of(backend, other, TARGET) != _hints.key_of(backend, PROBLEM, TARGET)
+
+
+def test_one_class(backend):
+    """Sizes up to the next power of two, and whatever the scale and the cap are."""
+    same = dataclasses.replace(PROBLEM, batch=4, seq_len=33, softmax_scale=1.0)
+    assert _hints.key_of(backend, same, TARGET) == _hints.key_of(backend, PROBLEM, TARGET)
+    caps = [dataclasses.replace(PROBLEM, logits_soft_cap=cap) for cap in (3.0, 4.0)]
+    assert _hints.key_of(backend, caps[0], TARGET) == _hints.key_of(backend, caps[1], TARGET)
+
+
+def test_no_class(backend):
+    assert _hints.key_of(backend, PROBLEM, Target("cuda")) is None  # lowered for a device that is not here
+    (symbolic,) = jax.export.symbolic_shape("b")
+    assert _hints.key_of(backend, dataclasses.replace(PROBLEM, batch=symbolic), TARGET) is None
+
+
+def test_another_version(backend, file, monkeypatch):
+    save(file, backend, num_warps=8)
+    monkeypatch.setattr(Notes, "version", "another")
+    with tuned_hints(file):
+        assert chosen(backend=backend).hints_from == "default"
+
+
+def test_the_users_own_file(backend, tmp_path, monkeypatch):
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name, appauthor: tmp_path / name)  # on any system
+    _hints.default_file.cache_clear()
+
+    def outside():  # of what the tests' own fixture gives
+        before = chosen(backend=backend).hints_from
+        save(_hints.default_file(), backend, num_warps=8)
+        return before, chosen(backend=backend).hints_from
+
+    try:
+        assert _hints.default_file() == tmp_path / "ejk-ragged" / "tuned.json"
+        assert contextvars.Context().run(outside) == ("default", "tuned")
+    finally:
+        _hints.default_file.cache_clear()
+
+
+def test_without_platformdirs(backend, monkeypatch):
+    """Calls go on with defaults; nothing can have been tuned there."""
+    _hints.default_file.cache_clear()
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    try:
+        assert contextvars.Context().run(lambda: chosen(backend=backend).hints_from) == "default"
+        with pytest.raises(SystemExit):
+            main(["tune", "--problem", "3,48,4:2,64,float32"])
+    finally:
+        _hints.default_file.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Of no use
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '"text"',
+        "{}",
+        '{"format": 1, "entries": {}}',
+        '{"format": 2, "entries": []}',
+        '{"format": 2, "entries": {"a": {}}}',
+        '{"format": 2, "entries": {"a": {"fwd_params": {"num_warps": -1}}}}',
+        '{"format": 2, "entries": {"a": {"fwd_params": {"num_warps": "4"}}}}',
+        '{"format": 2, "entries": {"a": {"fwd_params": {"num_wraps": 4}}}}',
+        b"\xff\xfe\x00",
+    ],
+)
+def test_damaged(backend, file, text):
+    """One warning, and then as if there were no file; saving repairs it."""
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with tuned_hints(file):
+        with pytest.warns(RuntimeWarning, match=r"tuned hints in .*tuned.json are ignored: "):
+            out = ragged_decode_attention(**arguments(backend=backend))
+        assert chosen(backend=backend).hints_from == "default"
+        save(file, backend, num_warps=8)
+        assert chosen(backend=backend).hints_from == "tuned"
+    np.testing.assert_allclose(out, 1, rtol=1e-6)
+
+
+def test_stale(backend, file):
+    """Hints that the backend refuses by now: one warning, and its defaults."""
+    save(file, backend, num_warps=3)
+    with tuned_hints(file):
+        with pytest.warns(RuntimeWarning, match="Tuned hints are ignored: FwdParams.num_warps must not be 3"):
+            ragged_decode_attention(**arguments(backend=backend))
+        assert chosen(backend=backend).fwd_params == FwdParams(num_warps=1)
+    registry._warned.clear()
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file of tuned hints at .*none.json"), tuned_hints(tmp_path / "none.json"):
+        pass
+
+
+def test_file_that_goes_away(backend, file):
+    save(file, backend, num_warps=8)
+    with tuned_hints(file):
+        assert chosen(backend=backend).hints_from == "tuned"
+        file.unlink()
+        assert chosen(backend=backend).hints_from == "default"
+
+
+def test_saving_at_once(file, backend):
+    keys = [f"{worker} {i}" for worker in range(4) for i in range(10)]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(_hints.save, file, {key: {"fwd_params": {"num_warps": 2}}}) for key in keys]:
+            done.result()
+    assert sorted(json.loads(file.read_text())["entries"]) == sorted(keys)
+    assert [left.name for left in file.parent.iterdir()] == [file.name]
+
+
+def test_lock_of_the_dead(file, backend):
+    lock = file.with_suffix(".lock")
+    lock.touch()
+    old = time.time() - 2 * _hints.LOCK_SECONDS
+    os.utime(lock, (old, old))
+    save(file, backend, num_warps=2)
+    assert file.exists()
+    assert not lock.exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file(file, backend):
+    save(file, backend, num_warps=2)
+    before = file.read_bytes()
+    with pytest.raises(TypeError):
+        _hints.save(file, {"a": {"fwd_params": object()}})
+    assert file.read_bytes() == before
+    assert [left.name for left in file.parent.iterdir()] == [file.name]
+
+
+def test_calls_do_not_tune(backend, file, monkeypatch):
+    for name in ("tune", "run"):
+        monkeypatch.setattr(_tune, name, None)
+    save(file, backend, dataclasses.replace(PROBLEM, batch=64), num_warps=8)
+    before = file.read_bytes()
+    with tuned_hints(file):
+        ragged_decode_attention(**arguments(backend=backend))
+    assert backend.traced == (1,)
+    assert file.read_bytes() == before
