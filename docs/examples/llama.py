@@ -131,11 +131,13 @@ def extend(model, cache, tokens, lengths, new, attention=ours):
         query, key, value = block.heads(x, positions)
         rows = jnp.where(token < new[:, None], first + positions, cache.key.shape[1])  # padding is dropped
         cache = cache.put(rows, key, value)
-        attended = attention(query, cache, jnp.full_like(lengths, first), first + lengths + new, new)
+        start = None if isinstance(first, int) else jnp.full_like(lengths, first)
+        attended = attention(query, cache, start, first + lengths + new, new)
         return block.finish(x, attended), cache
 
     x = model.embedding[tokens]
     if isinstance(cache, list):
+        cache = list(cache)
         for i, block in enumerate(model.blocks):
             x, cache[i % len(cache)] = layer(x, block, cache[i % len(cache)], 0)
         return x, cache

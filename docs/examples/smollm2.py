@@ -267,11 +267,7 @@ def parse(argv):
     option("--chat", action="store_true", help="a prompt is what a user says, and the answer ends where the model ends it")
     option("--cache", choices=CACHES, default="float32", help="what the cache holds [%(default)s]")
     option("--draft", type=int, default=0, metavar="N", help="verify up to N drafted tokens a step [%(default)s]")
-    option(
-        "--unroll",
-        action="store_true",
-        help="compile layer by layer: it takes longer, and where a scan copies weights steps do not",
-    )
+    option("--unroll", action="store_true", help="compile layer by layer: for longer, but steps copy no weights on a CPU")
     option("--check", action="store_true", help="compare with transformers' tokens and full attention; exit with 1 if wrong")
     option("--compare", action="store_true", help="time steps beside the same with jax.nn's attention")
     option("--random", choices=RANDOM, help="time steps of a model of this size with random weights, in bfloat16; no download")
@@ -313,7 +309,7 @@ def main(argv=None) -> int:
                 failed |= not ok
             say("FAILED" if failed else "OK")
             show_json({"ok": not failed} | found)
-            return failed
+            return int(failed)
         prompts = [tokenizer.encode(prompt, options.chat) for prompt in options.prompts]
         settings = options.tokens, options.cache, tokenizer.end if options.chat else None
 

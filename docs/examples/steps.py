@@ -25,7 +25,7 @@ SECONDS = 0.2  # for which each way runs at its turn, about
 
 
 def jax_nn(query, cache, start, end, new, implementation):
-    """In its place, for a cache of one layer: `start` is 0. `jax.nn`'s causal mask begins at the first row, so we pass our own."""
+    """In its place, for a cache of one layer: `start` is None. `jax.nn`'s causal mask begins at row 0, so it is given one."""
     del start
     tokens, rows = query.shape[1], cache.key.shape[1]
     lengths, mask = end, None
