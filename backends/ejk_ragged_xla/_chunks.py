@@ -1,5 +1,6 @@
 """How the cache is walked: the live range of each sequence, chunk by chunk, in the order that suits the platform."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -87,6 +88,9 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
     seq_len = problem.seq_len
     rows = min_dim(problem.fwd_params.block_size_keys, seq_len)  # sizes may be symbolic
     zero = jnp.int32(0)  # all of one type, under jax_enable_x64 too
+    if problem.num_kv_heads == 1:
+        # XLA's CPU compiler may think an axis of one elsewhere, where the cache is another array reshaped: it copies to move that.
+        cache = dataclasses.replace(cache, key=cache.key[:, :, 0], value=cache.value[:, :, 0])
 
     def count(start, end, rows):
         return jnp.maximum(end - start + rows - 1, 0) // rows
@@ -95,7 +99,10 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
         return b, row, jnp.int32(heads.start), zero
 
     def load(rows_of, b, row, rows, heads):
-        chunk = lax.dynamic_slice(rows_of, place(b, row, heads), (1, rows, len(heads), problem.head_dim))[0]
+        if rows_of.ndim == 3:
+            chunk = lax.dynamic_slice(rows_of, (b, row, zero), (1, rows, problem.head_dim))[0][:, None]
+        else:
+            chunk = lax.dynamic_slice(rows_of, place(b, row, heads), (1, rows, len(heads), problem.head_dim))[0]
         return _operand(problem, target, chunk).transpose(1, 0, 2)
 
     def load_scale(scale, b, row, rows, heads, seen):

@@ -11,7 +11,8 @@ What to look at, in the order of the file:
 
 - `Block` owns one `RaggedDecodeAttention`: eight query heads share two key/value heads, every second block looks back over a short
   window only, and each query head has a sink that it learns.
-- `full_attention` is the same attention over whole sequences, in plain JAX. Training uses it, with the module's window and sinks.
+- `full_attention`, in `transformer.py` beside this file, is the same attention over whole sequences, in plain JAX. Training uses
+  it, with the module's window and sinks.
 - `write_cached` is the decode loop: a `lax.scan` under `jit` that owns (donates) its cache. The cache begins as NaN: rows outside
   a sequence's own range are never used, so nothing has to clear them.
 - `write_recomputed` writes the same bytes the slow way, with full attention over everything at every step.
@@ -31,6 +32,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from transformer import full_attention, rms_norm, rotate
 
 from ejk_ragged import RaggedDecodeAttention
 
@@ -60,38 +62,6 @@ class Config:
     kv_heads: int = 2
     head_dim: int = 16
     window: int = 32  # keys that every second block sees
-
-
-def rms_norm(x):
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-
-
-def rotate(x, positions):
-    """Rotary position embedding of heads x [..., H, D], whose tokens stand at integer positions [...]."""
-    half = x.shape[-1] // 2
-    frequencies = 1e4 ** -jnp.linspace(0, 1, half, endpoint=False, dtype=jnp.float32)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def full_attention(query, key, value, sinks, sliding_window):
-    """Causal attention over whole sequences: query [B, T, Hq, D], key and value [B, T, Hkv, D], sinks [Hq, 1].
-
-    Token i is the query of a decode step whose `sequence_end` is i + 1, with the same sinks and the same window.
-    """
-    batch, tokens, kv_heads, head_dim = key.shape
-    query = query.reshape(batch, tokens, kv_heads, -1, head_dim)  # query head h reads kv head h // (Hq / Hkv)
-    logits = jnp.einsum("bihgd,bjhd->bhgij", query, key) * head_dim**-0.5
-    distance = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
-    visible = distance >= 0
-    if sliding_window is not None:
-        visible &= distance <= sliding_window[0]
-    logits = jnp.where(visible, logits, -jnp.inf)
-    sinks = jnp.broadcast_to(sinks.reshape(kv_heads, -1, 1, 1), (*logits.shape[:-1], 1))
-    weights = jax.nn.softmax(jnp.concatenate([logits, sinks], axis=-1))[..., :-1]  # a sink is a key without a value
-    return jnp.einsum("bhgij,bjhd->bihgd", weights, value).reshape(batch, tokens, -1)
 
 
 class Block(eqx.Module):

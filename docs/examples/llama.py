@@ -1,0 +1,189 @@
+"""A model of Llama's kind in Equinox that decodes with `ragged_decode_attention`; `smollm2.py` writes with it.
+
+- `Cache` takes new rows at each sequence's own end, and quantises them on the way in where it is an 8-bit one.
+- `extend` is prefill, decode step and verification of drafts in one: T tokens a sequence, of which each has a number of its own.
+  Layers are a `lax.scan`. A cache for all layers has their rows one after another, and a layer is a start and an end: nothing is
+  sliced out of it.
+- `whole` is the same model over whole sequences, in plain JAX and without a cache, to hold it against.
+
+Letters of shapes: B sequences, T tokens, R rows of a cache, Hq query heads, Hkv key/value heads, D head dimension.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from transformer import full_attention, rms_norm, rotate
+
+from ejk_ragged import quantize, ragged_decode_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of a model of Llama's kind."""
+
+    layers: int
+    width: int
+    hidden: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    rope_base: float = 1e4
+    epsilon: float = 1e-5
+
+
+class Block(eqx.Module):
+    """Attention, then a multilayer perceptron; both read a normalised residual stream and add to it."""
+
+    before_attention: jax.Array  # [width]
+    to_heads: jax.Array  # [width, (Hq + 2 Hkv) * D]
+    from_heads: jax.Array  # [Hq * D, width]
+    before_mlp: jax.Array  # [width]
+    up: jax.Array  # [width, 2 * hidden], gates first
+    down: jax.Array  # [hidden, width]
+    config: Config = eqx.field(static=True)
+
+    def heads(self, x, positions):
+        """Query [B, T, Hq, D], key and value [B, T, Hkv, D] of the stream x [B, T, width]."""
+        c = self.config
+        x = (rms_norm(x, c.epsilon) * self.before_attention) @ self.to_heads
+        x = x.reshape(*x.shape[:2], -1, c.head_dim)
+        query, key, value = jnp.split(x, [c.query_heads, c.query_heads + c.kv_heads], axis=2)
+        return rotate(query, positions, c.rope_base), rotate(key, positions, c.rope_base), value
+
+    def finish(self, x, attended):
+        """The stream after the heads' outputs [B, T, Hq, D] and the perceptron are added."""
+        x = x + attended.reshape(*x.shape[:2], -1) @ self.from_heads
+        gate, up = jnp.split((rms_norm(x, self.config.epsilon) * self.before_mlp) @ self.up, 2, axis=-1)
+        return x + (jax.nn.silu(gate) * up) @ self.down
+
+
+class Model(eqx.Module):
+    """Tokens in, logits of the next token out. `blocks` is a list, or one `Block` whose arrays have all layers, to scan over."""
+
+    embedding: jax.Array  # [vocabulary, width]
+    blocks: list[Block] | Block
+    before_head: jax.Array  # [width]
+    head: jax.Array  # [vocabulary, width]; SmolLM2's is the embedding
+    config: Config = eqx.field(static=True)
+
+    def stacked(self):
+        """The same model, to scan over."""
+        assert isinstance(self.blocks, list)
+        return dataclasses.replace(self, blocks=jax.tree.map(lambda *x: jnp.stack(x), *self.blocks))
+
+    def logits(self, x):
+        x = rms_norm(x, self.config.epsilon) * self.before_head
+        return jnp.einsum("btw,vw->btv", x, self.head, preferred_element_type=jnp.float32)
+
+
+class Cache(eqx.Module):
+    """Keys and values [B, R, Hkv, D]; of 8 bits also a scale for each row and head [B, Hkv, R]."""
+
+    key: jax.Array
+    value: jax.Array
+    key_scale: jax.Array | None = None
+    value_scale: jax.Array | None = None
+
+    @classmethod
+    def empty(cls, config: Config, batch, rows, dtype):
+        """A cache of NaN: whoever reads a row that was not written will know."""
+        dtype = jnp.dtype(dtype)
+        rows_of = lambda: jnp.full((batch, rows, config.kv_heads, config.head_dim), 0 if dtype == jnp.int8 else jnp.nan, dtype)
+        scale_of = lambda: jnp.full((batch, config.kv_heads, rows), jnp.nan, jnp.float32) if dtype.itemsize == 1 else None
+        return cls(rows_of(), rows_of(), scale_of(), scale_of())
+
+    def put(self, rows, key, value):
+        """The cache with key and value [B, T, Hkv, D] at rows [B, T] of each sequence; what lies past its end is dropped."""
+        sequence = jnp.arange(len(rows))[:, None]
+        put = lambda cache, new: cache.at[sequence, rows].set(new.astype(cache.dtype), mode="drop")
+        if self.key_scale is None:
+            return Cache(put(self.key, key), put(self.value, value))
+        (key, key_scale), (value, value_scale) = (quantize(x, self.key.dtype) for x in (key, value))
+        put_scale = lambda cache, new: cache.at[sequence, :, rows].set(new.swapaxes(1, 2), mode="drop")
+        return Cache(
+            put(self.key, key),
+            put(self.value, value),
+            put_scale(self.key_scale, key_scale),
+            put_scale(self.value_scale, value_scale),
+        )
+
+
+def ours(query, cache, start, end, new):
+    dtype = query.dtype if cache.key.dtype.itemsize == 1 else cache.key.dtype
+    scales = {"key_scale": cache.key_scale, "value_scale": cache.value_scale}
+    query, q_dtype = query.astype(dtype), query.dtype
+    return ragged_decode_attention(query, cache.key, cache.value, start, end, query_lengths=new, **scales).astype(q_dtype)
+
+
+def extend(model, cache, tokens, lengths, new, attention=ours):
+    """The stream [B, T, width] after tokens [B, T], of which the first `new` [B] follow the `lengths` [B] tokens in the cache; and
+    the cache that holds them too. It is one `Cache` with the rows of all layers, or, for layers without a scan, a list of them; in
+    a list of fewer than there are layers some serve several, which is for measuring only."""
+    token = jnp.arange(tokens.shape[1])
+    positions = lengths[:, None] + token
+
+    def layer(x, block, cache, first):
+        query, key, value = block.heads(x, positions)
+        rows = jnp.where(token < new[:, None], first + positions, cache.key.shape[1])  # padding is dropped
+        cache = cache.put(rows, key, value)
+        start = None if isinstance(first, int) else jnp.full_like(lengths, first)
+        attended = attention(query, cache, start, first + lengths + new, new)
+        return block.finish(x, attended), cache
+
+    x = model.embedding[tokens]
+    if isinstance(cache, list):
+        cache = list(cache)
+        for i, block in enumerate(model.blocks):
+            x, cache[i % len(cache)] = layer(x, block, cache[i % len(cache)], 0)
+        return x, cache
+    layers = model.config.layers
+    firsts = jnp.arange(layers, dtype=jnp.int32) * (cache.key.shape[1] // layers)
+    return jax.lax.scan(lambda carry, xs: (layer(carry[0], xs[0], carry[1], xs[1]), None), (x, cache), (model.blocks, firsts))[0]
+
+
+@functools.partial(jax.jit, static_argnames="attention", donate_argnames="cache")
+def step(model, cache, tokens, lengths, new, wanted, attention=ours):
+    """`extend`, and the likeliest token after each of the tokens numbered `wanted` [B, N]."""
+    x, cache = extend(model, cache, tokens, lengths, new, attention)
+    x = jnp.take_along_axis(x, wanted[..., None], axis=1)
+    return jnp.argmax(model.logits(x), axis=-1).astype(jnp.int32), cache
+
+
+@jax.jit
+def whole(model, tokens):
+    """Logits [B, T, vocabulary] of whole sequences [B, T], by full attention, without a cache."""
+    positions = jnp.arange(tokens.shape[1])[None]
+
+    def layer(x, block):
+        return block.finish(x, full_attention(*block.heads(x, positions))), None
+
+    return model.logits(jax.lax.scan(layer, model.embedding[tokens], model.blocks)[0])
+
+
+def random_model(config: Config, key, dtype="float32"):
+    """A model that has learned nothing, its layers in a list."""
+    keys = (jax.random.fold_in(key, i) for i in itertools.count())
+    ones = jnp.ones(config.width, dtype)
+    weights = lambda fan_in, *shape: jax.random.normal(next(keys), shape, dtype) * fan_in**-0.5
+    width, hidden, heads = config.width, config.hidden, config.query_heads * config.head_dim
+
+    def block():
+        to_heads = weights(width, width, heads + 2 * config.kv_heads * config.head_dim)
+        mlp = weights(width, width, 2 * hidden), weights(hidden, hidden, width)
+        return Block(ones, to_heads, weights(heads, heads, width), ones, *mlp, config)
+
+    embedding, head = (weights(width, config.vocabulary, width) for _ in range(2))
+    return Model(embedding, [block() for _ in range(config.layers)], ones, head, config)
+
+
+def empty_cache(model, batch, rows, dtype, parts=None):
+    """What `extend` wants for this model: one cache, or a list of `parts`."""
+    layers = model.config.layers
+    if isinstance(model.blocks, list):
+        return [Cache.empty(model.config, batch, rows, dtype) for _ in range(parts or layers)]
+    return Cache.empty(model.config, batch, layers * rows, dtype)

