@@ -27,9 +27,9 @@ class Chunk(NamedTuple):
     Attributes:
         k, v: [H, C, D].
         k_scale, v_scale: [H, 1, C], 0 at rows that nobody sees, or [H, 1, 1] where all rows have the same, or None.
-        live: bool [R, C], or [1, C] where all rows of queries see the same: which rows of the cache each row of queries sees.
+        live: bool [1, R, C], or [1, 1, C] where all rows of queries see the same: which rows of the cache each row of queries sees.
         new: likewise, those of them that no chunk before held.
-        seen: bool [C], the rows that anybody sees; k and v may hold anything at the others, and 0 times that may be NaN.
+        seen: bool [1, C, 1], the rows that anybody sees; k and v may hold anything at the others, and 0 times that may be NaN.
     """
 
     k: Any
@@ -104,7 +104,7 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
         alike = scale.shape[2] == 1
         at = b if scale.shape[0] > 1 else zero, jnp.int32(heads.start), zero if alike else row
         chunk = lax.dynamic_slice(scale, at, (1, len(heads), 1 if alike else rows))[0][:, None]
-        return chunk if alike else jnp.where(seen, chunk, 0)
+        return chunk if alike else jnp.where(seen.transpose(0, 2, 1), chunk, 0)
 
     def store(rows_of, chunk, b, row, heads):
         chunk = chunk.transpose(1, 0, 2).astype(problem.cache_dtype)
@@ -112,23 +112,23 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
 
     def do(rows, heads, first, b, start, end, arrays, state):
         row = jnp.clip(first, 0, seq_len - rows)  # as slices and their updates clip it themselves
-        here = row + jnp.arange(rows, dtype=row.dtype)
+        here = (row + jnp.arange(rows, dtype=row.dtype))[None]
         live = (here >= start[:, None]) & (here < end[:, None])
         new = live & (here >= first)
         # Without the barrier XLA's CPU compiler in JAX 0.10 widens the whole bfloat16 cache before the loop.
         row, held = lax.optimization_barrier((row, cache))
-        seen = jnp.any(live, axis=0)
+        seen = jnp.any(live, axis=0)[None, :, None]
         tiles = (load(x, b, row, rows, heads) for x in (held.key, held.value))
         scales = (load_scale(x, b, row, rows, heads, seen) for x in (held.key_scale, held.value_scale))
         return step(arrays, state, Chunk(*tiles, *scales, by_row(live), by_row(new), seen))
 
     def by_row(mask):
-        """[T, C] as [R, C]."""
+        """[T, C] as [1, R, C]."""
         if mask.shape[0] == 1:
-            return mask
+            return mask[None]
         rows = mask.shape[1]
         mask = jnp.broadcast_to(mask[:, None], (problem.num_tokens, problem.group, rows))
-        return mask.reshape(problem.num_tokens * problem.group, rows)
+        return mask.reshape(1, problem.num_tokens * problem.group, rows)
 
     index = jnp.arange(problem.batch, dtype=jnp.int32)
     begins, ends = queries.hull(seq_len)
