@@ -143,11 +143,10 @@ def _explicit(part, layout: Layout):
         mesh, cache = _mesh(args), _spec(jax.typeof(args[1].key))
         in_specs, out_specs = layout.specs(args, cache)
         local = functools.partial(part, _rows(cache, args[1].key), request)
-        # Over no other axis than those that split something: one that `vmap` maps away is not to be had meanwhile.
-        names = {name for entry in cache for name in _axes(entry)}
-        if names:
-            # Unchecked: by its type, what is merged on every device differs between them.
-            local = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
+        if any(cache):
+            # Over all axes that are to be had: all but those that `vmap` maps away. Unchecked: by its type, what is merged on every
+            # device differs between them.
+            local = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return local(*_reshard(mesh, in_specs, args))
 
     return run
