@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ejk_ragged._tools.rows import CPU_STEP, ROWS
-from ejk_ragged.testing import CHECKS, oracle, oracle_gradients, relative_error, tolerance, verify
+from ejk_ragged.testing import CHECKS, live_rows, oracle, oracle_gradients, relative_error, seen_rows, tolerance, verify
 
 
 def test_worked_by_hand():
@@ -35,6 +35,50 @@ def test_empty_by_hand():
     np.testing.assert_allclose(lse, np.log(2))
 
 
+def live(token, **lengths):
+    """The rows that a token of three sees, of ten."""
+    names = ("sequence_start", "sequence_end", "sliding_window", "query_lengths")
+    return live_rows(0, 10, *(lengths.get(name) for name in names), token=token, num_tokens=3).tolist()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wants"),
+    [
+        ({}, [range(8), range(9), range(10)]),
+        ({"sequence_end": [6]}, [range(4), range(5), range(6)]),
+        ({"sequence_start": [4], "sequence_end": [6]}, [[], [4], [4, 5]]),  # the first stands before the start
+        ({"sequence_end": [2]}, [[], [0], [0, 1]]),  # more tokens than rows
+        ({"sequence_end": [99], "sequence_start": [-5]}, [range(8), range(9), range(10)]),
+        ({"sequence_end": [6], "sliding_window": (1, 0)}, [[2, 3], [3, 4], [4, 5]]),
+        ({"sequence_end": [6], "sliding_window": (1, 9)}, [[2, 3], [3, 4], [4, 5]]),
+        ({"sequence_end": [6], "query_lengths": [2]}, [range(5), range(6), []]),
+        ({"sequence_end": [6], "query_lengths": [0]}, [[], [], []]),
+        ({"sequence_end": [6], "query_lengths": [7]}, [range(4), range(5), range(6)]),
+        ({"sequence_end": [6], "query_lengths": [-1]}, [[], [], []]),
+        ({"sequence_end": [6], "query_lengths": [1], "sliding_window": (0, 0)}, [[5], [], []]),
+    ],
+    ids=str,
+)
+def test_tokens_by_hand(lengths, wants):
+    assert [live(token, **lengths) for token in range(3)] == [list(want) for want in wants]
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 2), (2, 2, 3)], ids=str)
+def test_scales_by_hand(shape):
+    """The cache stands for key times scale: multiplied beforehand, it is the same."""
+    rng = np.random.default_rng(0)
+    query, key, value = rng.standard_normal((2, 4, 5)), rng.integers(-9, 9, (2, 3, 2, 5)), rng.integers(-9, 9, (2, 3, 2, 5))
+    key_scale, value_scale = rng.standard_normal((2, *shape))
+    want_key, want_value = np.array(key, float), np.array(value, float)
+    for b, s, h in np.ndindex(2, 3, 2):
+        index = (b, h, s) if len(shape) == 3 else (b, h)[2 - len(shape) :]
+        want_key[b, s, h] *= key_scale[index]
+        want_value[b, s, h] *= value_scale[index]
+    got = oracle(query, key, value, key_scale=key_scale, value_scale=value_scale)
+    for x, y in zip(got, oracle(query, want_key, want_value), strict=True):
+        np.testing.assert_allclose(x, y)
+
+
 @pytest.mark.parametrize("case", CHECKS, ids=lambda case: case.name)
 def test_gradients_by_finite_differences(case):
     arguments = dataclasses.replace(case, dtype="float64").draw(1)
@@ -48,7 +92,10 @@ def test_gradients_by_finite_differences(case):
         out, lse = oracle(**arguments | changed)
         return np.sum(out * d_out) + np.sum(np.where(np.isfinite(lse), lse, 0) * d_lse)
 
+    assert (gradients.key is None) == (gradients.value is None) == (case.cache_dtype is not None)
     for name in {"query", "key", "value", "softmax_aux"} & set(arguments):
+        if getattr(gradients, name) is None:
+            continue
         direction = rng.standard_normal(arguments[name].shape)
         step = 1e-5 * direction
         slope = (loss(**{name: arguments[name] + step}) - loss(**{name: arguments[name] - step})) / 2e-5
@@ -76,18 +123,27 @@ def test_cases_are_sound(case):
     """Heads divide, the live part is neither nothing nor more than there is, and a name stands for one problem."""
     assert case.num_q_heads % case.num_kv_heads == 0
     assert 0 < case.live_tokens() <= case.batch * case.seq_len
-    assert case.live_bytes() == case.live_tokens() * 2 * case.num_kv_heads * case.head_dim * (4 if case.dtype == "float32" else 2)
+    if case in CHECKS:
+        arrays = [x for name, x in case.draw().items() if name in ("key", "value") or (name.endswith("_scale") and np.ndim(x) == 3)]
+        assert case.live_bytes() == case.live_tokens() * sum(x.nbytes for x in arrays) / (case.batch * case.seq_len)
     group = CHECKS if case in CHECKS else ROWS
     assert [other.name for other in group].count(case.name) == (case is not CPU_STEP)
 
 
-def test_poison_is_outside():
-    case = CHECKS[3]
-    assert case.name == "edges"
-    key = case.draw(poison=True)["key"]
-    assert np.isfinite(key).all(axis=(2, 3)).sum() == case.live_tokens()
-    assert not np.isfinite(key).any(axis=(2, 3))[0].any()
-    assert np.isfinite(key[3]).all()
+@pytest.mark.parametrize("name", ["edges", "tokens-padded", "int8"])
+def test_poison_is_outside(name):
+    """At every row that no token sees, and nowhere else; in scales too."""
+    (case,) = [case for case in CHECKS if case.name == name]
+    arguments = case.draw(poison=True)
+    held = arguments["key"][:, :, 0, 0] if case.cache_dtype is None else arguments["key_scale"][:, 0]
+    assert np.isfinite(held).sum() == case.live_tokens()
+    for b in range(case.batch):
+        seen = seen_rows(
+            b, case.seq_len, *case.ranges(), case.sliding_window, arguments.get("query_lengths"), num_tokens=case.num_tokens or 1
+        )
+        np.testing.assert_array_equal(np.isfinite(held[b]).nonzero()[0], seen)
+        for array in (arguments["key"][b], arguments["value"][b]) if case.cache_dtype is None else ():
+            np.testing.assert_array_equal(np.isfinite(array).all(axis=(1, 2)).nonzero()[0], seen)
 
 
 def test_unknown_lengths():
