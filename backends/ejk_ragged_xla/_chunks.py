@@ -1,5 +1,6 @@
 """How the cache is walked: the live range of each sequence, chunk by chunk, in the order that suits the platform."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -95,7 +96,11 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
         return b, row, jnp.int32(heads.start), zero
 
     def load(rows_of, b, row, rows, heads):
-        chunk = lax.dynamic_slice(rows_of, place(b, row, heads), (1, rows, len(heads), problem.head_dim))[0]
+        if rows_of.ndim == 3:
+            at, size = (b, row, jnp.int32(heads.start * problem.head_dim)), (1, rows, len(heads) * problem.head_dim)
+        else:
+            at, size = place(b, row, heads), (1, rows, len(heads), problem.head_dim)
+        chunk = lax.dynamic_slice(rows_of, at, size).reshape(rows, len(heads), problem.head_dim)
         return _operand(problem, target, chunk).transpose(1, 0, 2)
 
     def load_scale(scale, b, row, rows, heads, seen):
@@ -135,6 +140,10 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
     bounds = queries.start, queries.end
     written = [to_bits(x) for x in written]
     if target.platform == "cpu":
+        # Heads and head_dim as one axis: were there an axis of size 1 between the others, the compiler of JAX 0.10 would copy a
+        # cache that comes out of a reshape, such as one of heads first under `vmap`.
+        shape = problem.batch, seq_len, problem.num_kv_heads * problem.head_dim
+        cache = dataclasses.replace(cache, key=cache.key.reshape(shape), value=cache.value.reshape(shape))
         fraction = rows // FRACTION if isinstance(rows, int) and rows % FRACTION == 0 else 0
         sizes = [rows, fraction] if fraction >= LEAST_FRACTION else [rows]
         each = problem.num_kv_heads // PARTS if problem.num_kv_heads % PARTS == 0 else problem.num_kv_heads
