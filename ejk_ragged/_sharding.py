@@ -44,12 +44,13 @@ class Layout:
 
         An axis of size 1 is not split: it is alike for all.
         """
-        mapped, split = cache[:-4], dict(zip("bskd", cache[-4:], strict=True))
+        mapped, sizes = cache[:-4], args[1].key.shape[-4:]
+        split = {axis: None if n == 1 else entry for axis, n, entry in zip("bskd", sizes, cache[-4:], strict=True)}
         split |= {"h": split["k"], "t": None}
 
         def spec(letters, x=None):
             sizes = [0] * len(letters) if x is None else x.shape[len(mapped) :]
-            return PartitionSpec(*mapped, *(None if size == 1 else split[axis] for axis, size in zip(letters, sizes, strict=True)))
+            return PartitionSpec(*mapped, *(None if n == 1 else split[axis] for axis, n in zip(letters, sizes, strict=True)))
 
         operands = jax.tree.map(lambda letters, x: None if x is None else spec(letters, x), self.operands, args)
         return operands, [spec(letters) for letters in self.results]
