@@ -191,7 +191,7 @@ def _bounds(a: Arguments, num_tokens):
         end = jnp.clip(end, 0, seq_len)
     if several:
         lengths = jnp.full(batch, num_tokens) if a.query_lengths is None else jnp.clip(a.query_lengths, 0, num_tokens)
-        lengths, token = lengths.astype(jnp.int32)[:, None], jnp.arange(num_tokens, dtype=jnp.int32)
+        lengths, token = lengths.astype(jnp.int32)[:, None], jnp.arange(num_tokens, dtype=jnp.int32)[None]
         end = jnp.where(token < lengths, end - (lengths - 1 - token), 0)  # one past the token's own position; 0 for padding
     if a.window_left is not None:
         start = jnp.maximum(start, end - 1 - a.window_left)

@@ -41,14 +41,14 @@ def merge(partials: Iterable[Partial]) -> Partial:
 
 def merge_stacked(out, lse):
     """Partials [N, ..., D] and [N, ...], merged along N; in the accumulation dtype."""
-    high = jax.lax.stop_gradient(jnp.max(lse, axis=0))
+    high = jax.lax.stop_gradient(jnp.max(lse, axis=0, keepdims=True))
     high = jnp.where(high == -jnp.inf, 0, high)  # -inf - -inf is NaN
     weight = jnp.exp(lse - high)
     total = jnp.sum(weight, axis=0)
     safe = jnp.where(total == 0, 1, total)
     counted = jnp.where((lse == -jnp.inf)[..., None], 0, out)
     out = jnp.sum(weight[..., None] * counted, axis=0) / safe[..., None]
-    return out, jnp.where(total == 0, -jnp.inf, high + jnp.log(safe))
+    return out, jnp.where(total == 0, -jnp.inf, high[0] + jnp.log(safe))
 
 
 def _checked(partials):

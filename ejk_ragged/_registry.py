@@ -235,7 +235,7 @@ class Registry:
         able = [other.name for other in self.automatic() if self.refusal(other, problem, target, direction) is None]
         return ValueError(
             f"backend {backend.name!r} cannot do {_asked(direction)} ({problem}) on {target.platform}: {reason}. "
-            f"Backends that can: {', '.join(able) or 'none is installed'}."
+            f"Backends that can: {', '.join(able) or 'none of those installed'}."
         )
 
 

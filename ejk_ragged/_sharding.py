@@ -44,12 +44,13 @@ class Layout:
 
         An axis of size 1 is not split: it is alike for all.
         """
-        mapped, split = cache[:-4], dict(zip("bskd", cache[-4:], strict=True))
+        mapped, sizes = cache[:-4], args[1].key.shape[-4:]
+        split = {axis: None if n == 1 else entry for axis, n, entry in zip("bskd", sizes, cache[-4:], strict=True)}
         split |= {"h": split["k"], "t": None}
 
         def spec(letters, x=None):
             sizes = [0] * len(letters) if x is None else x.shape[len(mapped) :]
-            return PartitionSpec(*mapped, *(None if size == 1 else split[axis] for axis, size in zip(letters, sizes, strict=True)))
+            return PartitionSpec(*mapped, *(None if n == 1 else split[axis] for axis, n in zip(letters, sizes, strict=True)))
 
         operands = jax.tree.map(lambda letters, x: None if x is None else spec(letters, x), self.operands, args)
         return operands, [spec(letters) for letters in self.results]
@@ -143,11 +144,10 @@ def _explicit(part, layout: Layout):
         mesh, cache = _mesh(args), _spec(jax.typeof(args[1].key))
         in_specs, out_specs = layout.specs(args, cache)
         local = functools.partial(part, _rows(cache, args[1].key), request)
-        # Over no other axis than those that split something: one that `vmap` maps away is not to be had meanwhile.
-        names = {name for entry in cache for name in _axes(entry)}
-        if names:
-            # Unchecked: by its type, what is merged on every device differs between them.
-            local = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
+        if any(cache):
+            # Over all axes that are to be had: all but those that `vmap` maps away. Unchecked: by its type, what is merged on every
+            # device differs between them.
+            local = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return local(*_reshard(mesh, in_specs, args))
 
     return run

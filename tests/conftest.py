@@ -14,17 +14,25 @@ from ejk_ragged._registry import registry
 # For the tests of many devices. The other tests are as fast beside them.
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Compiling is most of what the tests take, so XLA need not try hard where its code for CPUs is not under test; see `_compiler`.
+# In JAX 0.10 it also has an older way to make code, which takes half as long; a process has either, so `pytest -m xla` has the new.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" if jax.__version_info__ < (0, 11) else ""
+
 # Nobody's arrays should be promoted behind their back.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# HYPOTHESIS_PROFILE=thorough looks further.
-hypothesis.settings.register_profile("default", max_examples=20, deadline=None, derandomize=True)
-hypothesis.settings.register_profile("brief", max_examples=5, deadline=None, derandomize=True)
-hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None)
+# HYPOTHESIS_PROFILE=thorough looks further. What fails is not made smaller: it is small, and every try is compiled.
+AS_DRAWN = {"deadline": None, "phases": (hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate)}
+hypothesis.settings.register_profile("default", max_examples=20, derandomize=True, **AS_DRAWN)
+hypothesis.settings.register_profile("brief", max_examples=5, derandomize=True, **AS_DRAWN)
+hypothesis.settings.register_profile("thorough", max_examples=500, **AS_DRAWN)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_configure(config):
+    if config.option.markexpr != "xla":
+        os.environ.setdefault("XLA_FLAGS", QUICK)
     for name in registry.names():
         config.addinivalue_line("markers", f"{name}: the shared suite's share of the backend {name}")
 
@@ -57,7 +65,7 @@ def _compiled():
 
 @pytest.fixture(autouse=True)
 def _compiler(request):
-    """XLA optimises where its code for CPUs is under test. Elsewhere compiling is most of the time, and it need not."""
+    """XLA optimises where its code for CPUs is under test."""
     optimised = request.module.__name__ == "test_xla_backend" or request.node.get_closest_marker("xla") is not None
     jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu" and not optimised)
 

@@ -79,7 +79,7 @@ def assert_right(call, arguments, **options):
 
 def assert_repeatable(call, arguments):
     """Two runs give the same bits, forward and backward."""
-    first, second = ([np.asarray(x) for x in _everything(call, arguments)] for _ in range(2))
+    first, second = ([np.asarray(x) for x in everything(call, arguments)] for _ in range(2))
     for x, y in zip(first, second, strict=True):
         np.testing.assert_array_equal(_bits(x), _bits(y))
 
@@ -88,8 +88,7 @@ def assert_batch_invariant(call, arguments):
     """With `num_key_splits` given, the first sequence's output and lse keep their bits, whatever stands beside it."""
     call = functools.partial(call, fwd_params=FwdParams(num_key_splits=3))
     array = functools.partial(jax.tree.map, lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x)
-    per_sequence = ("query", "key", "value", "sequence_start", "sequence_end")
-    alone = arguments | {name: arguments[name][:1] for name in per_sequence if name in arguments}
+    alone = {name: x[:1] if np.shape(x)[:1] == arguments["query"].shape[:1] else x for name, x in arguments.items()}
     others = arguments | {"sequence_end": np.concatenate([arguments["sequence_end"][:1], arguments["sequence_end"][:0:-1] // 2])}
     others["query"] = np.concatenate([arguments["query"][:1], -arguments["query"][1:]])
     results = [[_bits(np.asarray(x[0])) for x in call(**array(a), return_lse=True)] for a in (arguments, alone, others)]
@@ -98,24 +97,35 @@ def assert_batch_invariant(call, arguments):
             np.testing.assert_array_equal(x, y)
 
 
-def _everything(call, arguments):
-    names = [name for name in ("query", "key", "value", "softmax_aux") if name in arguments]
+def floats_of(arguments):
+    """Names of the arguments that have a gradient."""
+    floating = (
+        ("query", "key", "value", "softmax_aux") if arguments["key"].dtype == arguments["query"].dtype else ("query", "softmax_aux")
+    )
+    return [name for name in floating if name in arguments]
+
+
+def everything(call, arguments):
+    """Output and lse, then the gradients, for cotangents that differ from element to element."""
+    names = floats_of(arguments)
     function = lambda *args: call(**arguments | dict(zip(names, args, strict=True)), return_lse=True)
     results, pullback = jax.vjp(function, *[jnp.asarray(arguments[name]) for name in names])
-    return *results, *pullback(jax.tree.map(jnp.ones_like, results))
+    return *results, *pullback(jax.tree.map(weights, results))
+
+
+def weights(x):
+    """Another number for each element."""
+    return jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(x.dtype)
 
 
 def _bits(x):
     return np.atleast_1d(x).view(np.uint8)
 
 
-ARRAYS = ("query", "key", "value", "sequence_start", "sequence_end", "softmax_aux")
-
-
 def draw(case, seed=0):
     """A case's arrays, on the default device, and its settings."""
     arguments = case.draw(seed)
-    arrays = {name: jnp.asarray(arguments.pop(name)) for name in ARRAYS if name in arguments}
+    arrays = {name: jnp.asarray(arguments.pop(name)) for name in list(arguments) if isinstance(arguments[name], np.ndarray)}
     return arrays, arguments
 
 

@@ -1,9 +1,11 @@
 """A test of the tests: each rule of the semantics is broken in turn, and the suite's own assertions must notice.
 
-A mutation is a faulty call: the right one on changed arguments, with changed results, or on a backend with a fault. It is held
-against one of the named cases, which thereby prove that they are enough.
+A mutation is a faulty call: the right one on changed arguments, with changed results, or on a textbook with one method broken. It
+is held against one of the named cases, which thereby prove that they are enough; without junk around the live rows, unless that is
+what leaks.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from support import assert_batch_invariant, assert_repeatable, assert_right
 
-from ejk_ragged import ragged_decode_attention
+from ejk_ragged import Queries, ragged_decode_attention
 from ejk_ragged.testing import Case, CHECKS, TextbookBackend
 
 
@@ -26,6 +28,10 @@ def test_the_textbook_is_right(case):
     assert_right(right, case.draw(poison=True))
 
 
+# ---------------------------------------------------------------------------------------------------------------------------
+# Calls with changed arguments or results
+
+
 def arguments_changed(**changes):
     """The right call, with arguments replaced by functions of all arguments."""
     return lambda **kw: right(**kw | {name: change(kw) for name, change in changes.items()})
@@ -36,12 +42,21 @@ def results_changed(change):
     return lambda **kw: change(*right(**kw), kw)
 
 
-def fault(name):
-    return functools.partial(ragged_decode_attention, backend=TextbookBackend(name))
-
-
 def window(by):
     return lambda kw: (kw["sliding_window"][0] + by, kw["sliding_window"][1])
+
+
+def start(by):
+    return lambda kw: kw["sequence_start"] + jnp.int32(by)
+
+
+def end(by):
+    """The end moved, by a number or by a function of the arguments."""
+    return lambda kw: kw["sequence_end"] + (by(kw) if callable(by) else jnp.int32(by))
+
+
+def num_tokens(kw):
+    return jnp.int32(kw["query"].shape[1])
 
 
 def heads_modulo(**kw):
@@ -65,8 +80,111 @@ def rounded(name):
     return arguments_changed(**{name: lambda kw: kw[name].astype(jnp.bfloat16).astype(kw[name].dtype)})
 
 
-start = lambda by: lambda kw: kw["sequence_start"] + jnp.int32(by)
-end = lambda by: lambda kw: kw["sequence_end"] + jnp.int32(by)
+def value_scale_in_the_denominator(**kw):
+    """The mean of the value's scales, by the weights, is the output for values of 1."""
+    out, lse = right(**kw)
+    scale, _ = right(**kw | {"value": jnp.ones_like(kw["value"])})
+    return out / jnp.where(scale == 0, 1, scale), lse
+
+
+def value_scale_on_the_output(**kw):
+    out, lse = right(**kw | {"value_scale": 1.0})
+    mean = jnp.nanmean(jnp.where(jnp.isinf(kw["value_scale"]), jnp.nan, kw["value_scale"]), axis=2)
+    return out * jnp.repeat(mean, out.shape[1] // mean.shape[1], axis=1)[..., None].astype(out.dtype), lse
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Textbooks with one method broken
+
+
+def fault(**methods):
+    """A call on the textbook with these methods in the place of its own."""
+    return functools.partial(ragged_decode_attention, backend=type("Faulty", (TextbookBackend,), methods)())
+
+
+def cap_before_scale(self, problem, products):
+    cap, scale = problem.logits_soft_cap, problem.softmax_scale
+    t = jnp.tanh(products / cap)
+    return scale * cap * t, scale * (1 - t * t)
+
+
+def cap_after_mask(self, problem, queries, cache):
+    x, slope = TextbookBackend.logits(self, problem, queries, cache)
+    return jnp.where(x > -jnp.inf, x, -problem.logits_soft_cap), slope
+
+
+def key_scale_after_the_cap(self, problem, queries, cache):
+    x, slope = TextbookBackend.logits(self, problem, queries, dataclasses.replace(cache, key_scale=None))
+    scale = cache.key_scale[:, None, :, None]
+    return jnp.where(x > -jnp.inf, x * scale, x), slope * scale
+
+
+def slope(change):
+    """The slope of the logits, changed."""
+
+    def bent(self, problem, products):
+        x, slope = TextbookBackend.bent(self, problem, products)
+        return x, change(slope, problem)
+
+    return bent
+
+
+def live_rows_times_1(self, problem, queries, rows, scale):
+    """And the others times 0, whatever they hold."""
+    seen = jnp.any(self.live(problem, queries), axis=1)[..., None, None]
+    rows = rows.astype(problem.accum_dtype) * seen.astype(problem.accum_dtype)
+    return rows if scale is None else rows * scale.swapaxes(1, 2)[..., None]
+
+
+def only_rows_are_masked(self, problem, queries, rows, scale):
+    """And not their scales."""
+    rows = TextbookBackend.seen(self, problem, queries, rows, None)
+    return rows if scale is None else rows * scale.swapaxes(1, 2)[..., None]
+
+
+def dead_rows_not_0(self, *args, **kw):
+    return [x + 1e-30 for x in TextbookBackend.backward(self, *args, **kw)]
+
+
+def one_head_of_the_group(self, problem, target, queries, cache, lse, d_out, delta, *, wanted):
+    d_query, *_ = TextbookBackend.backward(self, problem, target, queries, cache, lse, d_out, delta, wanted=wanted)
+    first = (jnp.arange(problem.num_q_heads) % problem.group == 0)[None, None]
+    d_out, delta = jnp.where(first[..., None], d_out, 0), jnp.where(first, delta, 0)
+    _, *d_cache = TextbookBackend.backward(self, problem, target, queries, cache, lse, d_out, delta, wanted=wanted)
+    return [d_query, *d_cache]
+
+
+def bounds(change):
+    """Tokens with the bounds that `change(start, end)` makes of all those of a sequence, [B, T]; what was empty stays so."""
+
+    def live(self, problem, queries):
+        start, end = jnp.broadcast_arrays(queries.start, queries.end)
+        wrong_start, wrong_end = change(start, end)
+        empty = start >= end
+        queries = Queries(queries.query, jnp.where(empty, 0, wrong_start), jnp.where(empty, 0, wrong_end), queries.sink)
+        return TextbookBackend.live(self, problem, queries)
+
+    return live
+
+
+def padding_attends(self, problem, queries):
+    """As the sequence's last token does."""
+    last = jnp.argmax(queries.end, axis=1, keepdims=True)
+    start, end = (jnp.take_along_axis(jnp.broadcast_to(x, queries.end.shape), last, axis=1) for x in (queries.start, queries.end))
+    empty = queries.start >= queries.end
+    start, end = jnp.where(empty, start, queries.start), jnp.where(empty, end, queries.end)
+    return TextbookBackend.live(self, problem, Queries(queries.query, start, end, queries.sink))
+
+
+def of_all(reduce, x):
+    return jnp.broadcast_to(reduce(x, axis=1, keepdims=True), x.shape)
+
+
+def sinks_of_the_first_token(self, problem, target, queries, cache):
+    first = (jnp.arange(problem.num_tokens) == 0)[None, :, None]
+    queries = dataclasses.replace(queries, sink=jnp.where(first, queries.sink, -jnp.inf))
+    return TextbookBackend.forward(self, problem, target, queries, cache)
+
 
 MUTATIONS = {
     # valid keys
@@ -83,6 +201,37 @@ MUTATIONS = {
             sequence_end=lambda kw: jnp.maximum(kw["sequence_start"], kw["sequence_end"]),
         ),
     ),
+    # tokens
+    "no causality": ("tokens", fault(live=bounds(lambda start, end: (start, of_all(jnp.max, end))))),
+    "causality is off by one": (
+        "tokens",
+        fault(live=bounds(lambda start, end: (start, jnp.minimum(end + 1, of_all(jnp.max, end))))),
+    ),
+    "a token does not see itself": ("tokens", fault(live=bounds(lambda start, end: (start, end - 1)))),
+    "causality is aligned with the start": (
+        "tokens",
+        fault(live=bounds(lambda start, end: (start, start + 1 + jnp.arange(end.shape[1], dtype=jnp.int32)[None]))),
+    ),
+    "end does not count the new tokens": ("tokens", arguments_changed(sequence_end=end(num_tokens))),
+    "tokens before the start see the first key": ("tokens", arguments_changed(sequence_start=start(-1))),
+    "padding tokens attend": ("tokens-padded", fault(live=padding_attends)),
+    "padding is ignored": ("tokens-padded", arguments_changed(query_lengths=lambda kw: None)),
+    "padding stands in the cache": (
+        "tokens-padded",
+        arguments_changed(sequence_end=end(lambda kw: jnp.clip(kw["query_lengths"], 0, 5) - num_tokens(kw))),
+    ),
+    "query_lengths are not clipped": (
+        "tokens-padded",
+        arguments_changed(sequence_end=end(lambda kw: jnp.minimum(num_tokens(kw) - kw["query_lengths"], 0))),
+    ),
+    "window by the last token": ("tokens-window", fault(live=bounds(lambda start, end: (of_all(jnp.max, start), end)))),
+    "window by the first token": ("tokens-window", fault(live=bounds(lambda start, end: (of_all(jnp.min, start), end)))),
+    "window keeps a key too many of each token": ("tokens-window", arguments_changed(sliding_window=window(1))),
+    "tokens in the order of heads": (
+        "tokens",
+        results_changed(lambda out, lse, kw: (out.swapaxes(1, 2).reshape(out.shape), lse.swapaxes(1, 2).reshape(lse.shape))),
+    ),
+    "sinks of the first token only": ("all-int8", fault(forward=sinks_of_the_first_token)),
     # heads
     "query head h reads kv head h % Hkv": ("gqa-7", heads_modulo),
     "all query heads read kv head 0": ("gqa-7", arguments_changed(key=lambda kw: kw["key"][:, :, :1] + 0 * kw["key"])),
@@ -101,10 +250,29 @@ MUTATIONS = {
     "scale is ignored": ("scale", arguments_changed(softmax_scale=lambda kw: None)),
     "default scale is 1": ("mha", arguments_changed(softmax_scale=lambda kw: 1.0)),
     "cap is dropped": ("cap", arguments_changed(logits_soft_cap=lambda kw: None)),
-    "cap before scale": ("cap", fault("cap before scale")),
-    "cap after mask": ("cap", fault("cap after mask")),
-    "no slope of the cap": ("cap", fault("no slope of the cap")),
-    "no scale in the gradient": ("scale", fault("no scale in the gradient")),
+    "cap before scale": ("cap", fault(bent=cap_before_scale)),
+    "cap after mask": ("cap", fault(logits=cap_after_mask)),
+    "no slope of the cap": ("cap", fault(bent=slope(lambda slope, problem: problem.softmax_scale))),
+    "no scale in the gradient": ("scale", fault(bent=slope(lambda slope, problem: slope / problem.softmax_scale))),
+    # quantised caches
+    "key's scale is dropped": ("int8", arguments_changed(key_scale=lambda kw: 1.0)),
+    "value's scale is dropped": ("int8", arguments_changed(value_scale=lambda kw: 1.0)),
+    "value has the key's scale": ("int8", arguments_changed(value_scale=lambda kw: kw["key_scale"])),
+    "key's scale after the cap": ("all-int8", fault(logits=key_scale_after_the_cap)),
+    "value's scale on the output": ("int8", value_scale_on_the_output),
+    "value's scale in the denominator": ("int8", value_scale_in_the_denominator),
+    "scales of the row before": ("int8", arguments_changed(key_scale=lambda kw: jnp.roll(kw["key_scale"], 1, axis=2))),
+    "scales of another kv head": ("int8-heads", arguments_changed(value_scale=lambda kw: kw["value_scale"][::-1])),
+    "scales of another sequence": ("e4m3", arguments_changed(key_scale=lambda kw: kw["key_scale"][::-1])),
+    "key's scale is rounded": ("int8", rounded("key_scale")),
+    "value's scale is rounded": ("int8", rounded("value_scale")),
+    "NaN leaks from dead scales": ("int8", fault(seen=only_rows_are_masked)),
+    "NaN leaks from a key's dead scales into d_query": (
+        "int8",
+        fault(keys=lambda self, problem, queries, cache: only_rows_are_masked(self, problem, queries, cache.key, cache.key_scale)),
+    ),
+    "NaN leaks from outside a float8 cache": ("e4m3", fault(seen=live_rows_times_1)),
+    "no gradient through a quantised key": ("int8", detached("query")),
     # sinks
     "sinks are dropped, shared": ("sinks-shared", lambda **kw: without_sinks(kw)),
     "sinks are dropped, by query head": ("sinks-query", lambda **kw: without_sinks(kw)),
@@ -133,20 +301,23 @@ MUTATIONS = {
     "lse of an empty range is 0": ("edges", results_changed(lambda out, lse, kw: (out, jnp.where(lse > -jnp.inf, lse, 0)))),
     "lse has no gradient": ("mha", results_changed(lambda out, lse, kw: (out, jax.lax.stop_gradient(lse)))),
     # empty ranges and what lies outside
-    "empty range is not 0": ("edges", fault("empty range not 0")),
-    "NaN leaks from outside": ("edges", fault("NaN from outside")),
-    "dead rows have gradients": ("edges", fault("dead rows not 0")),
+    "empty range is not 0": ("edges", fault(divided=lambda self, values, total: values / total)),
+    "NaN leaks from outside": ("edges", fault(seen=live_rows_times_1)),
+    "dead rows have gradients": ("edges", fault(backward=dead_rows_not_0)),
     # output and accumulation
-    "no denominator": ("mha", fault("no denominator")),
-    "sums are rounded": ("mha", fault("rounded sums")),
+    "no denominator": ("mha", fault(divided=lambda self, values, total: values)),
+    "sums are rounded": ("mha", fault(weights=lambda self, weights: weights.astype(jnp.bfloat16).astype(weights.dtype))),
     "query is rounded": ("mha", rounded("query")),
     "value is rounded": ("mha", rounded("value")),
     "output in float32": ("bfloat16", results_changed(lambda out, lse, kw: (out.astype(jnp.float32), lse))),
     "output rounded twice": ("float16", results_changed(lambda out, lse, kw: (out.astype(jnp.bfloat16).astype(out.dtype), lse))),
     # gradients
-    "no delta": ("mha", fault("no delta")),
-    "only one head of the group reaches the key": ("gqa-7", fault("one head of the group")),
-    "gradients are rounded": ("mha", fault("rounded gradient")),
+    "no delta": ("mha", fault(d_logits=lambda self, p, d_p, delta: p * d_p)),
+    "only one head of the group reaches the key": ("gqa-7", fault(backward=one_head_of_the_group)),
+    "gradients are rounded": (
+        "mha",
+        fault(d_logits=lambda self, p, d_p, delta: (p * (d_p - delta)).astype(jnp.bfloat16).astype(p.dtype)),
+    ),
     "query has no gradient": ("mha", detached("query")),
     "key has no gradient": ("mha", detached("key")),
     "value has no gradient": ("mha", detached("value")),
@@ -158,13 +329,14 @@ MUTATIONS = {
 def test_mutation_is_caught(mutation):
     case, call = MUTATIONS[mutation]
     with pytest.raises(AssertionError, match="error"):
-        assert_right(call, CASES[case].draw(poison=True))
+        assert_right(call, CASES[case].draw(poison=mutation.startswith("NaN")))
 
 
-@pytest.mark.parametrize("name", ["empty range not 0", "NaN from outside"])
-def test_infinite_errors_are_reported_as_such(name):
+@pytest.mark.parametrize("mutation", ["empty range is not 0", "NaN leaks from outside", "NaN leaks from dead scales"])
+def test_infinite_errors_are_reported_as_such(mutation):
+    case, call = MUTATIONS[mutation]
     with pytest.raises(AssertionError, match="out: error inf"):
-        assert_right(fault(name), CASES["edges"].draw(poison=True))
+        assert_right(call, CASES[case].draw(poison=True))
 
 
 def test_random_bits_are_caught():

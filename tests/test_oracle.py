@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ejk_ragged._tools.rows import CPU_STEP, ROWS
-from ejk_ragged.testing import CHECKS, oracle, oracle_gradients, relative_error, tolerance, verify
+from ejk_ragged.testing import CHECKS, live_rows, oracle, oracle_gradients, relative_error, seen_rows, tolerance, verify
 
 
 def test_worked_by_hand():
@@ -53,34 +53,48 @@ def test_tokens_by_hand():
     np.testing.assert_allclose(out, [[[[0], [0]], [[8.0], [8.0]]]])
 
 
+def live(token, **lengths):
+    """The rows that a token of three sees, of ten."""
+    names = ("sequence_start", "sequence_end", "sliding_window", "query_lengths")
+    return live_rows(0, 10, *(lengths.get(name) for name in names), token=token, num_tokens=3).tolist()
+
+
 @pytest.mark.parametrize(
-    ("key_scale", "value_scale"),
+    ("lengths", "wants"),
     [
-        (np.full((1, 1, 4), np.log(2)), np.full((1, 1, 4), 4.0)),
-        (np.full((1, 1), np.log(2)), np.full(1, 4.0)),
-        (np.log(2), 4.0),
+        ({}, [range(8), range(9), range(10)]),
+        ({"sequence_end": [6]}, [range(4), range(5), range(6)]),
+        ({"sequence_start": [4], "sequence_end": [6]}, [[], [4], [4, 5]]),  # the first stands before the start
+        ({"sequence_end": [2]}, [[], [0], [0, 1]]),  # more tokens than rows
+        ({"sequence_end": [99], "sequence_start": [-5]}, [range(8), range(9), range(10)]),
+        ({"sequence_end": [6], "sliding_window": (1, 0)}, [[2, 3], [3, 4], [4, 5]]),
+        ({"sequence_end": [6], "sliding_window": (1, 9)}, [[2, 3], [3, 4], [4, 5]]),
+        ({"sequence_end": [6], "query_lengths": [2]}, [range(5), range(6), []]),
+        ({"sequence_end": [6], "query_lengths": [0]}, [[], [], []]),
+        ({"sequence_end": [6], "query_lengths": [7]}, [range(4), range(5), range(6)]),
+        ({"sequence_end": [6], "query_lengths": [-1]}, [[], [], []]),
+        ({"sequence_end": [6], "query_lengths": [1], "sliding_window": (0, 0)}, [[5], [], []]),
     ],
+    ids=str,
 )
-def test_scales_by_hand(key_scale, value_scale):
-    """Keys 0 and 1 that stand for 0 and ln 2, values that stand for 4 and 8; what dead rows' scales hold is of no interest."""
-    query = np.array([[[1.0], [2.0]]])
-    key, value = np.array([7, 0, 1, 7], np.int8).reshape(1, 4, 1, 1), np.array([7, 1, 2, 7], np.int8).reshape(1, 4, 1, 1)
-    if np.ndim(key_scale) == 3:
-        key_scale[..., [0, 3]] = value_scale[..., [0, 3]] = np.nan
-    out, lse = oracle(query, key, value, [1], [3], 1.0, key_scale=key_scale, value_scale=value_scale)
-    np.testing.assert_allclose(out, [[[20 / 3], [36 / 5]]])
-    np.testing.assert_allclose(lse, [[np.log(3), np.log(5)]])
+def test_rows_of_tokens_by_hand(lengths, wants):
+    assert [live(token, **lengths) for token in range(3)] == [list(want) for want in wants]
 
 
-@pytest.mark.parametrize("axes", [(0, 2), 2], ids=["head", "sequence"])
-def test_scales_of_fewer_axes(axes):
-    """They stand for one for every row."""
-    (case,) = (case for case in CHECKS if case.name == "int8")
-    arguments = case.draw()
-    few = {name: arguments.pop(name).mean(axes) for name in ("key_scale", "value_scale")}
-    many = {name: np.broadcast_to(np.expand_dims(x, axes), (6, 2, 67)) for name, x in few.items()}
-    for x, y in zip(oracle(**arguments, **few), oracle(**arguments, **many), strict=True):
-        np.testing.assert_array_equal(x, y)
+@pytest.mark.parametrize("shape", [(), (2,), (2, 2), (2, 2, 3)], ids=str)
+def test_scales_by_hand(shape):
+    """The cache stands for key times scale: multiplied beforehand, it is the same."""
+    rng = np.random.default_rng(0)
+    query, key, value = rng.standard_normal((2, 4, 5)), rng.integers(-9, 9, (2, 3, 2, 5)), rng.integers(-9, 9, (2, 3, 2, 5))
+    key_scale, value_scale = rng.standard_normal((2, *shape))
+    want_key, want_value = np.array(key, float), np.array(value, float)
+    for b, s, h in np.ndindex(2, 3, 2):
+        index = (b, h, s) if len(shape) == 3 else (b, h)[2 - len(shape) :]
+        want_key[b, s, h] *= key_scale[index]
+        want_value[b, s, h] *= value_scale[index]
+    got = oracle(query, key, value, key_scale=key_scale, value_scale=value_scale)
+    for x, y in zip(got, oracle(query, want_key, want_value), strict=True):
+        np.testing.assert_allclose(x, y)
 
 
 @pytest.mark.parametrize("case", CHECKS, ids=lambda case: case.name)
@@ -96,10 +110,9 @@ def test_gradients_by_finite_differences(case):
         out, lse = oracle(**arguments | changed)
         return np.sum(out * d_out) + np.sum(np.where(np.isfinite(lse), lse, 0) * d_lse)
 
-    floating = ("query", "softmax_aux") if case.cache_dtype else ("query", "key", "value", "softmax_aux")
+    assert (gradients.key is None) == (gradients.value is None) == (case.cache_dtype is not None)
     for name in {"query", "key", "value", "softmax_aux"} & set(arguments):
-        if name not in floating:
-            assert getattr(gradients, name) is None
+        if getattr(gradients, name) is None:
             continue
         direction = rng.standard_normal(arguments[name].shape)
         step = 1e-5 * direction
@@ -135,22 +148,20 @@ def test_cases_are_sound(case):
     assert [other.name for other in group].count(case.name) == (case is not CPU_STEP)
 
 
-def test_poison_is_outside():
-    case = CHECKS[3]
-    assert case.name == "edges"
-    key = case.draw(poison=True)["key"]
-    assert np.isfinite(key).all(axis=(2, 3)).sum() == case.live_tokens()
-    assert not np.isfinite(key).any(axis=(2, 3))[0].any()
-    assert np.isfinite(key[3]).all()
-
-
-def test_poison_of_a_quantised_cache():
-    """int8 has nothing worse than its ends, but the scales beside it have."""
-    (case,) = (case for case in CHECKS if case.name == "int8")
+@pytest.mark.parametrize("name", ["edges", "tokens-padded", "int8"])
+def test_poison_is_outside(name):
+    """At every row that no token sees, and nowhere else; in scales too."""
+    (case,) = [case for case in CHECKS if case.name == name]
     arguments = case.draw(poison=True)
-    assert set(np.unique(arguments["key"][0])) == {-128, 127}
-    assert np.isfinite(arguments["key_scale"]).all(axis=1).sum() == case.live_tokens()
-    assert arguments["key_scale"].shape == (6, 2, 67)
+    held = arguments["key"][:, :, 0, 0] if case.cache_dtype is None else arguments["key_scale"][:, 0]
+    assert np.isfinite(held).sum() == case.live_tokens()
+    for b in range(case.batch):
+        seen = seen_rows(
+            b, case.seq_len, *case.ranges(), case.sliding_window, arguments.get("query_lengths"), num_tokens=case.num_tokens or 1
+        )
+        np.testing.assert_array_equal(np.isfinite(held[b]).nonzero()[0], seen)
+        for array in (arguments["key"][b], arguments["value"][b]) if case.cache_dtype is None else ():
+            np.testing.assert_array_equal(np.isfinite(array).all(axis=(1, 2)).nonzero()[0], seen)
 
 
 def test_unknown_lengths():

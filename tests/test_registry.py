@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -24,7 +25,10 @@ from ejk_ragged._registry import Backend, Registry, registry
 from ejk_ragged.testing import Case, TextbookBackend
 
 
-PROBLEM = Problem(2, 12, 4, 2, 8, np.dtype("float32"), 1.0)
+FLOAT = np.dtype("float32")
+PROBLEM = Problem(
+    batch=2, num_tokens=1, seq_len=12, num_q_heads=4, num_kv_heads=2, head_dim=8, dtype=FLOAT, cache_dtype=FLOAT, softmax_scale=1.0
+)
 CPU = Target("cpu")
 
 
@@ -101,10 +105,10 @@ def test_clear_looks_again():
 
 def test_real_entry_points():
     """importlib.metadata's own class, without a distribution."""
-    made = Registry([importlib.metadata.EntryPoint("dense", "dense:TextbookBackend", "ejk_ragged.backends")])
-    assert isinstance(made.get("dense"), TextbookBackend)
+    made = Registry([importlib.metadata.EntryPoint("textbook", "ejk_ragged.testing:TextbookBackend", "ejk_ragged.backends")])
+    assert isinstance(made.get("textbook"), TextbookBackend)
     (info,) = made.backends()
-    assert (info.name, info.distribution, info.platforms, info.broken) == ("dense", "an unknown distribution", None, None)
+    assert (info.name, info.distribution, info.platforms, info.broken) == ("textbook", "an unknown distribution", None, None)
 
 
 def test_duplicates_name_both_distributions():
@@ -213,9 +217,27 @@ def test_gradients_of_another_backend():
         chosen = made.select("cpu", PROBLEM, named, "backward")
         assert chosen.backend.name == "whole"
         assert dict(chosen.passed_over) == {"half": "it has no backward operation"}
-    alone = Registry(entries(backend("half", backward=Backend.backward)))
-    with pytest.raises(ValueError, match="it has no backward operation"):
+    alone = Registry(entries(backend("half", backward=Backend.backward), backend("other", why="it is picky")))
+    refused = "(B 2, S 12, heads 4:2, D 8, float32) on cpu: "
+    with pytest.raises(
+        ValueError,
+        match="^"
+        + re.escape(
+            f"backend 'half' cannot do the gradients of this call {refused}it has no backward operation. "
+            "Backends that can: none of those installed."
+        )
+        + "$",
+    ):
         alone.select("cpu", PROBLEM, "half", "backward")
+    with pytest.raises(
+        ValueError,
+        match="^"
+        + re.escape(
+            f"No backend can do the gradients of this call {refused}half: it has no backward operation; other: it is picky."
+        )
+        + "$",
+    ):
+        alone.select("cpu", PROBLEM, direction="backward")
 
 
 def test_hints_are_resolved_by_the_chosen():
@@ -302,7 +324,7 @@ def test_an_instance_wherever_a_name_is():
     instance = TextbookBackend()
     want = ragged_decode_attention(**arrays)
     np.testing.assert_allclose(ragged_decode_attention(**arrays, backend=instance), want, rtol=1e-5, atol=1e-6)
-    assert explain(**arrays, backend=instance)["cpu"].forward == "dense"
+    assert explain(**arrays, backend=instance)["cpu"].forward == "textbook"
     module = ejk_ragged.RaggedDecodeAttention(backend=instance)
     np.testing.assert_allclose(module(**arrays), want, rtol=1e-5, atol=1e-6)
 
@@ -346,8 +368,8 @@ print(json.dumps([sorted(modules), imported, sorted(modules & set(sys.modules))]
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
-    """Folders for the path that make the distribution of tests/plugin look installed."""
-    source = pathlib.Path(__file__).parent / "plugin"
+    """Folders for the path that make the distribution of docs/plugin look installed."""
+    source = pathlib.Path(__file__).parents[1] / "docs" / "plugin"
     project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
     site = tmp_path_factory.mktemp("site")
     info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
@@ -367,40 +389,38 @@ def test_somebody_elses_backend(plugin):
 import json
 import jax, jax.numpy as jnp
 import ejk_ragged
-from ejk_ragged.testing import Case
-from ejk_ragged.testing import verify
+from ejk_ragged.testing import CHECKS, verify
 
 jax.config.update("jax_platforms", "cpu")
-right = verify(ejk_ragged.ragged_decode_attention, Case("", 2, 20, 4, 4, 8, lengths=("uniform", 0, 20), sinks=("query", 1)).draw())
-query, cache = jnp.ones((2, 4, 8)), jnp.ones((2, 20, 4, 8))
-mha, gqa = ejk_ragged.explain(query, cache, cache)["cpu"], ejk_ragged.explain(query, cache[:, :, :2], cache[:, :, :2])["cpu"]
+tokens, = [case for case in CHECKS if case.name == "tokens-window"]
+query, cache = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 20, 2, 8))
+int8 = {"key": cache.astype(jnp.int8), "value": cache.astype(jnp.int8), "key_scale": 1.0, "value_scale": 1.0}
+floats, quantised = ejk_ragged.explain(query, cache, cache), ejk_ragged.explain(query, **int8)
 try:
-    ejk_ragged.ragged_decode_attention(query, cache[:, :, :2], cache[:, :, :2], backend="tiny")
+    ejk_ragged.ragged_decode_attention(query, **int8, backend="dense")
 except ValueError as error:
     message = str(error)
 print(json.dumps({
-    "distribution": {info.name: info.distribution for info in ejk_ragged.backends()}["tiny"],
-    "wrong": [str(verdict) for verdict in right if not verdict.ok],
-    "mha": [mha.forward, mha.backward, mha.passed_over],
-    "gqa": [gqa.forward, gqa.passed_over],
+    "distribution": {info.name: info.distribution for info in ejk_ragged.backends()}["dense"],
+    "wrong": [str(verdict) for verdict in verify(ejk_ragged.ragged_decode_attention, tokens.draw(poison=True)) if not verdict.ok],
+    "floats": [floats["cpu"].forward, floats["cpu"].backward, floats["cpu"].passed_over["dense"]],
+    "quantised": str(quantised).splitlines(),
     "message": message,
 }))
 """
     said = python(script, *plugin)
-    assert said["distribution"] == "ejk-ragged-tiny"
+    assert said["distribution"] == "ejk-ragged-dense"
     assert said["wrong"] == []
-    forward, backward, passed_over = said["mha"]
-    assert (forward, backward) == ("tiny", "xla")
-    assert passed_over["tiny"] == "for gradients, it has no backward operation"
-    forward, passed_over = said["gqa"]
-    assert forward == "xla"
-    assert passed_over["tiny"] == "it knows nothing but MHA without a cap"
-    assert "backend 'tiny' cannot do this call" in said["message"]
-    assert "Backends that can: xla" in said["message"]
+    assert said["floats"] == ["dense", "xla", "for gradients, it has no backward operation"]
+    assert "        not dense: it takes no quantised caches, such as int8" in said["quantised"]
+    assert said["message"].startswith(
+        "backend 'dense' cannot do this call (B 2, T 3, S 20, heads 4:2, D 8, float32, int8 cache) on cpu: it takes no quantised "
+        "caches, such as int8. Backends that can: "
+    )
 
 
 def test_the_plug_in_is_gone_without_its_distribution(plugin):
     """The control of the test above."""
     _, source = plugin
     script = "import json, ejk_ragged; print(json.dumps([info.name for info in ejk_ragged.backends()]))"
-    assert "tiny" not in python(script, source)
+    assert "dense" not in python(script, source)

@@ -14,7 +14,7 @@ def backward(problem, target, queries, cache, lse, d_out, delta, wanted):
 
     def step(arrays, state, chunk):
         q, d_o, lse, delta = arrays
-        k = jnp.where(chunk.seen[:, None], chunk.k, 0)
+        k = jnp.where(chunk.seen, chunk.k, 0)
         x, slope = logits(problem, q, chunk)
         p = jnp.where(chunk.live, jnp.exp(x - lse[..., None]), 0)
         d_p = scaled(dots(problem, d_o, chunk.v), chunk.v_scale)

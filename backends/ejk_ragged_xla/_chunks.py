@@ -28,9 +28,9 @@ class Chunk(NamedTuple):
     Attributes:
         k, v: [H, C, D].
         k_scale, v_scale: [H, 1, C], 0 at rows that nobody sees, or [H, 1, 1] where all rows have the same, or None.
-        live: bool [R, C], or [1, C] where all rows of queries see the same: which rows of the cache each row of queries sees.
+        live: bool [1, R, C], or [1, 1, C] where all rows of queries see the same: which rows of the cache each row of queries sees.
         new: likewise, those of them that no chunk before held.
-        seen: bool [C], the rows that anybody sees; k and v may hold anything at the others, and 0 times that may be NaN.
+        seen: bool [1, C, 1], the rows that anybody sees; k and v may hold anything at the others, and 0 times that may be NaN.
     """
 
     k: Any
@@ -88,9 +88,6 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
     seq_len = problem.seq_len
     rows = min_dim(problem.fwd_params.block_size_keys, seq_len)  # sizes may be symbolic
     zero = jnp.int32(0)  # all of one type, under jax_enable_x64 too
-    if problem.num_kv_heads == 1:
-        # XLA's CPU compiler may think an axis of one elsewhere, where the cache is another array reshaped: it copies to move that.
-        cache = dataclasses.replace(cache, key=cache.key[:, :, 0], value=cache.value[:, :, 0])
 
     def count(start, end, rows):
         return jnp.maximum(end - start + rows - 1, 0) // rows
@@ -100,9 +97,10 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
 
     def load(rows_of, b, row, rows, heads):
         if rows_of.ndim == 3:
-            chunk = lax.dynamic_slice(rows_of, (b, row, zero), (1, rows, problem.head_dim))[0][:, None]
+            at, size = (b, row, jnp.int32(heads.start * problem.head_dim)), (1, rows, len(heads) * problem.head_dim)
         else:
-            chunk = lax.dynamic_slice(rows_of, place(b, row, heads), (1, rows, len(heads), problem.head_dim))[0]
+            at, size = place(b, row, heads), (1, rows, len(heads), problem.head_dim)
+        chunk = lax.dynamic_slice(rows_of, at, size).reshape(rows, len(heads), problem.head_dim)
         return _operand(problem, target, chunk).transpose(1, 0, 2)
 
     def load_scale(scale, b, row, rows, heads, seen):
@@ -111,7 +109,7 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
         alike = scale.shape[2] == 1
         at = b if scale.shape[0] > 1 else zero, jnp.int32(heads.start), zero if alike else row
         chunk = lax.dynamic_slice(scale, at, (1, len(heads), 1 if alike else rows))[0][:, None]
-        return chunk if alike else jnp.where(seen, chunk, 0)
+        return chunk if alike else jnp.where(seen.transpose(0, 2, 1), chunk, 0)
 
     def store(rows_of, chunk, b, row, heads):
         chunk = chunk.transpose(1, 0, 2).astype(problem.cache_dtype)
@@ -120,29 +118,33 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
     def do(rows, heads, first, b, bounds, arrays, state):
         start, end = bounds
         row = jnp.clip(first, 0, seq_len - rows)  # as slices and their updates clip it themselves
-        here = row + jnp.arange(rows, dtype=row.dtype)
+        here = (row + jnp.arange(rows, dtype=row.dtype))[None]
         live = (here >= start[:, None]) & (here < end[:, None])
         new = live & (here >= first)
         # Without the barrier XLA's CPU compiler in JAX 0.10 widens the whole bfloat16 cache before the loop.
         row, held = lax.optimization_barrier((row, cache))
-        seen = jnp.any(live, axis=0)
-        k, v = (load(x, b, row, rows, heads) for x in (held.key, held.value))
-        k_scale, v_scale = (load_scale(x, b, row, rows, heads, seen) for x in (held.key_scale, held.value_scale))
-        return step(arrays, state, Chunk(k, v, k_scale, v_scale, by_row(live), by_row(new), seen))
+        seen = jnp.any(live, axis=0)[None, :, None]
+        tiles = (load(x, b, row, rows, heads) for x in (held.key, held.value))
+        scales = (load_scale(x, b, row, rows, heads, seen) for x in (held.key_scale, held.value_scale))
+        return step(arrays, state, Chunk(*tiles, *scales, by_row(live), by_row(new), seen))
 
     def by_row(mask):
-        """[T, C] as [R, C]."""
+        """[T, C] as [1, R, C]."""
         if mask.shape[0] == 1:
-            return mask
+            return mask[None]
         rows = mask.shape[1]
         mask = jnp.broadcast_to(mask[:, None], (problem.num_tokens, problem.group, rows))
-        return mask.reshape(problem.num_tokens * problem.group, rows)
+        return mask.reshape(1, problem.num_tokens * problem.group, rows)
 
     index = jnp.arange(problem.batch, dtype=jnp.int32)
     begins, ends = queries.hull(seq_len)
     bounds = queries.start, queries.end
     written = [to_bits(x) for x in written]
     if target.platform == "cpu":
+        # Heads and head_dim as one axis: were there an axis of size 1 between the others, the compiler of JAX 0.10 would copy a
+        # cache that comes out of a reshape, such as one of heads first under `vmap`.
+        shape = problem.batch, seq_len, problem.num_kv_heads * problem.head_dim
+        cache = dataclasses.replace(cache, key=cache.key.reshape(shape), value=cache.value.reshape(shape))
         fraction = rows // FRACTION if isinstance(rows, int) and rows % FRACTION == 0 else 0
         sizes = [rows, fraction] if fraction >= LEAST_FRACTION else [rows]
         each = problem.num_kv_heads // PARTS if problem.num_kv_heads % PARTS == 0 else problem.num_kv_heads

@@ -16,7 +16,7 @@ def forward(problem, target, queries, cache):
     def step(arrays, state, chunk):
         q, _ = arrays
         top, total, values = state
-        v = jnp.where(chunk.seen[:, None], chunk.v, 0)
+        v = jnp.where(chunk.seen, chunk.v, 0)
         x, _ = logits(problem, q, chunk)
         x = jnp.where(chunk.new, x, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(x, axis=2))

@@ -51,7 +51,7 @@ class TextbookBackend(Backend):
 
     def live(self, problem, queries):
         """Which rows each token sees, [B, T, S]."""
-        rows = jnp.arange(problem.seq_len, dtype=jnp.int32)
+        rows = jnp.arange(problem.seq_len, dtype=jnp.int32)[None, None]
         return (rows >= queries.start[..., None]) & (rows < queries.end[..., None])
 
     def logits(self, problem, queries, cache):

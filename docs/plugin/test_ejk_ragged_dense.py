@@ -1,0 +1,23 @@
+"""The backend tests itself: on each named case it is right, or it refuses and says why."""
+
+import functools
+
+import pytest
+from ejk_ragged_dense import DenseBackend
+
+from ejk_ragged import ragged_decode_attention
+from ejk_ragged.testing import CHECKS, verify
+
+
+call = functools.partial(ragged_decode_attention, backend=DenseBackend())
+
+
+@pytest.mark.parametrize("case", CHECKS, ids=lambda case: case.name)
+def test_dense(case):
+    arguments = case.draw(poison=True)  # NaN wherever nobody looks
+    if case.cache_dtype is not None:
+        with pytest.raises(ValueError, match="it takes no quantised caches"):
+            call(**arguments)
+        return
+    wrong = [str(verdict) for verdict in verify(call, arguments) if not verdict.ok]
+    assert not wrong

@@ -1,0 +1,59 @@
+"""Meshes of simulated devices (conftest.py), what lies on them, and a call as a function of its arrays."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from support import draw, floats_of
+
+from ejk_ragged import ragged_decode_attention
+from ejk_ragged.testing import TextbookBackend
+
+
+# What one device does is another test's matter, and compiles quickly here.
+call = functools.partial(ragged_decode_attention, backend=TextbookBackend())
+
+SPECS = {
+    "whole": P(),
+    "batch": P("x"),
+    "heads": P(None, None, "x"),
+    "sequence": P(None, "x"),
+    "two axes": P(None, ("y", "x")),
+    "all": P("x", "y", "z"),
+}
+
+
+def make_mesh(*kinds, sizes=(2, 2, 2)):
+    """Axes x, y, z, each "Auto" or "Explicit"."""
+    axis_types = tuple(AxisType[kind] for kind in kinds)
+    return jax.make_mesh(sizes, ("x", "y", "z"), axis_types=axis_types, devices=jax.devices("cpu"))
+
+
+def place(mesh, spec, arrays):
+    """The arrays, with the cache and its rows' scales split by the spec of a cache; the others stay where they are."""
+    batch, sequence, heads, *_ = *spec, None, None, None
+    specs = {"key": spec, "value": spec}
+    specs |= {name: P(batch, heads, sequence) for name in ("key_scale", "value_scale") if name in arrays and arrays[name].ndim == 3}
+    return arrays | {name: put(mesh, spec, arrays[name]) for name, spec in specs.items()}
+
+
+def put(mesh, spec, x):
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+
+def placed(case, mesh, spec):
+    """A case's arrays, its cache on a mesh."""
+    return place(mesh, spec, draw(case)[0])
+
+
+def loss(call, arrays):
+    out, lse = call(**arrays, return_lse=True)
+    return jnp.sum(jnp.cos(out.astype(jnp.float32))) + jnp.sum(jnp.where(lse > -jnp.inf, lse, 0))
+
+
+def gradients(arrays, call=call):
+    """By name."""
+    floats = {name: arrays[name] for name in floats_of(arrays)}
+    return jax.grad(lambda floats: loss(call, arrays | floats))(floats)

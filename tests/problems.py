@@ -1,0 +1,48 @@
+"""What hypothesis may draw of a problem: everything that a call may be, of few shapes."""
+
+import hypothesis.strategies as st
+
+from ejk_ragged.testing import Case
+
+
+@st.composite
+def ranges(draw, batch, seq_len):
+    """A range for each sequence: empty, of one key, full, out of bounds, reversed, or any."""
+    anywhere = st.integers(-3, seq_len + 3)
+    inside = st.integers(0, seq_len - 1)
+    kinds = [
+        inside.map(lambda i: (i, i)),
+        inside.map(lambda i: (i, i + 1)),
+        st.just((0, seq_len)),
+        st.tuples(st.integers(-(2**31), 0), st.integers(seq_len, 2**31 - 1)),
+        st.tuples(anywhere, anywhere),
+    ]
+    return ("ranges", *draw(st.lists(st.one_of(kinds), min_size=batch, max_size=batch)))
+
+
+@st.composite
+def cases(draw, shapes, dtypes, quantised=True):
+    """A case of one of `shapes` (B, S, Hq, Hkv, D) and `dtypes`, with any features."""
+    batch, seq_len, num_q_heads, num_kv_heads, head_dim = draw(st.sampled_from(shapes))
+    num_tokens = draw(st.sampled_from([None, None, 1, 3]))
+    query_lengths = st.lists(st.integers(-1, 4), min_size=batch, max_size=batch).map(tuple)
+    cache_dtype = draw(st.sampled_from([None, None, "int8", "float8_e4m3fn", "float8_e5m2"])) if quantised else None
+    scales = ["number", "head", "sequence", "row", *[None] * (cache_dtype != "int8")]
+    return Case(
+        "drawn",
+        batch,
+        seq_len,
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        draw(st.sampled_from(dtypes)),
+        draw(ranges(batch, seq_len) | st.just(("full",))),
+        draw(st.sampled_from([None, 0.4])),
+        draw(st.none() | st.tuples(st.integers(-1, seq_len), st.integers(-1, 3))),
+        draw(st.sampled_from([None, 1.5, 50.0])),
+        draw(st.none() | st.tuples(st.sampled_from(["shared", "query", "kv"]), st.sampled_from([1, 3]))),
+        num_tokens,
+        draw(st.none() | query_lengths) if num_tokens else None,
+        cache_dtype,
+        draw(st.sampled_from(scales)) if cache_dtype else None,
+    )
