@@ -124,9 +124,9 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
         # Without the barrier XLA's CPU compiler in JAX 0.10 widens the whole bfloat16 cache before the loop.
         row, held = lax.optimization_barrier((row, cache))
         seen = jnp.any(live, axis=0)[None, :, None]
-        tiles = (load(x, b, row, rows, heads) for x in (held.key, held.value))
-        scales = (load_scale(x, b, row, rows, heads, seen) for x in (held.key_scale, held.value_scale))
-        return step(arrays, state, Chunk(*tiles, *scales, by_row(live), by_row(new), seen))
+        k, v = (load(x, b, row, rows, heads) for x in (held.key, held.value))
+        k_scale, v_scale = (load_scale(x, b, row, rows, heads, seen) for x in (held.key_scale, held.value_scale))
+        return step(arrays, state, Chunk(k, v, k_scale, v_scale, by_row(live), by_row(new), seen))
 
     def by_row(mask):
         """[T, C] as [1, R, C]."""
