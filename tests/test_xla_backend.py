@@ -183,6 +183,16 @@ def test_cache_size_changes_no_bit(form):
 # What is walked, and what is written
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("wide", ["float32", "float64"])
+def test_widened_by_bits(dtype, wide, x64):
+    """Every number that 8 bits can be, NaN and infinities too."""
+    x = np.arange(256).astype(np.uint8).view(jnp.dtype(dtype))
+    got = jax.jit(lambda x: _bits.widen(x, jnp.dtype(wide)))(x)
+    assert got.dtype == wide
+    np.testing.assert_array_equal(got, x.astype(wide))
+
+
 HEADS = 4
 
 
@@ -291,7 +301,7 @@ def test_memory_backward(dtype, wanted):
 def test_memory_of_the_accelerator_form():
     """As a CPU's compiler sees it, which widens and transposes more than one for GPUs."""
     assert temporary(TARGETS["accelerator"], "float32", "forward") < 0.02
-    assert temporary(TARGETS["accelerator"], "float32", "backward", wanted=Wanted()) < 0.03
+    assert temporary(TARGETS["accelerator"], "float32", "backward", wanted=Wanted()) < 0.035
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import min_dim
 
-from ._bits import from_bits, to_bits
+from ._bits import from_bits, to_bits, widen
 
 
 # Rows of a chunk where `block_size_keys` does not say; docs/performance/cpu.md has the figures.
@@ -63,7 +63,7 @@ def by_token(problem, x):
 
 def _operand(problem, target, x):
     """On a CPU narrow dtypes are widened, there the products have no fast form for them; elsewhere they have."""
-    return x.astype(problem.accum_dtype) if target.platform == "cpu" else x
+    return widen(x, problem.accum_dtype) if target.platform == "cpu" else x
 
 
 def walk(problem, target, queries, cache, begin, step, per_sequence, written=()):
