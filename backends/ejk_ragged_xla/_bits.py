@@ -3,8 +3,8 @@
 - Arrays that a loop writes into, in bfloat16. The compiler of JAX 0.10 widens the operands of an update in place, and so goes
   through the whole array for every chunk. The bits are written as integers there, for which it has a true update. It costs a copy
   of one of the arrays at the end.
-- Floats of 8 bits, which it widens by arithmetic that takes longer than reading four times the bytes. But each is a float16 with its
-  bits in other places, and for those processors have an instruction.
+- Floats of 8 bits, which it widens by arithmetic that takes longer than reading four times the bytes. But each is a float16
+  with its bits in other places, and for those processors have an instruction.
 """
 
 import jax

@@ -46,8 +46,8 @@ def whole_steps(file: pathlib.Path, data) -> str:
     title = f"Whole decode steps of {data['model']}, {data['device']}"
     parts = [
         f"### {title}",
-        f"jax {data['jax']}; random weights in bfloat16, sequences of {data['rows'] // 8} to {data['rows']} tokens; time of a step and "
-        f"tokens a second, all layers and the choice of the next token; [all data]({file.name})",
+        f"jax {data['jax']}; random weights in bfloat16, sequences of {data['rows'] // 8} to {data['rows']} tokens; time of a step "
+        f"and tokens a second, all layers and the choice of the next token; [all data]({file.name})",
         markdown_table(table),
         picture(file, "steps", title),
     ]
