@@ -16,6 +16,8 @@ import smollm2
 import steps
 
 
+pytestmark = pytest.mark.usefixtures("promoted_ranks")
+
 PROMPTS = ["abc", "x", "some more of it"]
 TOKENS = 20
 TEXTS = [np.random.default_rng(i).integers(0, 64, size).tolist() for i, size in enumerate((30, 2, 17))]
