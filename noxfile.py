@@ -28,6 +28,11 @@ CONSTRAINTS = {"3.12": ["jax==0.11.2"]}
 KERNELS = ("pallas_triton", "mosaic_gpu")
 AFFECTED = ("semantics", "jit", "vmap", "grad", "loops", "export", "devices", "module", "xla_backend", *KERNELS, "sharding")
 OFTEN = [*(f"tests/test_{name}.py" for name in AFFECTED), "-m", "not pallas_triton"]
+# What one process has compiled for a CPU, others need not: workers, sessions, and the runs to come.
+COMPILED = {
+    "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(".nox/compiled").absolute()),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+}
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 OTHER_PYTHONS = [python for python in nox.project.python_versions(PYPROJECT) if python != THIS_PYTHON]
 
@@ -62,9 +67,13 @@ def tests(session, part):
     """The tests of one backend, or those that need none in particular (core), on the Python that runs nox."""
     session.install("-e", ".", *group("test"))
     marks = part if part in BACKENDS else " and ".join(f"not {backend}" for backend in BACKENDS)
-    coverage = {"COVERAGE_FILE": f".coverage.{part}"}
-    measured = ("--cov", "--cov-report=", "--cov-fail-under=0")  # a part need not cover all: see `coverage`
-    session.run("pytest", "-n", "2", "-m", marks, *measured, *session.posargs, env=coverage)
+    measured = ("--cov", "--cov-append", "--cov-report=", "--cov-fail-under=0")  # a part need not cover all: see `coverage`
+    environment = COMPILED | {"COVERAGE_FILE": f".coverage.{part}"}
+    pathlib.Path(environment["COVERAGE_FILE"]).unlink(missing_ok=True)
+    ways = ("xla and not optimised", "optimised") if part == "xla" else (marks,)  # two ways to compile, a process each
+    codes = (0, 5) if session.posargs else (0,)  # what follows `--` may choose tests of one way only
+    for way in ways:
+        session.run("pytest", "-n", "2", "-m", way, *measured, *session.posargs, env=environment, success_codes=codes)
 
 
 @nox.session
@@ -79,7 +88,7 @@ def coverage(session):
 def pythons(session):
     """The tests that releases of JAX differ in, on the other Pythons that this machine has, each with a release of its own."""
     session.install("-e", ".", *CONSTRAINTS.get(session.python, []), *group("test"))
-    session.run("pytest", "-n", "2", *(session.posargs or OFTEN), env={"HYPOTHESIS_PROFILE": "brief"})
+    session.run("pytest", "-n", "2", *(session.posargs or OFTEN), env=COMPILED | {"HYPOTHESIS_PROFILE": "brief"})
 
 
 @nox.session

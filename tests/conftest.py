@@ -14,8 +14,8 @@ from ejk_ragged._registry import registry
 # For the tests of many devices. The other tests are as fast beside them.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Compiling is most of what the tests take, so XLA need not try hard where its code for CPUs is not under test; see `_compiler`.
-# In JAX 0.10 it also has an older way to make code, which takes half as long; a process has either, so `pytest -m xla` has the new.
+# Compiling is most of what the tests take, so XLA need not try hard but for those marked `optimised`; see `_compiler`. In JAX 0.10
+# it also has an older way to make code, which takes half as long; a process has either, so `pytest -m optimised` has the new.
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" if jax.__version_info__ < (0, 11) else ""
 
 # Nobody's arrays should be promoted behind their back.
@@ -31,8 +31,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 
 def pytest_configure(config):
-    if config.option.markexpr != "xla":
+    if config.option.markexpr != "optimised":
         os.environ.setdefault("XLA_FLAGS", QUICK)
+    config.addinivalue_line("markers", "optimised: what XLA makes for CPUs is under test, as users have it")
     for name in registry.names():
         config.addinivalue_line("markers", f"{name}: the shared suite's share of the backend {name}")
 
@@ -66,8 +67,15 @@ def _compiled():
 @pytest.fixture(autouse=True)
 def _compiler(request):
     """XLA optimises where its code for CPUs is under test."""
-    optimised = request.node.get_closest_marker("xla") is not None
+    optimised = request.node.get_closest_marker("optimised") is not None
     jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu" and not optimised)
+
+
+@pytest.fixture
+def promoted_ranks():
+    """As JAX has it: for what people write, and for functions of others."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.fixture

@@ -1,27 +1,26 @@
-"""`docs/examples/generate.py`: a short run of it, and that its check of itself would notice a wrong decode."""
+"""The examples: short runs of them, and that the check which `generate.py` makes of itself would notice a wrong decode."""
 
 import dataclasses
+import functools
 import importlib.util
 import io
+import itertools
 import pathlib
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import pytest
 
+from ejk_ragged import ragged_decode_attention
+
+
+pytestmark = pytest.mark.usefixtures("promoted_ranks")
 
 PATH = pathlib.Path(__file__).parents[1] / "docs" / "examples" / "generate.py"
 CONFIG = {"layers": 2, "width": 32, "query_heads": 4, "kv_heads": 2, "head_dim": 8, "window": 4}
-
-
-@pytest.fixture(autouse=True)
-def _ranks():
-    """It is written as people write."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture
@@ -35,13 +34,13 @@ def generate():
     return module
 
 
-def test_short_run():
-    command = [sys.executable, "-W", "error", str(PATH), "--steps", "5", "--tokens", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    assert done.stdout.count("\n--- ") == 6
-    assert "OK: every byte is what recomputing full attention writes" in done.stdout
+def test_short_run(generate, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "Config", functools.partial(generate.Config, **CONFIG))
+    assert generate.main(["--steps", "5", "--tokens", "8"]) == 0
+    done = capsys.readouterr()
+    assert done.err == ""
+    assert done.out.count("\n--- ") == 6
+    assert "OK: every byte is what recomputing full attention writes" in done.out
 
 
 def test_bad_options(generate, capsys):
@@ -136,3 +135,24 @@ def test_progress(generate, monkeypatch, terminal):
     assert text.count("\n") == (1 if terminal else 10)
     assert text.count("\r") == (199 if terminal else 0)
     assert "] 100/200, note, 200 s, 200 s left" in text
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_many_devices(monkeypatch, capsys, right):
+    """Smaller heads than it has; and a step that is another on one device."""
+    monkeypatch.setattr(many_devices, "HEAD_DIM", 8)
+    monkeypatch.setattr(many_devices, "SPLITS", dict(list(many_devices.SPLITS.items())[-1:]))
+    jax.clear_caches()  # what was traced before is not used again
+    if not right:
+        monkeypatch.setattr(many_devices, "ragged_decode_attention", wrong_on_one_device())
+    assert many_devices.main() == (0 if right else 1)
+    assert capsys.readouterr().out.count("OK: every split") == right
+
+
+def wrong_on_one_device():
+    traces = itertools.count()
+
+    def attention(query, *args, **kwargs):
+        return ragged_decode_attention(query, *args, **kwargs) * (1 if next(traces) else 2)
+
+    return attention

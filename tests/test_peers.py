@@ -16,6 +16,8 @@ from ejk_ragged._tools import inputs, peers
 from ejk_ragged.testing import Case, live_rows, TextbookBackend
 
 
+pytestmark = pytest.mark.usefixtures("promoted_ranks")
+
 TEXTBOOK = TextbookBackend()  # quickly compiled
 TINY = Case("tiny", 3, 48, 4, 2, 64, lengths=("uniform", 3, 40))
 FEATURES = Case("features", 3, 48, 4, 2, 64, "bfloat16", ("skew", 3, 9), 0.2, (20, 0), 1.5, ("query", 1))

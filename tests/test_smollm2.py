@@ -16,6 +16,8 @@ import smollm2
 import steps
 
 
+pytestmark = pytest.mark.usefixtures("promoted_ranks")
+
 PROMPTS = ["abc", "x", "some more of it"]
 TOKENS = 20
 TEXTS = [np.random.default_rng(i).integers(0, 64, size).tolist() for i, size in enumerate((30, 2, 17))]
@@ -23,8 +25,8 @@ TEXTS = [np.random.default_rng(i).integers(0, 64, size).tolist() for i, size in 
 
 @pytest.fixture(autouse=True, scope="module")
 def _precision():
-    """The program's own, so that what it compiles is there for all; and it is written as people write, ranks and all."""
-    with jax.default_matmul_precision("highest"), jax.numpy_rank_promotion("allow"):
+    """The program's own, so that what it compiles is there for all."""
+    with jax.default_matmul_precision("highest"):
         yield
 
 

@@ -17,6 +17,7 @@ from ejk_ragged_xla._chunks import walk
 
 
 pytestmark = pytest.mark.xla
+optimised = pytest.mark.optimised
 
 
 class Accelerator(XlaBackend):
@@ -89,6 +90,14 @@ def test_accelerator_form(case):
     assert_right(call("accelerator"), case.draw(poison=True))
 
 
+@optimised
+@pytest.mark.parametrize("name", ["edges", "cap", "bfloat16", "float16", "tokens-padded", "int8", "e4m3", "all", "all-int8"])
+def test_as_users_have_it(name):
+    """The shared suite has all cases, compiled in haste."""
+    (case,) = (case for case in CHECKS if case.name == name)
+    assert_right(call("cpu"), case.draw(poison=True))
+
+
 # A chunk of 8 rows in a cache of 37: ranges that begin and end beside, on and across its boundaries and at the cache's end.
 BOUNDARIES = ("ranges", (0, 8), (0, 9), (0, 7), (7, 8), (8, 16), (3, 19), (29, 37), (30, 37), (31, 37), (0, 37), (36, 37), (5, 5))
 
@@ -125,6 +134,7 @@ def test_one_row(form):
     assert_right(call(form), Case("one row", 2, 1, 4, 2, 8).draw())
 
 
+@optimised
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_thousands_of_keys(form, dtype):
     assert_right(call(form), Case("long", 1, 5001, 4, 2, 64, dtype, softmax_scale=0.5).draw())
@@ -150,14 +160,17 @@ def test_tokens_and_quantised_caches(form, name):
     assert_right(call(form, block_size_keys=16), case.draw(poison=True))
 
 
+@optimised
 def test_repeatable(form):
     assert_repeatable(call(form, block_size_keys=16), Case("repeat", 4, 67, 4, 2, 32, lengths=("uniform", 1, 67)).draw())
 
 
+@optimised
 def test_batch_invariant():
     assert_batch_invariant(call("cpu"), Case("batch", 4, 900, 4, 2, 32, lengths=("uniform", 500, 900)).draw())
 
 
+@optimised
 def test_neighbours_change_no_bit(form):
     """Nor does their length; a batch of another size may be another program on an accelerator."""
     arguments = Case("batch", 3, 900, 4, 2, 32, lengths=("ranges", (13, 700), (0, 900), (50, 60))).draw()
@@ -169,6 +182,7 @@ def test_neighbours_change_no_bit(form):
         assert not np.array_equal(x[1], y[1])
 
 
+@optimised
 def test_cache_size_changes_no_bit(form):
     """Where no chunk is moved back from the cache's end, the rows beyond the range are never looked at."""
     arguments = Case("small", 3, 64, 4, 2, 16, lengths=("ranges", (0, 48), (5, 30), (17, 49))).draw()
@@ -265,7 +279,6 @@ def test_only_what_is_wanted(form):
 # What it costs, as the compiler tells
 
 LARGE = problem_of(8, 32768, 32, 8, 128)
-NARROW = ["int8", "float8_e4m3fn", "float8_e5m2"]
 
 
 def temporary(target, dtype, direction, cache_dtype=None, **params):
@@ -277,19 +290,21 @@ def temporary(target, dtype, direction, cache_dtype=None, **params):
     return memory.temp_size_in_bytes / (2 * key.size * key.dtype.itemsize)
 
 
+@optimised
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_memory_forward(dtype):
     assert temporary(TARGETS["cpu"], dtype, "forward") < 0.02
 
 
-@pytest.mark.parametrize("cache_dtype", NARROW)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@optimised
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [("float32", "int8"), ("bfloat16", "float8_e4m3fn"), ("float32", "float8_e5m2")])
 def test_memory_of_quantised_caches(dtype, cache_dtype):
     """Of which a chunk is widened, never more."""
     assert temporary(TARGETS["cpu"], dtype, "forward", cache_dtype) < 0.02
     assert temporary(TARGETS["cpu"], dtype, "backward", cache_dtype, wanted=Wanted(True, False)) < 0.02
 
 
+@optimised
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("wanted", [Wanted(), Wanted(True, False)], ids=["all", "query"])
 def test_memory_backward(dtype, wanted):
@@ -298,6 +313,7 @@ def test_memory_backward(dtype, wanted):
     assert temporary(TARGETS["cpu"], dtype, "backward", wanted=wanted) < 0.02 + copied
 
 
+@optimised
 def test_memory_of_the_accelerator_form():
     """As a CPU's compiler sees it, which widens and transposes more than one for GPUs."""
     assert temporary(TARGETS["accelerator"], "float32", "forward") < 0.02
@@ -327,29 +343,39 @@ def test_hints():
 # ---------------------------------------------------------------------------------------------------------------------------
 # Symbolic sizes
 
+BOTH = problem_of(3, 50, 4, 2, 16, fwd_params=FwdParams(block_size_keys=16))
+ACTUAL = (3, 2, 50), (3, 1, 7), (5, 2, 50)  # batch, tokens and rows: caches that are shorter and longer than a chunk
+
+
+@functools.cache
+def both_of(form):
+    """Both directions, jitted."""
+
+    @jax.jit
+    def both(queries, cache):
+        sized = Problem.of(queries, cache, Settings(softmax_scale=0.25, fwd_params=BOTH.fwd_params))
+        out, lse = XlaBackend().forward(sized, TARGETS[form], queries, cache)
+        return XlaBackend().backward(sized, TARGETS[form], queries, cache, lse, out, jnp.zeros_like(lse), wanted=Wanted())
+
+    return both
+
+
+def sized(sizes):
+    return dataclasses.replace(BOTH, **dict(zip(("batch", "num_tokens", "seq_len"), sizes, strict=True)))
+
 
 @pytest.mark.parametrize("sizes", ["b, t, s", "3, t, s", "b, 2, 50"])
 def test_symbolic_sizes(form, sizes):
-    """Both directions, exported once, for caches that are shorter and longer than a chunk."""
-    backend, target = XlaBackend(), TARGETS[form]
-    problem = problem_of(3, 50, 4, 2, 16, fwd_params=FwdParams(block_size_keys=16))
-    names = "batch", "num_tokens", "seq_len"
-
-    def both(*leaves):
-        queries, cache = tree.unflatten(leaves)
-        sized = Problem.of(queries, cache, Settings(softmax_scale=0.25, fwd_params=problem.fwd_params))
-        out, lse = backend.forward(sized, target, queries, cache)
-        return backend.backward(sized, target, queries, cache, lse, out, jnp.zeros_like(lse), wanted=Wanted())
-
-    symbolic = dataclasses.replace(problem, **dict(zip(names, jax.export.symbolic_shape(sizes), strict=True)))
+    """Exported once, and called with all sizes that it is for."""
+    symbolic = sized(jax.export.symbolic_shape(sizes))
     leaves, tree = jax.tree.flatten(operands_of(symbolic, jax.ShapeDtypeStruct, per_token=False))
-    exported = jax.export.export(jax.jit(both), platforms=("cpu",))(*leaves)
-    for actual in ((3, 2, 50), (3, 1, 7), (5, 2, 50)):
+    flat = jax.jit(lambda *leaves: both_of(form)(*tree.unflatten(leaves)))
+    exported = jax.export.export(flat, platforms=("cpu",))(*leaves)
+    for actual in ACTUAL:
         if any(isinstance(size, int) and size != here for size, here in zip(symbolic.sizes, actual, strict=True)):
             continue
         batch, num_tokens, seq_len = actual
         ends = np.broadcast_to(seq_len - 1 + np.arange(num_tokens), (batch, num_tokens))
-        here = dataclasses.replace(problem, **dict(zip(names, actual, strict=True)))
-        leaves = jax.tree.leaves(drawn(here, np.zeros_like(ends), ends, per_token=False))
-        for x, y in zip(exported.call(*leaves), jax.jit(both)(*leaves), strict=True):
+        arguments = drawn(sized(actual), np.zeros_like(ends), ends, per_token=False)
+        for x, y in zip(exported.call(*jax.tree.leaves(arguments)), both_of(form)(*arguments), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
