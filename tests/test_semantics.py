@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
+from problems import cases, ranges
 from support import assert_batch_invariant, assert_repeatable, assert_right
 
 from ejk_ragged import FwdParams
@@ -267,49 +268,19 @@ SHAPES = [  # few, since each is compiled: B, S, Hq, Hkv, D
 ]
 
 
-@st.composite
-def ranges(draw, batch, seq_len):
-    """A range for each sequence: empty, of one key, full, out of bounds, reversed, or any."""
-    anywhere = st.integers(-3, seq_len + 3)
-    inside = st.integers(0, seq_len - 1)
-    kinds = [
-        inside.map(lambda i: (i, i)),
-        inside.map(lambda i: (i, i + 1)),
-        st.just((0, seq_len)),
-        st.tuples(st.integers(-(2**31), 0), st.integers(seq_len, 2**31 - 1)),
-        st.tuples(anywhere, anywhere),
-    ]
-    return ("ranges", *draw(st.lists(st.one_of(kinds), min_size=batch, max_size=batch)))
-
-
-@st.composite
-def cases(draw, dtypes):
-    batch, seq_len, num_q_heads, num_kv_heads, head_dim = draw(st.sampled_from(SHAPES))
-    return Case(
-        "drawn",
-        batch,
-        seq_len,
-        num_q_heads,
-        num_kv_heads,
-        head_dim,
-        draw(st.sampled_from(dtypes)),
-        draw(ranges(batch, seq_len) | st.just(("full",))),
-        draw(st.sampled_from([None, 0.4])),
-        draw(st.none() | st.tuples(st.integers(-1, seq_len), st.integers(-1, 3))),
-        draw(st.sampled_from([None, 1.5, 50.0])),
-        draw(st.none() | st.tuples(st.sampled_from(["shared", "query", "kv"]), st.sampled_from([1, 3]))),
-    )
-
-
+@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 2)
 @hypothesis.given(data=st.data())
 def test_any_problem(subject, data):
-    """Forward and gradients of anything that may be asked, with poison around the live ranges."""
-    case = data.draw(cases(subject.dtypes), "case")
+    """Forward and gradients of anything that may be asked, with poison around the live ranges; other ranges share its programs."""
+    case = data.draw(cases(SHAPES, subject.dtypes, subject.quantised), "case")
     hints = data.draw(st.sampled_from([None, FwdParams(block_size_keys=16), FwdParams(num_key_splits=3)]), "hints")
+    lengths = [case.lengths] if case.lengths == ("full",) else [case.lengths, data.draw(ranges(case.batch, case.seq_len), "others")]
     seed = data.draw(st.integers(0, 99), "seed")
     with jax.enable_x64(case.dtype == "float64"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "softmax_aux of shape", UserWarning)  # N may equal Hq
-        assert_right(functools.partial(subject.call, fwd_params=hints), case.draw(seed, poison=True), seed=seed)
+        for some in lengths:
+            arguments = dataclasses.replace(case, lengths=some).draw(seed, poison=True)
+            assert_right(functools.partial(subject.call, fwd_params=hints), arguments, seed=seed)
 
 
 @pytest.mark.parametrize("name", ["cap", "window", "sinks-shared", "sinks-kv"])
