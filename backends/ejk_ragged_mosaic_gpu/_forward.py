@@ -116,7 +116,11 @@ def _pieces(plan: Tiles, b, where):
     zero = jnp.zeros_like(b)
     if plan.table:
         (stops_ref,) = where
-        before, stop, total = jnp.where(b > 0, stops_ref[jnp.maximum(b - 1, 0)], 0), stops_ref[b], stops_ref[plan.table - 1]
+        before, stop, total = (
+            jnp.where(b > 0, stops_ref[jnp.maximum(b - 1, 0)], 0),
+            stops_ref[b],
+            stops_ref[plan.schedule.batch - 1],
+        )
     else:
         start, end = plan.schedule.clipped(b, *(None if ref is None else ref[b] for ref in where))
         before, stop = zero, rounds_of(plan, start, end)

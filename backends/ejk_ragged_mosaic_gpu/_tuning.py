@@ -17,7 +17,7 @@ class Tiles:
         stages: tiles of keys, and as many of values, that a program holds.
         direct: whether copies lay a tile out as products want it. It takes rows that divide by 8 and dimensions by 64; other tiles
             are copied as they are, and laid out by the program.
-        table: of how many sequences a program makes itself a table; 0 where it has to do with one only.
+        table: size of the table of sequences that a program makes itself; 0 where it has to do with one only.
         schedule: who works on which keys.
     """
 
@@ -55,7 +55,7 @@ class Tiles:
         keys, rows, dim = self.schedule.block_keys, self.block_rows, self.block_dim
         tiles = 2 * keys * dim * ITEMSIZE
         arrays = [tiles * self.stages, tiles * (not self.direct), 2 * rows * dim * ITEMSIZE, rows * keys * ITEMSIZE]
-        arrays += [rows * dim * 4, rows * 4, self.reduction_bytes, BARRIERS, *[self.table * 4] * 3]
+        arrays += [rows * dim * 4, rows * 4, self.reduction_bytes, BARRIERS, self.table * 4]
         return sum(round_up(size, 1024) for size in arrays)
 
 
@@ -132,7 +132,7 @@ def _tiles(problem, keys, rows, stages, multiprocessors) -> Tiles:
         block_dim=round_up(problem.head_dim, 64),
         stages=stages,
         direct=problem.seq_len % 8 == 0 and problem.head_dim % 64 == 0,
-        table=0 if alone else round_up(problem.batch, BLOCK_SEQUENCES),
+        table=0 if alone else round_up(problem.batch, 8) + BLOCK_SEQUENCES - 8,  # where the last sum begins, and what it writes
         schedule=schedule,
     )
 
