@@ -46,6 +46,11 @@ class Tiles:
         return min(max(1 << (each - 1).bit_length(), 1), 16)
 
     @property
+    def merge_rows(self) -> int:
+        """Rows, a power of two, that are merged at once."""
+        return max(MERGE_LOADS // self.merge_slots, 1)
+
+    @property
     def reduction_bytes(self) -> int:
         """Shared memory in which a sum or maximum over keys passes between warps, all rows at once."""
         return 128 * self.block_rows
@@ -63,6 +68,7 @@ class Tiles:
 BLOCK_KEYS = 64  # what the tensor cores take at once
 STAGES = 2  # keys on their way while values are worked on, and the other way about
 MAX_ROWS = 64  # rows of queries from here on go into further blocks, each of which reads the cache again
+MERGE_LOADS = 8  # partial results that a program of the second kernel reads at once, of several rows where each has few
 BLOCK_SEQUENCES = 64  # sequences that are summed up at once when a program makes its table
 
 ITEMSIZE = 2
