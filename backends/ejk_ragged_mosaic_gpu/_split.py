@@ -261,7 +261,7 @@ class _Program:
                 lambda: plgpu.copy_smem_to_gmem(shared.stops, self.results.stops)
             )
         self.pieces(self.compute_piece)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a kernel has ended when all that it wrote is there
 
     def compute_piece(self, piece: Piece):
         plan, shared = self.plan, self.shared
