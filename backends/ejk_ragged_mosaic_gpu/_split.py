@@ -170,7 +170,7 @@ class _Program:
     def line(self):
         """How many rounds the line has; of a place on it, which sequence lies there and where that begins; of a sequence, its
         range, and where it stops."""
-        plan, stops, batch = self.plan, getattr(self.shared, "stops", None), self.problem.batch
+        plan, stops, last = self.plan, getattr(self.shared, "stops", None), self.problem.batch - 1
 
         def range_of(b):
             return plan.schedule.clipped(b, *(None if ref is None else ref[b] for ref in self.lengths))
@@ -182,13 +182,14 @@ class _Program:
             return total, lambda place: (b, jnp.int32(0)), lambda b: (*bounds, total)
 
         def find(place):
-            number = jnp.int32(0)  # of sequences that stop at or before the place
-            for bit in reversed(range(batch.bit_length())):
-                more = number + (1 << bit)
-                number = jnp.where(stops[jnp.minimum(more, batch) - 1] <= place, more, number)
+            number = jnp.int32(0)  # of sequences that stop at or before the place; the last one does not
+            for digit in reversed(range(-(-last.bit_length() // 4))):  # by which few loads wait for each other
+                step = 16**digit
+                ends = [stops[jnp.minimum(number + i * step - 1, last)] for i in range(1, min(last // step, 15) + 1)]
+                number += step * sum((end <= place).astype(jnp.int32) for end in ends)
             return number, jnp.where(number > 0, stops[jnp.maximum(number - 1, 0)], 0)
 
-        return stops[batch - 1], find, lambda b: (*range_of(b), stops[b])
+        return stops[last], find, lambda b: (*range_of(b), stops[b])
 
     def pieces(self, work):
         """Calls `work` with one piece after another."""
