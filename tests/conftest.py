@@ -66,7 +66,7 @@ def _compiled():
 @pytest.fixture(autouse=True)
 def _compiler(request):
     """XLA optimises where its code for CPUs is under test."""
-    optimised = request.module.__name__ == "test_xla_backend" or request.node.get_closest_marker("xla") is not None
+    optimised = request.node.get_closest_marker("xla") is not None
     jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu" and not optimised)
 
 

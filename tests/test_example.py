@@ -17,6 +17,13 @@ PATH = pathlib.Path(__file__).parents[1] / "docs" / "examples" / "generate.py"
 CONFIG = {"layers": 2, "width": 32, "query_heads": 4, "kv_heads": 2, "head_dim": 8, "window": 4}
 
 
+@pytest.fixture(autouse=True)
+def _ranks():
+    """It is written as people write."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture
 def generate():
     """The example as a module of its own: a test may change it, and nothing traced before is used again."""

@@ -23,8 +23,8 @@ TEXTS = [np.random.default_rng(i).integers(0, 64, size).tolist() for i, size in 
 
 @pytest.fixture(autouse=True, scope="module")
 def _precision():
-    """The program's own, so that what it compiles is there for all."""
-    with jax.default_matmul_precision("highest"):
+    """The program's own, so that what it compiles is there for all; and it is written as people write, ranks and all."""
+    with jax.default_matmul_precision("highest"), jax.numpy_rank_promotion("allow"):
         yield
 
 
@@ -226,11 +226,16 @@ def test_check_is_the_exit_status(program, monkeypatch, capsys, right):
     assert ("OK" if right else "FAILED") in err
 
 
-def test_steps_of_a_random_model(program, monkeypatch, capsys):
+def test_steps_of_a_random_model(program, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(steps, "SECONDS", 0)
-    assert program(["--random", "tiny", "--batch", "2", "--rows", "32", "--json", "--attention", "none"]) == 0
+    drawn = tmp_path / "steps.png"
+    sizes = ["--batch", "2", "--rows", "32"]
+    assert program(["--random", "tiny", *sizes, "--json", "--attention", "none", "--picture", str(drawn)]) == 0
+    assert drawn.read_bytes().startswith(b"\x89PNG")
     out, err = capsys.readouterr()
-    (line,) = json.loads(out)["steps"]
+    result = json.loads(out)
+    (line,) = result.pop("steps")
+    assert result == {"model": "tiny", "rows": 32, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
     assert line["ms"] > 0
     assert line.pop("tokens_per_second") == pytest.approx(2000 / line.pop("ms"))
     assert line == {"batch": 2, "live": 36, "cache": "bfloat16", "attention": "none", "tokens": 1}

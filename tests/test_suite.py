@@ -295,6 +295,13 @@ def test_page_of_results(measured, tmp_path):
     assert "| tiny&nbsp;int8,&nbsp;T&nbsp;4 | " in page
     assert "(a-test-tiny-rows-cache.png)" in page
     assert "-forward.png)" not in page
+    line = {"batch": 2, "live": 9, "cache": "int8", "attention": "ours", "tokens": 4, "ms": 0.5, "tokens_per_second": 16000.0}
+    whole = {"model": "small", "rows": 32, "device": "a test", "jax": "1", "steps": [line, line | {"tokens": 1, "batch": 3}]}
+    (tmp_path / "performance" / "small.json").write_text(json.dumps(whole))
+    page = results.on_page_markdown("<!-- results -->", None, types.SimpleNamespace(docs_dir=tmp_path), None)
+    assert "### Whole decode steps of small, a test\n" in page
+    assert "| ours | int8 | 4 | 0.50&nbsp;ms,&nbsp;16000 | &#8209; |" in page
+    (tmp_path / "performance" / "small.json").unlink()
     (tmp_path / "performance" / "a-test-tiny-rows.json").unlink()
     assert "No results" in results.on_page_markdown("<!-- results -->", None, types.SimpleNamespace(docs_dir=tmp_path), None)
 

@@ -36,7 +36,7 @@ def stacked(names, size=3):
     for name in names:
         if name.startswith("sequence"):
             shift = jnp.arange(size, dtype=jnp.int32)[:, None] * (1 if name.endswith("start") else -3)
-            arrays[name] = arrays[name] + shift
+            arrays[name] = arrays[name][None] + shift
         else:
             arrays[name] = jnp.stack([draw(CASE, seed)[0][name] for seed in range(size)])
     return arrays

@@ -16,6 +16,9 @@ from ejk_ragged_xla import _bits, XlaBackend
 from ejk_ragged_xla._chunks import walk
 
 
+pytestmark = pytest.mark.xla
+
+
 class Accelerator(XlaBackend):
     """The form for accelerators, on whatever runs the tests."""
 
@@ -180,25 +183,35 @@ def test_cache_size_changes_no_bit(form):
 # What is walked, and what is written
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("wide", ["float32", "float64"])
+def test_widened_by_bits(dtype, wide, x64):
+    """Every number that 8 bits can be, NaN and infinities too."""
+    x = np.arange(256).astype(np.uint8).view(jnp.dtype(dtype))
+    got = jax.jit(lambda x: _bits.widen(x, jnp.dtype(wide)))(x)
+    assert got.dtype == wide
+    np.testing.assert_array_equal(got, x.astype(wide))
+
+
 HEADS = 4
 
 
 def count(form, seq_len, start, end, rows=16):
     """Chunks done for each sequence, and the sum of the numbers of the rows that each one met as new; the same for every head."""
     batch = len(start)
-    rows_of_heads = jnp.arange(seq_len, dtype=jnp.float32)[:, None] * jnp.arange(1, HEADS + 1, dtype=jnp.float32)
-    numbers = jnp.broadcast_to(rows_of_heads[..., None], (batch, seq_len, HEADS, 1))
+    rows_of_heads = np.outer(np.arange(seq_len), np.arange(1, HEADS + 1)).astype(np.float32)
+    numbers = jnp.broadcast_to(rows_of_heads[None, ..., None], (batch, seq_len, HEADS, 1))
     problem = problem_of(batch, seq_len, HEADS, HEADS, 1, fwd_params=FwdParams(block_size_keys=rows))
 
     def step(arrays, state, chunk):
-        return (state[0] + 1, state[1] + jnp.sum(jnp.where(chunk.new, chunk.k[:, :, 0], 0), axis=1)), []
+        return (state[0] + 1, state[1] + jnp.sum(jnp.where(chunk.new[0], chunk.k[:, :, 0], 0), axis=1)), []
 
     begin = lambda heads: (jnp.zeros_like(heads, jnp.int32), jnp.zeros_like(heads, jnp.float32))
     start, end, heads = (jnp.asarray(x, jnp.int32) for x in (start, end, np.zeros((batch, HEADS))))
     queries = Queries(heads, start[:, None], end[:, None], heads)
     (chunks, rows), _ = walk(problem, TARGETS[form], queries, Cache(numbers, numbers), begin, step, (heads,))
     np.testing.assert_array_equal(chunks, chunks[:, :1].repeat(HEADS, 1))
-    np.testing.assert_array_equal(rows, rows[:, :1] * jnp.arange(1, HEADS + 1, dtype=rows.dtype))
+    np.testing.assert_array_equal(rows, rows[:, :1] * np.arange(1, HEADS + 1, dtype=np.float32)[None])
     return chunks[:, 0].tolist(), rows[:, 0].tolist()
 
 
@@ -288,7 +301,7 @@ def test_memory_backward(dtype, wanted):
 def test_memory_of_the_accelerator_form():
     """As a CPU's compiler sees it, which widens and transposes more than one for GPUs."""
     assert temporary(TARGETS["accelerator"], "float32", "forward") < 0.02
-    assert temporary(TARGETS["accelerator"], "float32", "backward", wanted=Wanted()) < 0.03
+    assert temporary(TARGETS["accelerator"], "float32", "backward", wanted=Wanted()) < 0.035
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

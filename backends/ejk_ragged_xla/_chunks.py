@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import min_dim
 
-from ._bits import from_bits, to_bits
+from ._bits import from_bits, to_bits, widen
 
 
 # Rows of a chunk where `block_size_keys` does not say; docs/performance/cpu.md has the figures.
@@ -63,7 +63,7 @@ def by_token(problem, x):
 
 def _operand(problem, target, x):
     """On a CPU narrow dtypes are widened, there the products have no fast form for them; elsewhere they have."""
-    return x.astype(problem.accum_dtype) if target.platform == "cpu" else x
+    return widen(x, problem.accum_dtype) if target.platform == "cpu" else x
 
 
 def walk(problem, target, queries, cache, begin, step, per_sequence, written=()):
@@ -124,9 +124,9 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
         # Without the barrier XLA's CPU compiler in JAX 0.10 widens the whole bfloat16 cache before the loop.
         row, held = lax.optimization_barrier((row, cache))
         seen = jnp.any(live, axis=0)[None, :, None]
-        tiles = (load(x, b, row, rows, heads) for x in (held.key, held.value))
-        scales = (load_scale(x, b, row, rows, heads, seen) for x in (held.key_scale, held.value_scale))
-        return step(arrays, state, Chunk(*tiles, *scales, by_row(live), by_row(new), seen))
+        k, v = (load(x, b, row, rows, heads) for x in (held.key, held.value))
+        k_scale, v_scale = (load_scale(x, b, row, rows, heads, seen) for x in (held.key_scale, held.value_scale))
+        return step(arrays, state, Chunk(k, v, k_scale, v_scale, by_row(live), by_row(new), seen))
 
     def by_row(mask):
         """[T, C] as [1, R, C]."""

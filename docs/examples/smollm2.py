@@ -30,7 +30,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import track
 from rich.text import Text
-from steps import ATTENTION, compare, RANDOM, random_steps
+from steps import ATTENTION, compare, picture, RANDOM, random_steps
 
 
 CACHES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
@@ -274,6 +274,7 @@ def parse(argv):
     option("--batch", type=int, nargs="+", default=[1, 16, 64], help="of --random [1 16 64]")
     option("--rows", type=int, default=8192, help="of --random: rows of the cache, and the longest sequence [%(default)s]")
     option("--attention", choices=ATTENTION, nargs="+", default=list(ATTENTION), help="of --random: which to time [all]")
+    option("--picture", metavar="PNG", help="of --random: draw it, with matplotlib")
     option("--json", action="store_true", help="print JSON, and nothing else, on stdout")
     options = parser.parse_args(argv)
     if not (options.prompts or options.check or options.compare or options.random):
@@ -293,7 +294,11 @@ def main(argv=None) -> int:
     if options.random:
         say(f"{options.random}, random weights in bfloat16, on {where['device']}, JAX {where['jax']}")
         model = random_model(RANDOM[options.random], jax.random.key(0), "bfloat16")
-        show_json(where | {"steps": random_steps(model, options.batch, options.rows, options.attention, say)})
+        steps = random_steps(model, options.batch, options.rows, options.attention, say)
+        result = {"model": options.random, "rows": options.rows} | where | {"steps": steps}
+        if options.picture:
+            picture(result, options.picture)
+        show_json(result)
         return 0
     model, tokenizer = load(functools.partial(track, description="loading", console=err, transient=True))
     with jax.default_matmul_precision("highest"):  # some devices round the inputs of float32 products otherwise

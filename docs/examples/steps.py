@@ -119,3 +119,33 @@ def random_steps(model, batches, rows, attentions, say):
         for dtype, among in ways.items():
             lines += measure(model, lengths, rows, dtype, [way for way in among if way[0] in attentions], say)
     return lines
+
+
+def picture(result, file):
+    """Tokens a second by batch, a bar for each way; `result` is what `--random --json` prints."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    lines = result["steps"]
+    batches = sorted({line["batch"] for line in lines})
+    ways = dict.fromkeys((line["attention"], line["cache"], line["tokens"]) for line in lines)
+    figure, panels = plt.subplots(1, len(batches), figsize=(9, 3.2), squeeze=False)
+    for batch, axes in zip(batches, panels[0], strict=True):
+        bars = {(line["attention"], line["cache"], line["tokens"]): line for line in lines if line["batch"] == batch}
+        names = [f"{attention}, {cache}" + f", {tokens} tokens" * (tokens > 1) for attention, cache, tokens in ways]
+        heights = [bars[way]["tokens_per_second"] if way in bars else 0 for way in ways]
+        drawn = axes.barh(names, heights, color=["#00796b" if attention == "ours" else "#b0bec5" for attention, *_ in ways])
+        axes.bar_label(drawn, [f" {height:.0f}" if height else " -" for height in heights], fontsize=7)
+        axes.set_title(f"batch {batch}", fontsize=9)
+        axes.invert_yaxis()
+        axes.margins(x=0.25)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes is not panels[0][0]:
+            axes.set_yticklabels([])
+    figure.suptitle(f"{result['model']}: tokens a second, {result['device']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    plt.close(figure)

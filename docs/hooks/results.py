@@ -19,6 +19,8 @@ def on_page_markdown(markdown, page, config, files):
 def section(file: pathlib.Path) -> str:
     """One device: versions, tables and pictures."""
     data = json.loads(file.read_text())
+    if "steps" in data:
+        return whole_steps(file, data)
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     lines = [
         f"### {', '.join(filter(None, (data['machine']['device'], data['name'])))}",
@@ -30,6 +32,26 @@ def section(file: pathlib.Path) -> str:
             lines.append("\n".join(f"- {note}" for note in table["notes"]))
     lines.append(picture(file, "scaling", "Time against live tokens, and against the size of the cache"))
     return "\n\n".join(line for line in lines if line)
+
+
+def whole_steps(file: pathlib.Path, data) -> str:
+    """What `smollm2.py --random --json` printed: milliseconds and tokens a second, by batch."""
+    batches = sorted({line["batch"] for line in data["steps"]})
+    ways: dict[tuple, dict] = {}
+    for line in data["steps"]:
+        ways.setdefault((line["attention"], line["cache"], line["tokens"]), {})[line["batch"]] = line
+    cell = lambda line: f"{line['ms']:.2f} ms, {line['tokens_per_second']:.0f}" if line else "-"
+    rows = [[*map(str, way), *(cell(lines.get(batch)) for batch in batches)] for way, lines in ways.items()]
+    table = {"columns": ["attention", "cache", "tokens a step", *(f"batch {batch}" for batch in batches)], "rows": rows}
+    title = f"Whole decode steps of {data['model']}, {data['device']}"
+    parts = [
+        f"### {title}",
+        f"jax {data['jax']}; random weights in bfloat16, sequences of {data['rows'] // 8} to {data['rows']} tokens; time of a step "
+        f"and tokens a second, all layers and the choice of the next token; [all data]({file.name})",
+        markdown_table(table),
+        picture(file, "steps", title),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def markdown_table(table) -> str:

@@ -64,7 +64,7 @@ def _unless_full(case, end):
 def _seen(case, start, end, xp=jnp):
     """Which keys each token sees, [B, 1, T, S], for those that take a mask; in the arrays of `xp`, JAX's or PyTorch's."""
     place = {} if xp is jnp else {"device": end.device}
-    rows, back = xp.arange(case.seq_len, **place), xp.arange((case.num_tokens or 1) - 1, -1, -1, **place)
+    rows, back = xp.arange(case.seq_len, **place)[None, None], xp.arange((case.num_tokens or 1) - 1, -1, -1, **place)[None]
     start, end = start[:, None], end[:, None] - back  # of each token
     if case.sliding_window is not None:
         start = xp.maximum(start, end - 1 - case.sliding_window[0])
