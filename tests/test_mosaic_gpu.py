@@ -102,10 +102,10 @@ def test_a_last_round_of_which_some_have_no_keys(interpreted):
 
 @has_mosaic_gpu
 def test_more_sequences_than_are_summed_up_at_once(interpreted):
-    """Of 66 there are keys in four, the last one too."""
-    lengths = [(0, 0)] * 66
-    lengths[3], lengths[40], lengths[64], lengths[65] = (1, 30), (0, 64), (60, 64), (0, 9)
-    case = Case("", 66, 64, 1, 1, 64, "bfloat16", ("ranges", *lengths))
+    """Of 64, then 8, then 2 there are keys in five, the last one too."""
+    lengths = [(0, 0)] * 74
+    lengths[3], lengths[40], lengths[64], lengths[70], lengths[73] = (1, 30), (0, 64), (60, 64), (2, 7), (0, 9)
+    case = Case("", len(lengths), 64, 1, 1, 64, "bfloat16", ("ranges", *lengths))
     assert_right(interpreted(programs=2), case.draw(poison=True), gradients=False)
 
 

@@ -5,6 +5,7 @@ block of memory. With one token that is the query as it is.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -55,60 +56,78 @@ def _of_rows(problem, plan, of_tokens, beyond):
 def combine(problem, plan: Tiles, parts, part_lse, where, sink, **how):
     """Output [B, T * Hq, D] and lse of all sequences; `where` has what tells the pieces of each: stops, or the lengths."""
     rows = problem.num_tokens * problem.num_q_heads
+    at_once = math.gcd(rows, plan.merge_rows)
     operands, tree = jax.tree.flatten((parts, part_lse, where, sink))
     return launch(
         functools.partial(_combine_kernel, tree=tree, problem=problem, plan=plan),
         "ragged_decode_combine",
         [((problem.batch, rows, problem.head_dim), problem.out_dtype), ((problem.batch, rows), jnp.float32)],
         # The interpreter takes long to begin a program.
-        {"sequence": problem.batch, "program": 1 if how["interpret"] else rows},
+        {"sequence": problem.batch, "program": 1 if how["interpret"] else rows // at_once},
         follows=True,
-        scratch_types={"out": plgpu.SMEM((plan.stored_dim,), problem.out_dtype)},
+        scratch_types={"out": plgpu.SMEM((at_once, plan.stored_dim), problem.out_dtype)},
         **how,
     )(*operands)
 
 
 def _combine_kernel(*refs, tree, problem, plan: Tiles, out):
-    """One program: a row of a sequence, or several. Weights its partial outputs by their softmax denominators, the sink's too."""
+    """One program: some rows of a sequence at once. Weights their partial outputs by their softmax denominators, the sink's too."""
     parts_ref, part_lse_ref, where, sink_ref = tree.unflatten(refs[: tree.num_leaves])
     out_ref, lse_ref = refs[tree.num_leaves :]
     b = lax.axis_index("sequence")
     first, count = _pieces(plan, b, where)
-    at_once = plan.merge_slots
     dims = plgpu.Layout.WG_STRIDED((plan.stored_dim,), vec_size=plan.stored_dim // 128)
 
-    def combine_row(row):
-        token, q_head = lax.div(row, problem.num_q_heads), lax.rem(row, problem.num_q_heads)
-        here = lax.div(q_head, problem.group), token * problem.group + lax.rem(q_head, problem.group)
+    def sink_of(token, q_head):
+        if sink_ref is None:
+            return jnp.float32(-jnp.inf)
+        batch, num_tokens, _ = sink_ref.shape
+        return sink_ref[b if batch > 1 else 0, token if num_tokens > 1 else 0, q_head]
+
+    def combine_rows(rows):
+        token_heads = [(lax.div(row, problem.num_q_heads), lax.rem(row, problem.num_q_heads)) for row in rows]
+        places = [(lax.div(h, problem.group), token * problem.group + lax.rem(h, problem.group)) for token, h in token_heads]
 
         def merge(i, carry):
-            acc, high, total = carry
-            pieces = [i * at_once + k for k in range(at_once)]
+            pieces = [i * plan.merge_slots + k for k in range(plan.merge_slots)]
             slots = [first + jnp.minimum(piece, count - 1) for piece in pieces]
-            lse = [jnp.where(piece < count, part_lse_ref[slot, *here], -jnp.inf) for piece, slot in zip(pieces, slots, strict=True)]
-            parts = [plgpu.load(parts_ref.at[slot, *here], layout=dims) for slot in slots]
+            return [merge_row(pieces, slots, *of_row) for of_row in zip(places, carry, strict=True)]
+
+        def merge_row(pieces, slots, place, carry):
+            acc, high, total = carry
+            lse = [part_lse_ref[slot, *place] for slot in slots]
+            lse = [jnp.where(piece < count, x, -jnp.inf) for piece, x in zip(pieces, lse, strict=True)]
+            parts = [plgpu.load(parts_ref.at[slot, *place], layout=dims) for slot in slots]
             new_high = functools.reduce(jnp.maximum, lse, high)
             fade, weights = jnp.exp(high - new_high), [jnp.exp(x - new_high) for x in lse]
             acc = acc * fade + sum(part * weight for part, weight in zip(parts, weights, strict=True))
             return acc, new_high, total * fade + sum(weights)
 
-        sink = jnp.float32(-jnp.inf)
-        if sink_ref is not None:
-            batch, num_tokens, _ = sink_ref.shape
-            sink = sink_ref[b if batch > 1 else 0, token if num_tokens > 1 else 0, q_head]
         zeros = plgpu.layout_cast(jnp.zeros((plan.stored_dim,), jnp.float32), dims)
-        init = zeros, jnp.maximum(sink, LOWEST), jnp.where(sink > -jnp.inf, jnp.float32(1), jnp.float32(0))
-        acc, high, total = lax.fori_loop(0, cdiv(count, at_once), merge, init)
-        some = total > 0
-        total = jnp.where(some, total, 1.0)
-        out[...] = (acc / total).astype(out.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out.at[pl.ds(0, problem.head_dim)], out_ref.at[b, row])
-        lse_ref[b, row] = jnp.where(some, high + jnp.log(total), -jnp.inf)
+        sinks = [sink_of(*token_head) for token_head in token_heads]
+        init = [(zeros, jnp.maximum(x, LOWEST), jnp.where(x > -jnp.inf, jnp.float32(1), jnp.float32(0))) for x in sinks]
+        merged = lax.fori_loop(0, cdiv(count, plan.merge_slots), merge, init)
+        for i, (row, (acc, high, total)) in enumerate(zip(rows, merged, strict=True)):
+            some = total > 0
+            total = jnp.where(some, total, 1.0)
+            lse_ref[b, row] = jnp.where(some, high + jnp.log(total), -jnp.inf)
+            result = (acc / total).astype(out.dtype)
+            if plan.stored_dim == problem.head_dim:
+                out_ref[b, row] = result
+            else:
+                out[i] = result
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out.at[i, pl.ds(0, problem.head_dim)], out_ref.at[b, row])
         plgpu.wait_smem_to_gmem(0)
 
-    each = out_ref.shape[1] // lax.axis_size("program")
-    lax.fori_loop(0, each, lambda i, _: combine_row(lax.axis_index("program") * each + i), None)
+    at_once = out.shape[0]
+    each = out_ref.shape[1] // at_once // lax.axis_size("program")
+
+    def group(i, _):
+        row = (lax.axis_index("program") * each + i) * at_once
+        combine_rows([row + k for k in range(at_once)])
+
+    lax.fori_loop(0, each, group, None)
 
 
 def _pieces(plan: Tiles, b, where):
@@ -116,7 +135,11 @@ def _pieces(plan: Tiles, b, where):
     zero = jnp.zeros_like(b)
     if plan.table:
         (stops_ref,) = where
-        before, stop, total = jnp.where(b > 0, stops_ref[jnp.maximum(b - 1, 0)], 0), stops_ref[b], stops_ref[plan.table - 1]
+        before, stop, total = (
+            jnp.where(b > 0, stops_ref[jnp.maximum(b - 1, 0)], 0),
+            stops_ref[b],
+            stops_ref[plan.schedule.batch - 1],
+        )
     else:
         start, end = plan.schedule.clipped(b, *(None if ref is None else ref[b] for ref in where))
         before, stop = zero, rounds_of(plan, start, end)

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from ejk_ragged_schedule import cdiv, Line
 
 from ._jax import launch, LOWEST, plgpu
-from ._tuning import BLOCK_SEQUENCES, Tiles
+from ._tuning import BLOCK_SEQUENCES, round_up, Tiles
 
 
 LOG2_E = math.log2(math.e)
@@ -68,8 +68,7 @@ def split(problem, plan: Tiles, query, cache, lengths, row_bounds, **how):
         shared |= {f"{name}_tile": plgpu.SMEM((keys, dim), dtype, transforms=TILED) for name in "kv"}
     if plan.table:
         results["stops"] = (plan.table,), jnp.int32
-        shared |= {name: plgpu.SMEM((plan.table,), jnp.int32) for name in ("starts", "ends", "stops")}
-        shared |= {"lengths_full": plgpu.Barrier(), "stops_full": plgpu.Barrier()}
+        shared |= {"stops": plgpu.SMEM((plan.table,), jnp.int32), "stops_full": plgpu.Barrier()}
     return launch(
         functools.partial(_kernel, tree=tree, problem=problem, plan=plan, results=tuple(results)),
         "ragged_decode_split",
@@ -147,61 +146,50 @@ class _Program:
 
     def make_table(self):
         """Sums up the rounds of the sequences, for this program alone: where on the line each of them stops."""
-        plan, shared = self.plan, self.shared
+        plan, shared, batch = self.plan, self.shared, self.problem.batch
 
-        def at(i):
-            return pl.ds(pl.multiple_of(i * BLOCK_SEQUENCES, BLOCK_SEQUENCES), BLOCK_SEQUENCES)
-
-        copies = [(ref, table) for ref, table in zip(self.lengths, (shared.starts, shared.ends), strict=True) if ref is not None]
-
-        def read(i, _):
-            for ref, table in copies:  # zeros beyond the end
-                plgpu.copy_gmem_to_smem(ref.at[at(i)], table.at[at(i)], shared.lengths_full)
-                plgpu.barrier_wait(shared.lengths_full)
-
-        def sum_up(i, total):
-            number = plgpu.broadcasted_iota(jnp.int32, (BLOCK_SEQUENCES,), 0, layout=OF_ROWS) + i * BLOCK_SEQUENCES
-            start, end = (
-                None if ref is None else plgpu.load(table.at[at(i)], layout=OF_ROWS)
-                for ref, table in zip(self.lengths, (shared.starts, shared.ends), strict=True)
-            )
+        def sum_up(first, count, total):
+            number = plgpu.broadcasted_iota(jnp.int32, (round_up(count, 8),), 0, layout=OF_ROWS) + first
+            start, end = (None if ref is None else _lengths(ref, first, count) for ref in self.lengths)
             rounds = rounds_of(plan, *plan.schedule.clipped(number, start, end))
-            square = BLOCK_SEQUENCES, BLOCK_SEQUENCES
+            square = BLOCK_SEQUENCES, rounds.size
             this, other = (plgpu.broadcasted_iota(jnp.int32, square, axis, layout=TILE) for axis in (0, 1))
             rounds = jnp.where(other <= this, lax.broadcast_in_dim(rounds, square, [1]), 0)
-            shared.stops[at(i)] = jnp.sum(rounds, axis=1, dtype=jnp.int32) + total
+            shared.stops[pl.ds(first, BLOCK_SEQUENCES)] = jnp.sum(rounds, axis=1, dtype=jnp.int32) + total
             plgpu.commit_smem()
-            return shared.stops[(i + 1) * BLOCK_SEQUENCES - 1]
+            return shared.stops[first + count - 1]
 
-        blocks = plan.table // BLOCK_SEQUENCES
-        lax.fori_loop(0, blocks, read, None)
-        lax.fori_loop(0, blocks, sum_up, jnp.int32(0))
+        whole, rest = divmod(batch, BLOCK_SEQUENCES)
+        first = lambda i: pl.multiple_of(i * BLOCK_SEQUENCES, 8)
+        total = lax.fori_loop(0, whole, lambda i, total: sum_up(first(i), BLOCK_SEQUENCES, total), jnp.int32(0))
+        for count in (rest - rest % 8, rest % 8):
+            if count:
+                total = sum_up(batch - rest, count, total)
+                rest -= count
 
     def line(self):
         """How many rounds the line has; of a place on it, which sequence lies there and where that begins; of a sequence, its
         range, and where it stops."""
-        plan, shared = self.plan, self.shared
+        plan, stops, last = self.plan, getattr(self.shared, "stops", None), self.problem.batch - 1
 
-        def range_of(b, starts, ends):
-            start, end = (None if ref is None else ref[b] for ref in (starts, ends))
-            return plan.schedule.clipped(b, start, end)
+        def range_of(b):
+            return plan.schedule.clipped(b, *(None if ref is None else ref[b] for ref in self.lengths))
 
-        if not plan.table:
+        if stops is None:
             b = lax.div(self.number, plan.schedule.workers)
-            bounds = range_of(b, *self.lengths)
+            bounds = range_of(b)
             total = rounds_of(plan, *bounds)
             return total, lambda place: (b, jnp.int32(0)), lambda b: (*bounds, total)
 
         def find(place):
-            number = jnp.int32(0)  # of sequences that stop at or before the place
-            for bit in reversed(range(plan.table.bit_length())):
-                more = number + (1 << bit)
-                number = jnp.where(shared.stops[jnp.minimum(more, plan.table) - 1] <= place, more, number)
-            return number, jnp.where(number > 0, shared.stops[jnp.maximum(number - 1, 0)], 0)
+            number = jnp.int32(0)  # of sequences that stop at or before the place; the last one does not
+            for digit in reversed(range(-(-last.bit_length() // 4))):  # by which few loads wait for each other
+                step = 16**digit
+                ends = [stops[jnp.minimum(number + i * step - 1, last)] for i in range(1, min(last // step, 15) + 1)]
+                number += step * sum((end <= place).astype(jnp.int32) for end in ends)
+            return number, jnp.where(number > 0, stops[jnp.maximum(number - 1, 0)], 0)
 
-        tables = (None if ref is None else table for ref, table in zip(self.lengths, (shared.starts, shared.ends), strict=True))
-        look_up = functools.partial(range_of, starts=next(tables), ends=next(tables))
-        return shared.stops[plan.table - 1], find, lambda b: (*look_up(b), shared.stops[b])
+        return stops[last], find, lambda b: (*range_of(b), stops[b])
 
     def pieces(self, work):
         """Calls `work` with one piece after another."""
@@ -234,7 +222,6 @@ class _Program:
         if plan.table:
             self.make_table()
             plgpu.barrier_arrive(shared.stops_full)
-            pl.when((self.number == 0) & (self.head == 0) & (self.row_block == 0))(self.tell_stops)
 
         def into(name, slot, source):
             full, free = (getattr(shared, f"{name}_{state}").at[slot] for state in ("full", "free"))
@@ -261,10 +248,6 @@ class _Program:
             for slot in range(number):  # nobody leaves while something is on its way
                 plgpu.barrier_wait(getattr(shared, f"{name}_free").at[slot])
 
-    def tell_stops(self):
-        plgpu.copy_smem_to_gmem(self.shared.stops, self.results.stops)
-        plgpu.wait_smem_to_gmem(0)
-
     # -----------------------------------------------------------------------------------------------------------------------
     # The warpgroup that multiplies
 
@@ -275,8 +258,11 @@ class _Program:
                 plgpu.barrier_arrive(getattr(shared, f"{name}_free").at[slot])
         if plan.table:
             plgpu.barrier_wait(shared.stops_full)
+            pl.when((self.number == 0) & (self.head == 0) & (self.row_block == 0))(
+                lambda: plgpu.copy_smem_to_gmem(shared.stops, self.results.stops)
+            )
         self.pieces(self.compute_piece)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a kernel has ended when all that it wrote is there
 
     def compute_piece(self, piece: Piece):
         plan, shared = self.plan, self.shared
@@ -369,6 +355,14 @@ class _Program:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(shared.out, results.parts.at[slot, self.head, places, pl.ds(0, plan.block_dim)])
         plgpu.copy_smem_to_gmem(shared.lse, results.lse.at[slot, self.head, places])
+
+
+def _lengths(ref, first, count):
+    """Those of `count` sequences; fewer than 8 are read one by one, and zeros follow."""
+    if count % 8 == 0:
+        return plgpu.load(ref.at[pl.ds(first, count)], layout=OF_ROWS, optimized=False)
+    place = plgpu.broadcasted_iota(jnp.int32, (8,), 0, layout=OF_ROWS)
+    return sum(jnp.where(place == i, ref[first + i], 0) for i in range(count))
 
 
 def first_row(plan, start, end):

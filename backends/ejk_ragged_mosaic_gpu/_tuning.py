@@ -17,7 +17,7 @@ class Tiles:
         stages: tiles of keys, and as many of values, that a program holds.
         direct: whether copies lay a tile out as products want it. It takes rows that divide by 8 and dimensions by 64; other tiles
             are copied as they are, and laid out by the program.
-        table: of how many sequences a program makes itself a table; 0 where it has to do with one only.
+        table: size of the table of sequences that a program makes itself; 0 where it has to do with one only.
         schedule: who works on which keys.
     """
 
@@ -46,6 +46,11 @@ class Tiles:
         return min(max(1 << (each - 1).bit_length(), 1), 16)
 
     @property
+    def merge_rows(self) -> int:
+        """Rows, a power of two, that are merged at once."""
+        return max(MERGE_LOADS // self.merge_slots, 1)
+
+    @property
     def reduction_bytes(self) -> int:
         """Shared memory in which a sum or maximum over keys passes between warps, all rows at once."""
         return 128 * self.block_rows
@@ -55,14 +60,15 @@ class Tiles:
         keys, rows, dim = self.schedule.block_keys, self.block_rows, self.block_dim
         tiles = 2 * keys * dim * ITEMSIZE
         arrays = [tiles * self.stages, tiles * (not self.direct), 2 * rows * dim * ITEMSIZE, rows * keys * ITEMSIZE]
-        arrays += [rows * dim * 4, rows * 4, self.reduction_bytes, BARRIERS, *[self.table * 4] * 3]
+        arrays += [rows * dim * 4, rows * 4, self.reduction_bytes, BARRIERS, self.table * 4]
         return sum(round_up(size, 1024) for size in arrays)
 
 
-# The defaults, to be measured on an H100; docs/performance has the log.
+# The defaults, as measured on an H100; docs/performance has the log.
 BLOCK_KEYS = 64  # what the tensor cores take at once
-STAGES = 3  # two tiles on their way while one is worked on
+STAGES = 2  # keys on their way while values are worked on, and the other way about
 MAX_ROWS = 64  # rows of queries from here on go into further blocks, each of which reads the cache again
+MERGE_LOADS = 8  # partial results that a program of the second kernel reads at once, of several rows where each has few
 BLOCK_SEQUENCES = 64  # sequences that are summed up at once when a program makes its table
 
 ITEMSIZE = 2
@@ -99,7 +105,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 def candidates(problem: Problem, target: Target):
     """Hints for the tuner to try: around the defaults, those that fit."""
     for keys in (BLOCK_KEYS, 2 * BLOCK_KEYS):
-        for stages in (STAGES, STAGES - 1, STAGES + 1):
+        for stages in (STAGES, STAGES + 1):
             hints = FwdParams(block_size_keys=keys, num_stages=stages)
             try:
                 resolve(dataclasses.replace(problem, fwd_params=hints), target)
@@ -132,7 +138,7 @@ def _tiles(problem, keys, rows, stages, multiprocessors) -> Tiles:
         block_dim=round_up(problem.head_dim, 64),
         stages=stages,
         direct=problem.seq_len % 8 == 0 and problem.head_dim % 64 == 0,
-        table=0 if alone else round_up(problem.batch, BLOCK_SEQUENCES),
+        table=0 if alone else round_up(problem.batch, 8) + BLOCK_SEQUENCES - 8,  # where the last sum begins, and what it writes
         schedule=schedule,
     )
 
