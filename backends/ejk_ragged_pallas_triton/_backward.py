@@ -109,13 +109,18 @@ def _split_kernel(
         d_q, fresh, b, key, end = carry
         keys = key + jnp.arange(schedule.block_keys, dtype=jnp.int32)
         live = keys < end
+
+        def rows_of(block):
+            """Query and cotangent of a block."""
+            return load(block.of_query(q_ref, b)), load(block.of_query(d_out_ref, b))
+
+        q, d_out = rows_of(block)
         k, v = load(block.of_cache(k_ref, b, keys, live)), load(block.of_cache(v_ref, b, keys, live))
         key_scales, value_scales = (block.scales(ref, b, keys, live) for ref in (key_scale_ref, value_scale_ref))
         key_scale, value_scale = (block.common_scale(ref, b) for ref in (key_scale_ref, value_scale_ref))
 
-        def gradients(block):
-            """For a block: query, cotangent, probabilities, gradients of the products q . k; and keys with their scales."""
-            q, d_out = load(block.of_query(q_ref, b)), load(block.of_query(d_out_ref, b))
+        def gradients(block, q, d_out):
+            """For a block: probabilities, gradients of the products q . k; and keys with their scales."""
             lse, delta = load(block.of_row(lse_ref, b)), load(block.of_row(delta_ref, b))
             sees = block.sees(lengths, b, keys, end)
             tiles = (k, key_scales), (v, value_scales)
@@ -126,31 +131,36 @@ def _split_kernel(
             p = jnp.where(sees & block.ok[:, None], jnp.exp2(x - lse[:, None] * LOG2_E), 0.0)
             d_p = query_dot(problem, d_out, seen_v.T) * (value_scale if v_scales is None else v_scales[None, :])
             d_x = p * (d_p - delta[:, None]) * logits_slope(problem, x) * key_scale
-            return q, d_out, p, d_x, seen_k, k_scales
+            return p, d_x, seen_k, k_scales
+
+        p, d_x, seen_k, k_scales = gradients(block, q, d_out)
+        if wanted.key_value:
+
+            def products(p, d_x, q, d_out):
+                """Of d_key and d_value, one after the other: where there is one block only, the first is on its way to memory while
+                the second is computed. Both before d_query, whose store is a branch."""
+                yield dot(problem, d_x.astype(k.dtype).T, q)
+                yield dot(problem, p.astype(v.dtype).T, d_out)
+
+            def add(row_block, sums):
+                other = Block.of(kv_head, row_block, problem, plan)
+                q, d_out = rows_of(other)
+                p, d_x, *_ = gradients(other, q, d_out)
+                return tuple(x + more for x, more in zip(sums, products(p, d_x, q, d_out), strict=True))
+
+            sums = products(p, d_x, q, d_out)
+            if plan.row_blocks > 1:
+                sums = jax.lax.fori_loop(1, plan.row_blocks, add, tuple(sums))
+            for ref, values in zip(out_refs, sums, strict=True):
+                store(block.of_cache(ref, b, keys, live), values)
 
         last = schedule.is_last(program, key, end)
-        q, d_out, p, d_x, seen_k, k_scales = gradients(block)
         if wanted.query:
             d_q = jnp.where(fresh, 0.0, d_q) + key_dot(problem, d_x, seen_k, k_scales)
 
             @pl.when(last)
             def _():
                 store(block.of_query(parts_ref, schedule.slot(program, b)), d_q)
-
-        if wanted.key_value:
-            d_k = dot(problem, d_x.astype(k.dtype).T, q)
-            d_v = dot(problem, p.astype(v.dtype).T, d_out)
-            if plan.row_blocks > 1:
-
-                def add(row_block, sums):
-                    q, d_out, p, d_x, *_ = gradients(Block.of(kv_head, row_block, problem, plan))
-                    d_k, d_v = sums
-                    d_k += dot(problem, d_x.astype(k.dtype).T, q)
-                    return d_k, d_v + dot(problem, p.astype(v.dtype).T, d_out)
-
-                d_k, d_v = jax.lax.fori_loop(1, plan.row_blocks, add, (d_k, d_v))
-            for ref, values in zip(out_refs, (d_k, d_v), strict=True):
-                store(block.of_cache(ref, b, keys, live), values)
 
         return d_q, last, *tile_at(i + 1)
 
