@@ -226,7 +226,7 @@ class Registry:
         """
         if backend is None:
             return
-        targets = [Target.of(platform) for platform in backend.platforms or KNOWN_PLATFORMS]
+        targets = [Target.of(platform) for platform in sorted(backend.platforms or KNOWN_PLATFORMS)]
         reasons = [self.refusal(backend, problem, target) for target in targets]
         if all(reasons):
             raise self._refused(backend, reasons[0], problem, targets[0], "forward")

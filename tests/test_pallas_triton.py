@@ -393,11 +393,24 @@ def test_with_splits_nothing_but_the_schedule_knows_the_batch(tiles):
             types.SimpleNamespace(compute_capability="8.6"),
             "8.9 or newer for float8_e4m3fn, not 8.6",
         ),
+        # JAX goes by bytes where it has to go by elements.
+        ({"cache_dtype": "int8", "batch": 5, "seq_len": 2**20}, None, "with 32 bits"),
     ],
 )
 def test_says_what_it_cannot_do(changes, device, reason):
-    assert reason in PallasTritonBackend().supports(problem(**changes), Target("cuda", device))
+    assert reason in str(PallasTritonBackend().supports(problem(**changes), Target("cuda", device)))
     assert PallasTritonBackend().supports(problem(), Target("cuda")) is None
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("rows", [2**20, 2**21, 2**22])
+def test_addresses_have_room(cache_dtype, rows):
+    """A cache of 2**30, 2**31 and 2**32 times 1.25 elements: offsets beyond 31 bits are refused or have 64."""
+    large = problem(batch=5, seq_len=rows // 4, num_kv_heads=8, head_dim=128, cache_dtype=cache_dtype, dtype="bfloat16")
+    reason = PallasTritonBackend().supports(large, Target("cuda"))
+    elements = large.batch * large.seq_len * large.num_kv_heads * large.head_dim
+    wide = elements * large.cache_dtype.itemsize > 2**32  # when JAX takes 64 bits
+    assert (reason is None) == (wide or elements <= 2**31)
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 128, 256])

@@ -41,6 +41,10 @@ class PallasTritonBackend(Backend):
             return "its kernels have no float64"
         if problem.head_dim > 256:
             return f"its kernels hold a head_dim of up to 256, not {problem.head_dim}"
+        elements = problem.batch * problem.seq_len * problem.num_kv_heads * problem.head_dim
+        if problem.quantised and 2**31 < elements <= 2**32:
+            # JAX's lowering goes over to 64-bit offsets, which count elements, only where an array has more than 2**32 bytes.
+            return f"JAX addresses a cache of {elements} bytes with 32 bits, of which one is the sign"
         capability = getattr(target.device, "compute_capability", None)
         # Triton converts from float8_e4m3fn where the hardware does.
         least, what = (8.9, " for float8_e4m3fn") if problem.cache_dtype == jnp.float8_e4m3fn else (8.0, "")
