@@ -1,12 +1,15 @@
 """Inside `lax.scan` and `while_loop`, with a cache that grows and is donated."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from support import assert_close
 
-from ejk_ragged import ragged_decode_attention
+from ejk_ragged import quantize, ragged_decode_attention
+from ejk_ragged.testing import oracle
 
 
 BATCH, SEQ_LEN, HEADS, KV_HEADS, DIM, STEPS = 2, 16, 4, 2, 8, 6
@@ -96,3 +99,65 @@ def test_donated_caches():
         assert all(x.is_deleted() for x in before)
         assert [x.unsafe_buffer_pointer() for x in carry[:2]] == addresses
         assert_close(out, want[i])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# A quantised cache that is written while it decodes
+
+
+def quantised(carry, tokens, call):
+    """Steps that quantise a row of each sequence, write it and its scales at that sequence's end, and attend."""
+
+    def one(carry, token):
+        cache, end = carry
+        query, *rows = token
+        sequence = jnp.arange(BATCH, dtype=jnp.int32)
+        for name, row in zip(("key", "value"), rows, strict=True):
+            stored, scale = quantize(row)
+            cache = cache | {
+                name: cache[name].at[sequence, end].set(stored),
+                f"{name}_scale": cache[f"{name}_scale"].at[sequence, :, end].set(scale),
+            }
+        end = end + jnp.int32(1)
+        return (cache, end), call(query, **cache, sequence_start=START, sequence_end=end)
+
+    return lax.scan(one, carry, tokens)
+
+
+def empty(seq_len):
+    """Scales of NaN: whoever reads a row that was not written will know."""
+    rows = lambda: jnp.full((BATCH, seq_len, KV_HEADS, DIM), 99, jnp.int8)
+    scales = lambda: jnp.full((BATCH, KV_HEADS, seq_len), jnp.nan, jnp.float32)
+    return {"key": rows(), "value": rows(), "key_scale": scales(), "value_scale": scales()}
+
+
+def test_quantised_cache_written_while_it_decodes(subject):
+    steps, _ = tokens()
+    run = jax.jit(functools.partial(quantised, call=subject.call), donate_argnums=0)
+    before = empty(SEQ_LEN), jnp.copy(START)
+    (cache, end), outs = run(before, steps)
+    assert all(x.is_deleted() for x in jax.tree.leaves(before))
+    np.testing.assert_array_equal(end, START + STEPS)
+    cache = {name: np.asarray(x) for name, x in cache.items()}
+    for i in range(STEPS):
+        sequence, rows = np.arange(BATCH), np.asarray(START) + i
+        for name, written in zip(("key", "value"), steps[1:], strict=True):
+            scale = cache[f"{name}_scale"][sequence, :, rows][..., None]
+            stands_for = cache[name][sequence, rows] * scale
+            assert np.all(np.abs(stands_for - np.asarray(written[i])) <= 0.501 * scale)
+        want, _ = oracle(np.asarray(steps[0][i]), **cache, sequence_start=np.asarray(START), sequence_end=rows + 1)
+        np.testing.assert_allclose(outs[i], want, rtol=1e-5, atol=1e-5)
+    for name, unwritten in empty(SEQ_LEN).items():
+        rows = (slice(None), slice(None), slice(11, None)) if name.endswith("scale") else (slice(None), slice(11, None))
+        np.testing.assert_array_equal(cache[name][rows], np.asarray(unwritten)[rows])
+
+
+def test_quantised_cache_is_not_copied():
+    """The program's own memory is less than one of the four arrays, and all four are updated where they lie."""
+    steps, _ = tokens()
+    run = jax.jit(functools.partial(quantised, call=ragged_decode_attention), donate_argnums=0)
+    cache = jax.eval_shape(functools.partial(empty, 32768))
+    memory = run.lower((cache, START), steps).compile().memory_analysis()
+    sizes = [x.size * x.dtype.itemsize for x in cache.values()]
+    assert memory.temp_size_in_bytes < min(sizes)
+    assert memory.alias_size_in_bytes >= sum(sizes)
