@@ -1,5 +1,6 @@
 """Ahead of time: `eval_shape`, lowering for platforms that this machine lacks, and `jax.export`."""
 
+import dataclasses
 import functools
 
 import jax
@@ -94,6 +95,23 @@ def test_symbolic_batch_and_sequence(differentiate):
     for size, length in ((3, 40), (1, 1), (2, 333)):
         arrays, _ = draw(Case("", size, length, 4, 2, 16, lengths=("uniform", 0, length), sinks=("query", 1)))
         assert_close(again.call(*arrays.values()), call(*arrays.values()))
+
+
+def test_symbolic_tokens_of_a_quantised_cache():
+    """One artifact for any number of sequences, tokens and rows."""
+    batch, tokens, seq_len = export.symbolic_shape("b, t, s")
+    aval = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    cache, scale = aval(batch, seq_len, 2, 16, dtype=jnp.int8), aval(batch, 2, seq_len)
+    symbolic = {"query": aval(batch, tokens, 4, 16), "key": cache, "value": cache, "key_scale": scale, "value_scale": scale}
+    symbolic |= {name: aval(batch, dtype=jnp.int32) for name in ("sequence_end", "query_lengths")}
+    call = functools.partial(ragged_decode_attention, sliding_window=(9, 0), return_lse=True)
+    again = export.deserialize(export.export(jax.jit(call), platforms=("cpu",))(**symbolic).serialize())
+    for size, count, length in ((3, 2, 40), (1, 1, 1), (2, 5, 333)):
+        lengths = tuple(range(count, count - size, -1))
+        case = Case("", size, length, 4, 2, 16, "float32", ("uniform", 0, length), num_tokens=count, query_lengths=lengths)
+        arrays, _ = draw(dataclasses.replace(case, cache_dtype="int8", scales="row"))
+        arrays = {name: arrays[name] for name in symbolic}
+        assert_close(again.call(**arrays), call(**arrays))
 
 
 def test_compiled_ahead_of_time(subject):

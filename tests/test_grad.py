@@ -152,3 +152,21 @@ def test_debug_nans():
     with jax.debug_nans(True):
         gradients = jax.grad(lambda *args: total(ragged_decode_attention(*args, *lengths)), range(3))(*arrays.values())
     assert all(np.isfinite(x).all() for x in gradients)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [jax.hessian, lambda function: jax.grad(lambda x: total(jax.grad(function)(x)))],
+    ids=["hessian", "the gradient of a gradient"],
+)
+def test_once_and_in_reverse(transform):
+    function, (query, *rest) = setting(functools.partial(ragged_decode_attention, backend=TextbookBackend()))
+    with pytest.raises(NotImplementedError, match=r"is differentiated once, in reverse mode .* forward mode .* are not supported"):
+        transform(lambda query: total(function(query, *rest)))(query)
+
+
+def test_no_forward_mode():
+    """As JAX has it for whatever has a reverse mode of its own."""
+    function, (query, *rest) = setting(functools.partial(ragged_decode_attention, backend=TextbookBackend()))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jacfwd(lambda query: function(query, *rest))(query)

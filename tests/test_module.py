@@ -1,5 +1,6 @@
 """`RaggedDecodeAttention` as a layer: through JAX's and Equinox's transformations, onto a disk and back."""
 
+import dataclasses
 import io
 
 import equinox as eqx
@@ -39,6 +40,15 @@ def test_is_the_function():
     assert_close(
         RaggedDecodeAttention()(query, key, value, sequence_end=args[4]), ragged_decode_attention(*args[:3], None, args[4])
     )
+
+
+def test_tokens_and_quantised_caches():
+    case = Case("", 2, 20, 4, 2, 8, "float32", ("ranges", (2, 17), (0, 20)), num_tokens=3, query_lengths=(3, 1))
+    for quantised in ({}, {"cache_dtype": "int8", "scales": "row"}):
+        arrays, _ = draw(dataclasses.replace(case, **quantised))
+        module, _ = layer()
+        want = ragged_decode_attention(**arrays, softmax_aux=module.sinks, **SETTINGS, return_lse=True)
+        assert_close(eqx.filter_jit(module)(**arrays, return_lse=True), want)
 
 
 def test_only_the_sinks_are_leaves():

@@ -425,3 +425,22 @@ def test_the_plug_in_is_gone_without_its_distribution(plugin):
     _, source = plugin
     script = "import json, ejk_ragged; print(json.dumps([info.name for info in ejk_ragged.backends()]))"
     assert "dense" not in python(script, source)
+
+
+@pytest.mark.parametrize(
+    ("names", "level"),
+    [
+        (["default", "bfloat16", "BF16_BF16_F32", "F16_F16_F32"], "DEFAULT"),
+        (["high", "tensorfloat32", "TF32_TF32_F32"], "HIGH"),
+        (["BF16_BF16_F32_X3", "BF16_BF16_F32_X6", "BF16_BF16_F32_X9"], None),
+        (["highest", "float32", "F32_F32_F32", "F64_F64_F64", "TF32_TF32_F32_X3", None], "HIGHEST"),
+    ],
+    ids=str,
+)
+def test_matmul_precisions(names, level):
+    """Never a lower level than the name says; what takes several passes is the highest, or high."""
+    query, cache = jnp.ones((1, 2, 8)), jnp.ones((1, 4, 1, 8))
+    for name in names:
+        with jax.default_matmul_precision(name):
+            found = ejk_ragged.explain(query, cache, cache).problem.precision
+        assert found in ([jax.lax.Precision[level]] if level else [jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST]), name

@@ -107,7 +107,7 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
         if scale is None:
             return None
         alike = scale.shape[2] == 1
-        at = b if scale.shape[0] > 1 else zero, jnp.int32(heads.start), zero if alike else row
+        at = zero if scale.shape[0] == 1 else b, jnp.int32(heads.start), zero if alike else row
         chunk = lax.dynamic_slice(scale, at, (1, len(heads), 1 if alike else rows))[0][:, None]
         return chunk if alike else jnp.where(seen.transpose(0, 2, 1), chunk, 0)
 
