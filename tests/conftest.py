@@ -5,6 +5,7 @@ import os
 import hypothesis
 import jax
 import pytest
+from meshes import make_mesh
 from support import subject
 
 from ejk_ragged import tuned_hints
@@ -83,3 +84,14 @@ def x64():
     """float64 inside the test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(params=["Auto", "Explicit"])
+def mesh(request):
+    """Of simulated devices; `auto` of one kind only."""
+    return make_mesh(*[request.param] * 3)
+
+
+@pytest.fixture
+def auto():
+    return make_mesh("Auto", "Auto", "Auto")

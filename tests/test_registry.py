@@ -415,7 +415,7 @@ print(json.dumps({
     assert "        not dense: it takes no quantised caches, such as int8" in said["quantised"]
     want = (
         "backend 'dense' cannot do this call (B 2, T 3, S 20, heads 4:2, D 8, float32, int8 cache) on cpu: it takes no quantised "
-        "caches, such as int8."
+        "caches, such as int8. Backends that can: "
     )
     assert said["message"][: len(want)] == want
 

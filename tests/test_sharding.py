@@ -24,16 +24,6 @@ FEATURES = Case("", 4, 64, 8, 4, 16, "bfloat16", RANGES, 0.3, (25, 0), 1.5, ("kv
 TOKENS = Case("", 4, 64, 8, 4, 16, "float32", RANGES, 0.3, (25, 0), 1.5, ("kv", 1), 3, (3, 2, 3, 1), "int8", "row")
 
 
-@pytest.fixture(params=["Auto", "Explicit"])
-def mesh(request):
-    return make_mesh(*[request.param] * 3)
-
-
-@pytest.fixture
-def auto():
-    return make_mesh("Auto", "Auto", "Auto")
-
-
 @pytest.fixture
 def explicit():
     return make_mesh("Explicit", "Explicit", "Explicit")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import call, gradients, make_mesh, place, placed, put, SPECS
+from meshes import call, gradients, place, placed, put, SPECS
 from support import assert_close, draw
 
 from ejk_ragged import ragged_decode_attention
@@ -22,16 +22,6 @@ TOKENS = Case(
 )
 
 each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-
-
-@pytest.fixture(params=["Auto", "Explicit"])
-def mesh(request):
-    return make_mesh(*[request.param] * 3)
-
-
-@pytest.fixture
-def auto():
-    return make_mesh("Auto", "Auto", "Auto")
 
 
 def collectives(function, *args):

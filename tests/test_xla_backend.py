@@ -297,7 +297,8 @@ def test_memory_forward(dtype):
 
 
 @optimised
-@pytest.mark.parametrize(("dtype", "cache_dtype"), [("float32", "int8"), ("bfloat16", "float8_e4m3fn"), ("float32", "float8_e5m2")])
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_of_quantised_caches(dtype, cache_dtype):
     """Of which a chunk is widened, never more."""
     assert temporary(TARGETS["cpu"], dtype, "forward", cache_dtype) < 0.02
@@ -317,7 +318,9 @@ def test_memory_backward(dtype, wanted):
 def test_memory_of_the_accelerator_form():
     """As a CPU's compiler sees it, which widens and transposes more than one for GPUs."""
     assert temporary(TARGETS["accelerator"], "float32", "forward") < 0.02
-    assert temporary(TARGETS["accelerator"], "float32", "backward", wanted=Wanted()) < 0.035
+    # JAX 0.12's compiler keeps a fourth array of a chunk's size, and did before this bound knew of it.
+    bound = 0.03 if jax.__version_info__ < (0, 12) else 0.032
+    assert temporary(TARGETS["accelerator"], "float32", "backward", wanted=Wanted()) < bound
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
