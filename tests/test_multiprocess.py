@@ -1,10 +1,9 @@
-"""Two JAX processes, each with half of one cache's sequence axis, give the answer and the gradients of one process.
+"""Two JAX processes, each with half of a cache's sequence axis, give the answer and the gradients of one process.
 
-Run as a program, this file is one of the two: `test_multiprocess.py RANK PORT FILE`.
+Run as a program, this file is one of the two: `test_multiprocess.py RANK PORT FILE...`.
 """
 
-import functools
-import pathlib
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -15,29 +14,43 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import floats_of
 
 from ejk_ragged import ragged_decode_attention
 from ejk_ragged.testing import Case
 
 
 SECONDS = 180  # for everything, on a busy machine
-CASE = Case("two processes", 2, 32, 4, 2, 8, lengths=("ranges", (0, 32), (10, 19)), sinks=("query", 1))
-SPLIT = P(None, "sequence")
-
-
-def loss(query, key, value, rest):
-    out, lse = ragged_decode_attention(query, key, value, **rest, return_lse=True)
-    return jnp.sum(jnp.cos(out)) + jnp.sum(lse), (out, lse)
+PLAIN = Case("plain", 2, 32, 4, 2, 8, lengths=("ranges", (0, 32), (10, 19)), sinks=("query", 1))
+TOKENS = dataclasses.replace(PLAIN, name="tokens", num_tokens=3, query_lengths=(3, 2), cache_dtype="int8", scales="row")
+CASES = (PLAIN, TOKENS)
+SPLITS = {
+    **dict.fromkeys(("key", "value", "d_key", "d_value"), P(None, "sequence")),
+    **dict.fromkeys(("key_scale", "value_scale"), P(None, None, "sequence")),
+}
 
 
 @jax.jit
-def evaluate(query, key, value, rest):
-    (_, results), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(query, key, value, rest)
-    return dict(zip(("out", "lse", "d_query", "d_key", "d_value"), (*results, *gradients), strict=True))
+def evaluate(arguments):
+    """Output, lse, and the gradients that there are, by name."""
+    floats = {name: arguments[name] for name in floats_of(arguments)}
+
+    def loss(floats):
+        out, lse = ragged_decode_attention(**arguments | floats, return_lse=True)
+        return jnp.sum(jnp.cos(out)) + jnp.sum(lse), {"out": out, "lse": lse}
+
+    gradients, results = jax.grad(loss, has_aux=True)(floats)
+    return results | {f"d_{name}": x for name, x in gradients.items()}
 
 
-def one_of_two(rank, port, file):
-    """Joins the other process, holds its half, and writes what it has of the results."""
+def half(name, x, rank):
+    """What process `rank` has of an argument or a result; of most all."""
+    axis = next((axis for axis, split in enumerate(SPLITS.get(name, ())) if split), None)
+    return x if axis is None else np.split(np.asarray(x), 2, axis)[rank]
+
+
+def one_of_two(rank, port, files):
+    """Joins the other process, holds its half of each case's cache, and writes what it has of the results."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -46,14 +59,16 @@ def one_of_two(rank, port, file):
     assert jax.local_device_count() == 1
 
     mesh = jax.make_mesh((2,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
-    arguments = CASE.draw()
-    half = slice(16 * rank, 16 * rank + 16)
-    shape = arguments["key"].shape
-    place = functools.partial(jax.make_array_from_process_local_data, NamedSharding(mesh, SPLIT), global_shape=shape)
-    key, value = (place(arguments.pop(name)[:, half]) for name in ("key", "value"))
-    results = evaluate(arguments.pop("query"), key, value, arguments)
-    assert results["d_key"].sharding.is_equivalent_to(key.sharding, 4)
-    np.savez(file, **{name: x.addressable_shards[0].data for name, x in results.items()})
+    placing = {name: NamedSharding(mesh, split) for name, split in SPLITS.items()}
+    for case, file in zip(CASES, files, strict=True):
+        arguments = case.draw()
+        for name in placing.keys() & arguments.keys():
+            x = arguments[name]
+            arguments[name] = jax.make_array_from_process_local_data(placing[name], half(name, x, rank), global_shape=x.shape)
+        results = evaluate(arguments)
+        for name in placing.keys() & results.keys():
+            assert results[name].sharding.is_equivalent_to(placing[name], 4)
+        np.savez(file, **{name: x.addressable_shards[0].data for name, x in results.items()})
     jax.distributed.shutdown()
 
 
@@ -61,12 +76,12 @@ def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    files = [tmp_path / f"{rank}.npz" for rank in range(2)]
+    files = [[tmp_path / f"{case.name}-{rank}.npz" for case in CASES] for rank in range(2)]
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     processes = []
     try:
         for rank in range(2):
-            command = [sys.executable, __file__, str(rank), str(port), files[rank]]
+            command = [sys.executable, __file__, str(rank), str(port), *files[rank]]
             with logs[rank].open("w") as log:
                 processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
         wait(processes)
@@ -76,13 +91,14 @@ def test_two_processes(tmp_path):
             process.wait()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(log.read_text() for log in logs)
 
-    arguments = CASE.draw()
-    alone = evaluate(*(arguments.pop(name) for name in ("query", "key", "value")), arguments)
-    halves = [np.load(file) for file in files]
-    for name, want in alone.items():
-        for rank, half in enumerate(halves):
-            share = want[:, 16 * rank : 16 * rank + 16] if name in ("d_key", "d_value") else want
-            np.testing.assert_allclose(half[name], share, rtol=1e-5, atol=1e-5, err_msg=f"{name} in process {rank}")
+    for i, case in enumerate(CASES):
+        alone = evaluate(case.draw())
+        for rank in range(2):
+            got = np.load(files[rank][i])
+            assert set(got) == set(alone)
+            for name, want in alone.items():
+                where = f"{name} of {case.name} in process {rank}"
+                np.testing.assert_allclose(got[name], half(name, want, rank), rtol=1e-5, atol=1e-5, err_msg=where)
 
 
 def wait(processes):
@@ -96,4 +112,4 @@ def wait(processes):
 
 
 if __name__ == "__main__":
-    one_of_two(int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]))
+    one_of_two(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
