@@ -19,7 +19,8 @@ from ejk_ragged_pallas_triton import PallasTritonBackend
 class Subject:
     """A backend under test. `make` gives what is passed as `backend=`: its name, or an instance that runs on this machine.
 
-    `call` is the call that tests make; one that the backend does not take must be refused, and there the test ends.
+    `call` is the call that tests make; one that the backend does not take must be refused, and there the test ends. Tests by hand
+    are in the first of `dtypes`.
     """
 
     name: str

@@ -28,45 +28,53 @@ def test_named_cases(subject, case):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# By hand. With a query of zeros every key weighs 1: out is the mean of the valid values, lse the log of their number.
+# By hand, in a backend's first dtype. With a query of zeros every key weighs 1: out is the mean of the valid values, lse the log
+# of their number.
 
 
-def counting(batch, heads=2, kv_heads=1, seq_len=40, dim=16, dtype=jnp.float32):
-    """A query of zeros, and values that say which row they are of."""
+def counting(subject, batch, heads=2, kv_heads=1, seq_len=40, dim=16, num_tokens=None, dtype=None):
+    """A query of zeros, and values that say which row they are of, which any dtype holds."""
+    dtype = jnp.dtype(dtype or subject.dtypes[0])
     rows = jnp.broadcast_to(jnp.arange(seq_len, dtype=dtype)[None, :, None, None], (batch, seq_len, kv_heads, dim))
-    return {"query": jnp.zeros((batch, heads, dim), dtype), "key": jnp.ones_like(rows), "value": rows}
+    tokens = () if num_tokens is None else (num_tokens,)
+    return {"query": jnp.zeros((batch, *tokens, heads, dim), dtype), "key": jnp.ones_like(rows), "value": rows}
 
 
-def valid_rows(call, start, end, **options):
-    """What a call says of the ranges: number of valid keys and mean of their indices, one a sequence."""
-    lengths = {"sequence_start": start, "sequence_end": end}
+def valid_rows(subject, start, end, num_tokens=None, query_lengths=None, **options):
+    """What a call says of the ranges: number of valid keys and mean of their indices, one a sequence, or [B, T]."""
+    lengths = {"sequence_start": start, "sequence_end": end, "query_lengths": query_lengths}
     lengths = {name: jnp.asarray(x, jnp.int32) for name, x in lengths.items() if x is not None}
     batch = next((len(x) for x in lengths.values()), 1)
-    out, lse = call(**counting(batch), **lengths, **options, return_lse=True)
-    return np.exp(np.asarray(lse[:, 1])), np.asarray(out[:, 1, 3])
+    out, lse = subject.call(**counting(subject, batch, num_tokens=num_tokens), **lengths, **options, return_lse=True)
+    return np.exp(np.asarray(lse[..., 1])), np.asarray(out[..., 1, 3], np.float32)
 
 
 def assert_rows(got, want):
-    count, mean = got
+    count, mean = (x.ravel() for x in got)
     np.testing.assert_allclose(count, [len(rows) for rows in want], rtol=1e-5)
-    np.testing.assert_allclose(mean, [np.mean(rows) if len(rows) else 0 for rows in want], rtol=1e-5)
+    np.testing.assert_allclose(mean, [np.mean(rows) if len(rows) else 0 for rows in want], rtol=1e-5)  # halves, in any dtype
+
+
+def rounding(subject):
+    """How far an output may lie from what it should be, relatively."""
+    return max(1e-5, float(jnp.finfo(subject.dtypes[0]).eps))
 
 
 def test_ranges_are_half_open(subject):
-    got = valid_rows(subject.call, [0, 3, 0, 39, 17], [40, 9, 1, 40, 18])
+    got = valid_rows(subject, [0, 3, 0, 39, 17], [40, 9, 1, 40, 18])
     assert_rows(got, [range(40), range(3, 9), range(1), range(39, 40), range(17, 18)])
 
 
 def test_ranges_are_clipped(subject):
     top = np.iinfo(np.int32).max
-    got = valid_rows(subject.call, [-7, 30, -top - 1, 41, top], [5, 90, top, 50, -1])
+    got = valid_rows(subject, [-7, 30, -top - 1, 41, top], [5, 90, top, 50, -1])
     assert_rows(got, [range(5), range(30, 40), range(40), (), ()])
 
 
 def test_no_lengths_means_all(subject):
-    assert_rows(valid_rows(subject.call, None, None), [range(40)])
-    assert_rows(valid_rows(subject.call, [7], None), [range(7, 40)])
-    assert_rows(valid_rows(subject.call, None, [7]), [range(7)])
+    assert_rows(valid_rows(subject, None, None), [range(40)])
+    assert_rows(valid_rows(subject, [7], None), [range(7, 40)])
+    assert_rows(valid_rows(subject, None, [7]), [range(7)])
 
 
 @pytest.mark.parametrize(
@@ -84,14 +92,48 @@ def test_no_lengths_means_all(subject):
 )
 def test_window(subject, window, wants):
     """The query stands at end - 1, whatever lies behind it in the cache."""
-    assert_rows(valid_rows(subject.call, [0, 3, 25, 9], [90, 9, 30, 4], sliding_window=window), wants)
+    assert_rows(valid_rows(subject, [0, 3, 25, 9], [90, 9, 30, 4], sliding_window=window), wants)
+
+
+@pytest.mark.parametrize(
+    ("options", "wants"),
+    [
+        ({}, (range(38), range(39), range(40), range(3, 7), range(3, 8), range(3, 9), (), range(1), range(2))),
+        ({"sliding_window": (2, 0)}, (*(range(i, i + 3) for i in (35, 36, 37, 4, 5, 6)), (), range(1), range(2))),
+        ({"query_lengths": [2, 5, 1]}, (range(39), range(40), (), range(3, 7), range(3, 8), range(3, 9), range(2), (), ())),
+        ({"query_lengths": [-1, 0, 3], "sliding_window": (0, 5)}, (*((),) * 7, range(1), range(1, 2))),
+    ],
+    ids=str,
+)
+def test_tokens(subject, options, wants):
+    """Each sees no key after its own, and looks back from there; the last stands at end - 1. The third sequence has fewer keys
+    than tokens."""
+    assert_rows(valid_rows(subject, [0, 3, 0], [90, 9, 2], num_tokens=3, **options), wants)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (3, 2), (3, 2, 40)], ids=["number", "head", "sequence", "row"])
+def test_scales(subject, shape):
+    """A key is worth its scale before the cap, a value its own beside the softmax, whose denominator knows nothing of it."""
+    key_scale, value_scale = np.random.default_rng(0).uniform(0.5, 1.5, (2, *shape)).astype(np.float32)
+    dtype = subject.dtypes[0]
+    rows = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int8)[None, :, None, None], (3, 40, 2, 16))
+    arguments = {"query": jnp.full((3, 4, 16), 1 / 16, dtype), "key": jnp.full_like(rows, 3), "value": rows}
+    scales = {"key_scale": jnp.asarray(key_scale), "value_scale": jnp.asarray(value_scale)}
+    if shape == ():
+        scales = {name: float(scale) for name, scale in scales.items()}
+    out, lse = subject.call(**arguments, **scales, softmax_scale=1.0, logits_soft_cap=1.0, return_lse=True)
+    key_scale, value_scale = (np.float64(x if x.ndim in (0, 3) else x[..., None]) for x in (key_scale, value_scale))
+    p = np.exp(np.tanh(3 * key_scale)) * np.ones((3, 2, 40))
+    want = np.sum(p * value_scale * np.arange(40), axis=2) / np.sum(p, axis=2)
+    np.testing.assert_allclose(lse, np.log(np.sum(p, axis=2)).repeat(2, axis=1), rtol=2e-6)
+    np.testing.assert_allclose(np.asarray(out[..., 5], np.float64), want.repeat(2, axis=1), rtol=rounding(subject))
 
 
 def test_heads_read_their_group(subject):
     """Query head h reads kv head h // G."""
-    arguments = counting(1, heads=6, kv_heads=2)
-    arguments["value"] = jnp.broadcast_to(jnp.array([1.0, 2.0])[:, None], arguments["value"].shape)
-    np.testing.assert_allclose(subject.call(**arguments)[0, :, 0], [1, 1, 1, 2, 2, 2], rtol=1e-6)
+    arguments = counting(subject, 1, heads=6, kv_heads=2)
+    arguments["value"] = jnp.broadcast_to(jnp.array([1.0, 2.0], subject.dtypes[0])[:, None], arguments["value"].shape)
+    np.testing.assert_array_equal(subject.call(**arguments)[0, :, 0], [1, 1, 1, 2, 2, 2])
 
 
 @pytest.mark.parametrize(
@@ -106,17 +148,17 @@ def test_heads_read_their_group(subject):
 )
 def test_sinks(subject, sinks, weights):
     """exp(sink) is added to the denominator, once, neither scaled nor capped, without a value; lse knows it."""
-    arguments = counting(2, heads=4, kv_heads=2) | {"softmax_aux": jnp.asarray(sinks, jnp.float32)}
+    arguments = counting(subject, 2, heads=4, kv_heads=2) | {"softmax_aux": jnp.asarray(sinks, jnp.float32)}
     end = jnp.array([9, 0], jnp.int32)
     out, lse = subject.call(**arguments, sequence_end=end, softmax_scale=0.1, logits_soft_cap=1.5, return_lse=True)
     weights = np.array(weights)
     np.testing.assert_allclose(np.exp(lse), [9 + weights, weights], rtol=1e-5)
-    np.testing.assert_allclose(out[..., 0], [36 / (9 + weights), np.zeros(4)], rtol=1e-5)
+    np.testing.assert_allclose(np.float64(out[..., 0]), [36 / (9 + weights), np.zeros(4)], rtol=rounding(subject))
 
 
 def test_scale_then_cap(subject):
     """One key, whose logit is the lse: cap * tanh(scale * q . k / cap)."""
-    query, key = jnp.full((1, 1, 16), 0.5), jnp.full((1, 1, 1, 16), 2.0)
+    query, key = jnp.full((1, 1, 16), 0.5, subject.dtypes[0]), jnp.full((1, 1, 1, 16), 2.0, subject.dtypes[0])
     for scale, cap, want in (
         (None, None, 4.0),
         (0.5, None, 8.0),
@@ -134,10 +176,10 @@ def test_scale_need_not_be_positive(subject, scale):
 
 def test_large_logits(subject):
     """Nothing overflows: one key outweighs all by e^1000 and more."""
-    arguments = counting(1) | {"query": jnp.ones((1, 2, 16))}
+    arguments = counting(subject, 1) | {"query": jnp.ones((1, 2, 16), subject.dtypes[0])}
     arguments["key"] = arguments["value"] * 16
     out, lse = subject.call(**arguments, return_lse=True)
-    np.testing.assert_allclose(out, np.full(out.shape, 39), rtol=1e-6)
+    np.testing.assert_array_equal(out, np.full(out.shape, 39))
     np.testing.assert_allclose(lse, np.full(lse.shape, 39 * 64), rtol=1e-6)
     out, lse = subject.call(**arguments, softmax_aux=jnp.array([1e4]), return_lse=True)
     np.testing.assert_array_equal(out, np.zeros(out.shape))
@@ -146,7 +188,8 @@ def test_large_logits(subject):
 
 def test_empty_range(subject):
     """Output 0, lse -inf; every gradient 0, though the cache holds nothing but NaN."""
-    arguments = counting(2) | {"key": jnp.full((2, 40, 1, 16), jnp.nan), "value": jnp.full((2, 40, 1, 16), jnp.nan)}
+    arguments = counting(subject, 2)
+    arguments |= {name: jnp.full_like(arguments[name], jnp.nan) for name in ("key", "value")}
     lengths = {"sequence_start": jnp.array([5, 9], jnp.int32), "sequence_end": jnp.array([5, 2], jnp.int32)}
 
     def function(query, key, value):
@@ -161,7 +204,7 @@ def test_empty_range(subject):
 
 def test_empty_range_with_sinks(subject):
     """lse is that of the sinks, and so is its gradient; through the output there is none."""
-    arguments = counting(1) | {"sequence_end": jnp.zeros(1, jnp.int32)}
+    arguments = counting(subject, 1) | {"sequence_end": jnp.zeros(1, jnp.int32)}
     sinks = jnp.array([[0.0, 1.0], [2.0, 2.0]])
     (out, lse), pullback = jax.vjp(lambda aux: subject.call(**arguments, softmax_aux=aux, return_lse=True), sinks)
     np.testing.assert_array_equal(out, np.zeros(out.shape))
@@ -173,7 +216,7 @@ def test_empty_range_with_sinks(subject):
 def test_dtypes_of_the_answer(subject):
     for dtype in subject.dtypes:
         with jax.enable_x64(dtype == "float64"):
-            out, lse = subject.call(**counting(1, dtype=jnp.dtype(dtype)), return_lse=True)
+            out, lse = subject.call(**counting(subject, 1, dtype=jnp.dtype(dtype)), return_lse=True)
             assert (out.dtype, lse.dtype) == (jnp.dtype(dtype), jnp.float32)
             assert (out.shape, lse.shape) == ((1, 2, 16), (1, 2))
 
@@ -182,14 +225,14 @@ def test_dtypes_of_the_answer(subject):
 def test_dtypes_of_lengths(subject, dtype):
     """Any integers, NumPy's too; 300 rows are more than int8 holds, and unsigned ones must not wrap."""
     with jax.enable_x64(dtype.endswith("64")):
-        arguments = counting(2, seq_len=300)
+        arguments = counting(subject, 2, seq_len=300)
         start, end = np.array([3, 0], dtype), np.array([100, np.iinfo(dtype).max], dtype)
         _, lse = subject.call(**arguments, sequence_start=start, sequence_end=end, return_lse=True)
         np.testing.assert_allclose(np.exp(lse[:, 0]), [97, min(300, np.iinfo(dtype).max)], rtol=1e-5)
 
 
 def test_one_dimensional_sinks_of_query_heads_warn(subject):
-    arguments = counting(1, heads=4, kv_heads=2)
+    arguments = counting(subject, 1, heads=4, kv_heads=2)
     with pytest.warns(UserWarning, match=r"softmax_aux\[:, None\]") as caught:
         subject.call(**arguments, softmax_aux=jnp.zeros(4))
     assert caught[0].filename == support.__file__  # it points at the caller, which is `subject.call`
@@ -197,7 +240,7 @@ def test_one_dimensional_sinks_of_query_heads_warn(subject):
         warnings.simplefilter("error")
         subject.call(**arguments, softmax_aux=jnp.zeros(3))
         subject.call(**arguments, softmax_aux=jnp.zeros((4, 1)))
-        subject.call(**counting(1, heads=1), softmax_aux=jnp.zeros(1))
+        subject.call(**counting(subject, 1, heads=1), softmax_aux=jnp.zeros(1))
 
 
 def test_numpy_arrays(subject):
