@@ -10,25 +10,25 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from . import _op
 from ._backend import Backend
-from ._check import Arguments, check, Scale, Window
+from ._check import AnyArray, Arguments, check, Scale, Window
 from ._problem import accum_dtype, Cache, FwdParams, Queries
 from ._registry import Request
 
 
 @overload
 def ragged_decode_attention(
-    query: Float[Array, "batch *num_tokens num_q_heads head_dim"],
-    key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-    value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-    sequence_start: Int[Array, " batch"] | None = None,
-    sequence_end: Int[Array, " batch"] | None = None,
+    query: Float[AnyArray, "batch *num_tokens num_q_heads head_dim"],
+    key: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+    value: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+    sequence_start: Int[AnyArray, " batch"] | None = None,
+    sequence_end: Int[AnyArray, " batch"] | None = None,
     softmax_scale: float | None = None,
     fwd_params: FwdParams | None = None,
     sliding_window: Window | None = None,
     logits_soft_cap: float | None = None,
-    softmax_aux: Float[Array, " num_sinks"] | Float[Array, "heads num_sinks"] | None = None,
+    softmax_aux: Float[AnyArray, " num_sinks"] | Float[AnyArray, "heads num_sinks"] | None = None,
     *,
-    query_lengths: Int[Array, " batch"] | None = None,
+    query_lengths: Int[AnyArray, " batch"] | None = None,
     key_scale: Scale | None = None,
     value_scale: Scale | None = None,
     backend: str | Backend | None = None,
@@ -36,18 +36,18 @@ def ragged_decode_attention(
 ) -> Float[Array, "batch *num_tokens num_q_heads head_dim"]: ...
 @overload
 def ragged_decode_attention(
-    query: Float[Array, "batch *num_tokens num_q_heads head_dim"],
-    key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-    value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-    sequence_start: Int[Array, " batch"] | None = None,
-    sequence_end: Int[Array, " batch"] | None = None,
+    query: Float[AnyArray, "batch *num_tokens num_q_heads head_dim"],
+    key: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+    value: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+    sequence_start: Int[AnyArray, " batch"] | None = None,
+    sequence_end: Int[AnyArray, " batch"] | None = None,
     softmax_scale: float | None = None,
     fwd_params: FwdParams | None = None,
     sliding_window: Window | None = None,
     logits_soft_cap: float | None = None,
-    softmax_aux: Float[Array, " num_sinks"] | Float[Array, "heads num_sinks"] | None = None,
+    softmax_aux: Float[AnyArray, " num_sinks"] | Float[AnyArray, "heads num_sinks"] | None = None,
     *,
-    query_lengths: Int[Array, " batch"] | None = None,
+    query_lengths: Int[AnyArray, " batch"] | None = None,
     key_scale: Scale | None = None,
     value_scale: Scale | None = None,
     backend: str | Backend | None = None,
@@ -55,18 +55,18 @@ def ragged_decode_attention(
 ) -> tuple[Float[Array, "batch *num_tokens num_q_heads head_dim"], Float32[Array, "batch *num_tokens num_q_heads"]]: ...
 @overload
 def ragged_decode_attention(
-    query: Float[Array, "batch *num_tokens num_q_heads head_dim"],
-    key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-    value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-    sequence_start: Int[Array, " batch"] | None = None,
-    sequence_end: Int[Array, " batch"] | None = None,
+    query: Float[AnyArray, "batch *num_tokens num_q_heads head_dim"],
+    key: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+    value: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+    sequence_start: Int[AnyArray, " batch"] | None = None,
+    sequence_end: Int[AnyArray, " batch"] | None = None,
     softmax_scale: float | None = None,
     fwd_params: FwdParams | None = None,
     sliding_window: Window | None = None,
     logits_soft_cap: float | None = None,
-    softmax_aux: Float[Array, " num_sinks"] | Float[Array, "heads num_sinks"] | None = None,
+    softmax_aux: Float[AnyArray, " num_sinks"] | Float[AnyArray, "heads num_sinks"] | None = None,
     *,
-    query_lengths: Int[Array, " batch"] | None = None,
+    query_lengths: Int[AnyArray, " batch"] | None = None,
     key_scale: Scale | None = None,
     value_scale: Scale | None = None,
     backend: str | Backend | None = None,

@@ -19,13 +19,14 @@ from ._problem import FLOATING_DTYPES, FwdParams, precision_of, QUANTISED_DTYPES
 from ._registry import registry, Request
 
 
+AnyArray = Array | np.ndarray  # what comes; what is returned is always JAX's
 Window = tuple[int, int]
 Scale = (
     float
-    | Float[Array, ""]
-    | Float[Array, " num_kv_heads"]
-    | Float[Array, "batch num_kv_heads"]
-    | Float[Array, "batch num_kv_heads seq_len"]
+    | Float[AnyArray, ""]
+    | Float[AnyArray, " num_kv_heads"]
+    | Float[AnyArray, "batch num_kv_heads"]
+    | Float[AnyArray, "batch num_kv_heads seq_len"]
 )
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from ._api import ragged_decode_attention
 from ._backend import Backend
-from ._check import check_fwd_params, check_scale, check_soft_cap, check_window, Scale, Window
+from ._check import AnyArray, check_fwd_params, check_scale, check_soft_cap, check_window, Scale, Window
 from ._problem import FwdParams
 
 
@@ -47,13 +47,13 @@ class RaggedDecodeAttention(eqx.Module):
     @overload
     def __call__(
         self,
-        query: Float[Array, "batch *num_tokens num_q_heads head_dim"],
-        key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-        value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-        sequence_start: Int[Array, " batch"] | None = None,
-        sequence_end: Int[Array, " batch"] | None = None,
+        query: Float[AnyArray, "batch *num_tokens num_q_heads head_dim"],
+        key: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+        value: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+        sequence_start: Int[AnyArray, " batch"] | None = None,
+        sequence_end: Int[AnyArray, " batch"] | None = None,
         *,
-        query_lengths: Int[Array, " batch"] | None = None,
+        query_lengths: Int[AnyArray, " batch"] | None = None,
         key_scale: Scale | None = None,
         value_scale: Scale | None = None,
         return_lse: Literal[False] = False,
@@ -61,13 +61,13 @@ class RaggedDecodeAttention(eqx.Module):
     @overload
     def __call__(
         self,
-        query: Float[Array, "batch *num_tokens num_q_heads head_dim"],
-        key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-        value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-        sequence_start: Int[Array, " batch"] | None = None,
-        sequence_end: Int[Array, " batch"] | None = None,
+        query: Float[AnyArray, "batch *num_tokens num_q_heads head_dim"],
+        key: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+        value: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+        sequence_start: Int[AnyArray, " batch"] | None = None,
+        sequence_end: Int[AnyArray, " batch"] | None = None,
         *,
-        query_lengths: Int[Array, " batch"] | None = None,
+        query_lengths: Int[AnyArray, " batch"] | None = None,
         key_scale: Scale | None = None,
         value_scale: Scale | None = None,
         return_lse: Literal[True],
@@ -75,13 +75,13 @@ class RaggedDecodeAttention(eqx.Module):
     @overload
     def __call__(
         self,
-        query: Float[Array, "batch *num_tokens num_q_heads head_dim"],
-        key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-        value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-        sequence_start: Int[Array, " batch"] | None = None,
-        sequence_end: Int[Array, " batch"] | None = None,
+        query: Float[AnyArray, "batch *num_tokens num_q_heads head_dim"],
+        key: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+        value: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+        sequence_start: Int[AnyArray, " batch"] | None = None,
+        sequence_end: Int[AnyArray, " batch"] | None = None,
         *,
-        query_lengths: Int[Array, " batch"] | None = None,
+        query_lengths: Int[AnyArray, " batch"] | None = None,
         key_scale: Scale | None = None,
         value_scale: Scale | None = None,
         return_lse: bool,

@@ -1,6 +1,7 @@
 """Meshes of simulated devices (conftest.py), what lies on them, and a call as a function of its arrays."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def loss(call, arrays):
     return jnp.sum(jnp.cos(out.astype(jnp.float32))) + jnp.sum(jnp.where(lse > -jnp.inf, lse, 0))
 
 
-def gradients(arrays, call=call):
+def gradients(arrays, call: Callable = call):
     """By name."""
     floats = {name: arrays[name] for name in floats_of(arrays)}
     return jax.grad(lambda floats: loss(call, arrays | floats))(floats)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ def _bits(x):
     return np.atleast_1d(x).view(np.uint8)
 
 
-def draw(case, seed=0):
+def draw(case, seed=0) -> tuple[dict[str, Any], dict[str, Any]]:
     """A case's arrays, on the default device, and its settings."""
     arguments = case.draw(seed)
     arrays = {name: jnp.asarray(arguments.pop(name)) for name in list(arguments) if isinstance(arguments[name], np.ndarray)}

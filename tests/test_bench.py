@@ -68,8 +68,8 @@ def test_gradient(case):
 @pytest.mark.parametrize(("case", "what"), [(TOKENS, "d_key"), (BOTH, "d_query")], ids=["tokens", "both"])
 def test_wrong_gradients_are_found(case, what):
     class Wrong(TextbookBackend):
-        def backward(self, *args, wanted):
-            gradients = super().backward(*args, wanted=wanted)
+        def backward(self, *args, **kwargs):
+            gradients = super().backward(*args, **kwargs)
             wrong = 1 if what == "d_key" else 0
             return [x * 2 if i == wrong else x for i, x in enumerate(gradients)]
 

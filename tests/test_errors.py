@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -256,11 +257,12 @@ def test_error(name):
 
 @pytest.mark.parametrize("name", ["softmax_scale", "logits_soft_cap"])
 def test_traced_settings(name):
-    arrays = [jnp.ones(x.shape, x.dtype) for x in GOOD.values()]
+    arrays: list[Any] = [jnp.ones(x.shape, x.dtype) for x in GOOD.values()]
+    call = lambda x: ragged_decode_attention(*arrays, **{name: x})
     with pytest.raises(TypeError, match=f"{name} must be a number known while tracing, or None; got .* of type .*Tracer"):
-        jax.jit(lambda x: ragged_decode_attention(*arrays, **{name: x}))(1.0)
-    assert ragged_decode_attention(*arrays, **{name: np.float32(1.0)}).shape == QUERY.shape  # known numbers of any type
-    assert ragged_decode_attention(*arrays, **{name: 1}).shape == QUERY.shape
+        jax.jit(call)(1.0)
+    assert call(np.float32(1.0)).shape == QUERY.shape  # known numbers of any type
+    assert call(1).shape == QUERY.shape
 
 
 class Refusing(TextbookBackend):
@@ -305,19 +307,21 @@ def test_fields():
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_fwd_params_checks(field):
+    made = lambda x: FwdParams(**{field: x})
     for bad in (0, -1):
         with pytest.raises(ValueError, match=rf"FwdParams\.{field} must be a positive integer or None, got {bad}\."):
-            FwdParams(**{field: bad})
+            made(bad)
     for bad in (1.0, "1", True, jnp.ones((), jnp.int32)):
         with pytest.raises(TypeError, match=rf"FwdParams\.{field} must be a positive integer or None, got "):
-            FwdParams(**{field: bad})
-    assert type(getattr(FwdParams(**{field: np.int64(3)}), field)) is int
+            made(bad)
+    assert type(getattr(made(np.int64(3)), field)) is int
 
 
 def test_fwd_params_are_frozen_and_hashable():
-    assert hash(FwdParams(num_warps=4)) == hash(FwdParams(num_warps=np.int32(4)))
+    four: Any = np.int32(4)  # a field is an int, whichever integer it is made of
+    assert hash(FwdParams(num_warps=4)) == hash(FwdParams(num_warps=four))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        FwdParams().num_warps = 4
+        FwdParams().num_warps = 4  # pyright: ignore[reportAttributeAccessIssue] since it is frozen
 
 
 def test_fwd_params_over():

@@ -95,9 +95,9 @@ class Recorder(TextbookBackend):
         super().__init__()
         self.asked = []
 
-    def backward(self, *args, wanted):
+    def backward(self, *args, wanted, **kwargs):
         self.asked.append(wanted)
-        return super().backward(*args, wanted=wanted)
+        return super().backward(*args, wanted=wanted, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,8 @@ def test_debug_nans():
     arrays, _ = draw(Case("", 2, 30, 4, 2, 16, lengths=("ranges", (5, 5), (3, 20))))
     lengths = arrays.pop("sequence_start"), arrays.pop("sequence_end")
     with jax.debug_nans(True):
-        gradients = jax.grad(lambda *args: total(ragged_decode_attention(*args, *lengths)), range(3))(*arrays.values())
+        loss = lambda query, key, value: total(ragged_decode_attention(query, key, value, *lengths))
+        gradients = jax.grad(loss, range(3))(*arrays.values())
     assert all(np.isfinite(x).all() for x in gradients)
 
 

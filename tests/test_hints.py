@@ -76,7 +76,9 @@ def arguments(**options):
 
 
 def save(file, backend, problem=PROBLEM, **hints):
-    _hints.save(file, {_hints.key_of(backend, problem, TARGET): {"fwd_params": hints}})
+    key = _hints.key_of(backend, problem, TARGET)
+    assert key is not None
+    _hints.save(file, {key: {"fwd_params": hints}})
 
 
 def chosen(**options):

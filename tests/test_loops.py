@@ -159,5 +159,6 @@ def test_quantised_cache_is_not_copied():
     cache = jax.eval_shape(functools.partial(empty, 32768))
     memory = run.lower((cache, START), steps).compile().memory_analysis()
     sizes = [x.size * x.dtype.itemsize for x in cache.values()]
+    assert memory is not None
     assert memory.temp_size_in_bytes < min(sizes)
     assert memory.alias_size_in_bytes >= sum(sizes)

@@ -1,6 +1,7 @@
 """`merge`: attention over parts of the keys becomes attention over all of them, in any grouping, with gradients and without NaN."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def parts(arrays, cuts):
     start, end, aux = (arrays.pop(name) for name in ("sequence_start", "sequence_end", "softmax_aux"))
     edges = [0, *sorted(cuts), CASE.seq_len]
     for i, (low, high) in enumerate(itertools.pairwise(edges)):
-        lengths = {"sequence_start": jnp.clip(start, low, high), "sequence_end": jnp.clip(end, low, high)}
+        lengths: dict[str, Any] = {"sequence_start": jnp.clip(start, low, high), "sequence_end": jnp.clip(end, low, high)}
         yield ragged_decode_attention(**arrays, **lengths, softmax_aux=aux if i == 0 else None, return_lse=True)
 
 

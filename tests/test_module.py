@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,7 +16,7 @@ from ejk_ragged.testing import Case
 
 
 CASE = Case("module", 2, 20, 4, 2, 8, lengths=("ranges", (2, 17), (0, 20)), sinks=("query", 2))
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "softmax_scale": 0.4,
     "sliding_window": (9, 0),
     "logits_soft_cap": 2.0,
@@ -37,9 +38,8 @@ def test_is_the_function():
     assert_close(module(*args), want[0])
     query, key, value, *_ = args
     assert_close(RaggedDecodeAttention()(query, key, value), ragged_decode_attention(query, key, value))
-    assert_close(
-        RaggedDecodeAttention()(query, key, value, sequence_end=args[4]), ragged_decode_attention(*args[:3], None, args[4])
-    )
+    want = ragged_decode_attention(query, key, value, None, args[4])
+    assert_close(RaggedDecodeAttention()(query, key, value, sequence_end=args[4]), want)
 
 
 def test_tokens_and_quantised_caches():
@@ -83,6 +83,7 @@ def test_settings_are_part_of_what_is_compiled():
 def test_sinks_learn():
     """Gradient steps on the sinks alone bring the output to that of other sinks."""
     module, args = layer()
+    assert module.sinks is not None
     target = eqx.tree_at(lambda module: module.sinks, module, module.sinks + 1.0)(*args)
 
     @eqx.filter_jit
@@ -93,6 +94,7 @@ def test_sinks_learn():
     first, gradients = loss(module)
     assert gradients.sinks.shape == module.sinks.shape
     assert eqx.filter_grad(lambda module: jnp.sum((module(*args) - target) ** 2))(module).sinks.dtype == jnp.float32
+    value = first
     for _ in range(50):
         value, gradients = loss(module)
         module = eqx.apply_updates(module, jax.tree.map(lambda x: -2.0 * x, gradients))
@@ -101,6 +103,7 @@ def test_sinks_learn():
 
 def test_an_ensemble_of_sinks():
     module, args = layer()
+    assert module.sinks is not None
     stacked = jnp.stack([module.sinks, module.sinks - 1.0])
     ensemble = eqx.filter_vmap(lambda sinks: eqx.tree_at(lambda m: m.sinks, module, sinks))(stacked)
     outs = eqx.filter_vmap(lambda module: module(*args))(ensemble)

@@ -244,7 +244,7 @@ def test_something_fits_for_every_shape(head_dim, group):
     one = problem(head_dim=head_dim, num_q_heads=4 * group)
     assert MosaicGpuBackend().supports(one, Target("cuda")) is None
     hints = resolve(one, Target("cuda"))
-    assert hints.num_stages >= 2
+    assert (hints.num_stages or 0) >= 2
     for given in MosaicGpuBackend().candidates(one, Target("cuda")):
         resolve(dataclasses.replace(one, fwd_params=given), Target("cuda"))
 
@@ -288,7 +288,7 @@ def test_a_jax_without_mosaic_gpu(monkeypatch):
     gone = lambda name, *args: None if name == "jax.experimental.pallas.mosaic_gpu" else find_spec(name, *args)
     monkeypatch.setattr(ejk_ragged_mosaic_gpu.importlib.util, "find_spec", gone)
     info = {info.name: info for info in registry.backends()}
-    assert "it needs the Mosaic GPU backend of JAX 0.11 or newer" in info["mosaic_gpu"].broken
+    assert "it needs the Mosaic GPU backend of JAX 0.11 or newer" in str(info["mosaic_gpu"].broken)
     assert info["xla"].broken is None
 
 

@@ -7,6 +7,7 @@ what leaks.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from ejk_ragged.testing import Case, CHECKS, TextbookBackend
 
 
 CASES = {case.name: case for case in CHECKS}
-right = functools.partial(ragged_decode_attention, backend=TextbookBackend())
+right: Callable = functools.partial(ragged_decode_attention, backend=TextbookBackend())
 
 
 @pytest.mark.parametrize("case", CHECKS, ids=lambda case: case.name)

@@ -62,7 +62,7 @@ def backend(name, priority=0, platforms=None, why=None, **methods) -> Any:
     return type(name.title(), (TextbookBackend,), members | methods)
 
 
-def entries(*classes):
+def entries(*classes) -> list[Any]:
     return [Entry(one.name, one) for one in classes]
 
 
@@ -88,7 +88,7 @@ def test_loaded_when_needed_and_once():
 
 def test_an_instance_will_do_too():
     instance = backend("a")()
-    assert Registry([Entry("a", instance)]).get("a") is instance
+    assert Registry(entries(instance)).get("a") is instance
     assert Registry([]).resolve(instance) is instance  # nor need it be registered
 
 
@@ -112,7 +112,8 @@ def test_real_entry_points():
 
 
 def test_duplicates_name_both_distributions():
-    made = Registry([Entry("a", backend("a"), "one-dist"), Entry("a", backend("a"), "other-dist")])
+    given: list[Any] = [Entry("a", backend("a"), "one-dist"), Entry("a", backend("a"), "other-dist")]
+    made = Registry(given)
     for question in (made.names, made.backends, made.automatic, lambda: made.get("a"), lambda: made.select("cpu", PROBLEM)):
         with pytest.raises(RuntimeError, match=r"Two distributions register a backend named 'a': one-dist .* and other-dist"):
             question()
@@ -121,10 +122,10 @@ def test_duplicates_name_both_distributions():
 def test_the_same_entry_twice_is_no_duplicate():
     """Metadata that is found on the path twice."""
     one = backend("a")
-    assert Registry([Entry("a", one), Entry("a", one)]).names() == ("a",)
+    assert Registry(entries(one, one)).names() == ("a",)
 
 
-BROKEN = {
+BROKEN: dict[str, tuple[Any, str]] = {
     "import fails": (Entry("bad", ImportError("no such library"), "bad-dist"), "ImportError: no such library"),
     "no backend": (Entry("bad", 3, "bad-dist"), "TypeError: its entry point is 3, not an ejk_ragged.Backend"),
     "class of something": (Entry("bad", dict, "bad-dist"), r"TypeError: its entry point is \{\}, not an ejk_ragged.Backend"),

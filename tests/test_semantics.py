@@ -311,7 +311,7 @@ SHAPES = [  # few, since each is compiled: B, S, Hq, Hkv, D
 ]
 
 
-@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 2)
+@hypothesis.settings(max_examples=hypothesis.settings().max_examples // 2)
 @hypothesis.given(data=st.data())
 def test_any_problem(subject, data):
     """Forward and gradients of anything that may be asked, with poison around the live ranges; other ranges share its programs."""

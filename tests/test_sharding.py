@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -297,9 +298,10 @@ def test_vmap_inside(mesh):
     stacked = [jnp.stack([x, -x]) for x in (query, key, value)]
     function = jax.vmap(call, (0, 0, 0, None, None))
     specs = (*[P(None, "x")] * 3, P("x"), P("x"))
-    split = [put(mesh, spec, x) for spec, x in zip(specs, (*stacked, start, end), strict=True)]
+    args: list[Any] = [*stacked, start, end]
+    split = [put(mesh, spec, x) for spec, x in zip(specs, args, strict=True)]
     got = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(None, "x")))(*split)
-    assert_close(got, function(*stacked, start, end))
+    assert_close(got, function(*args))
 
 
 @pytest.mark.parametrize("kinds", [("Auto", "Auto"), ("Explicit", "Explicit"), ("Auto", "Explicit"), ("Explicit", "Auto")], ids=str)

@@ -2,7 +2,7 @@
 that), and that its check would notice a wrong decode step."""
 
 import functools
-import importlib
+import importlib.util
 import json
 import sys
 from types import SimpleNamespace

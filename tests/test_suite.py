@@ -284,6 +284,8 @@ def test_page_of_results(measured, tmp_path):
     """The documentation shows the same tables, and the pictures that are there."""
     file = pathlib.Path(__file__).parents[1] / "docs/hooks/results.py"
     spec = importlib.util.spec_from_file_location("results", file)
+    assert spec is not None
+    assert spec.loader is not None
     results = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(results)
     suite.write(measured | {"name": "tiny rows"}, tmp_path / "performance")

@@ -14,6 +14,7 @@ def test_kernel_times_of_events():
     assert found.clock == "kernels"
     assert found.seconds == found.time.median == pytest.approx(3.5e-6)
     assert found.time.least == pytest.approx(3e-6)
+    assert found.span is not None
     assert found.span.least == pytest.approx(3e-6)
     assert found.span.median == pytest.approx(3.5e-6)
     assert found.kernels == (("a", pytest.approx(2.5e-6)), ("b", pytest.approx(1.5e-6)))
@@ -81,5 +82,5 @@ def test_machine(monkeypatch):
     here = machine.Machine.here()
     assert here.copy is None
     assert here.memory > 1 << 28
-    assert machine.Machine.here(copying=True).copy > 0
+    assert (machine.Machine.here(copying=True).copy or 0) > 0
     assert here.counts_kernels == (here.platform in ("cuda", "rocm"))

@@ -27,7 +27,9 @@ each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def collectives(function, *args):
     """Of each collective in the compiled program: its name, and the elements of its result. And the program, to run it."""
     compiled = jax.jit(function).lower(*args).compile()
-    found = re.findall(r"= (\S.*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", compiled.as_text())
+    text = compiled.as_text()
+    assert text is not None
+    found = re.findall(r"= (\S.*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text)
     return [
         (name, sum(math.prod(map(int, re.findall(r"\d+", dims))) for dims in re.findall(r"\[(.*?)\]", to))) for to, name in found
     ], compiled

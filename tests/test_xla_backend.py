@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +30,8 @@ class Accelerator(XlaBackend):
     def fwd_params(self, problem, target):
         return super().fwd_params(problem, TARGETS["accelerator"])
 
-    def forward(self, problem, target, *args):
-        return super().forward(problem, TARGETS["accelerator"], *args)
+    def forward(self, problem, target, queries, cache):
+        return super().forward(problem, TARGETS["accelerator"], queries, cache)
 
     def backward(self, problem, target, *args, **kwargs):
         return super().backward(problem, TARGETS["accelerator"], *args, **kwargs)
@@ -51,14 +53,15 @@ def form(request):
     return request.param
 
 
-def call(form, **hints):
+def call(form, **hints) -> Callable:
     return functools.partial(ragged_decode_attention, backend=FORMS[form], fwd_params=FwdParams(**hints))
 
 
 def problem_of(batch, seq_len, num_q_heads, num_kv_heads, head_dim, dtype="float32", cache_dtype=None, **facts):
     dtypes = {"dtype": np.dtype(dtype), "cache_dtype": np.dtype(cache_dtype or dtype)}
     sizes = {"batch": batch, "seq_len": seq_len, "num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    return Problem(**sizes | dtypes | {"num_tokens": 1, "softmax_scale": 0.25} | facts)
+    given: dict[str, Any] = sizes | dtypes | {"num_tokens": 1, "softmax_scale": 0.25} | facts
+    return Problem(**given)
 
 
 def operands_of(problem, make, per_token=True):
@@ -287,6 +290,7 @@ def temporary(target, dtype, direction, cache_dtype=None, **params):
     function, operands = operation(target, dataclasses.replace(LARGE, **dtypes), direction, **params)
     memory = function.lower(*operands).compile().memory_analysis()
     key = operands[1].key
+    assert memory is not None
     return memory.temp_size_in_bytes / (2 * key.size * key.dtype.itemsize)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ejk_ragged import Backend
 from ejk_ragged.testing import Case
 
 from .bench import decode_step, findings
@@ -23,7 +24,7 @@ SPLITS = {"batch": ("batch", "b"), "kv heads": ("num_kv_heads", "qh"), "rows": (
 
 
 def measure(
-    case: Case, machine: Machine, devices: Sequence[Any], seed: int, backend: str | None = None, runs: int = 15
+    case: Case, machine: Machine, devices: Sequence[Any], seed: int, backend: str | Backend | None = None, runs: int = 15
 ) -> dict[str, Any]:
     """One row, checked and timed on the first device and on all of them for each way to split its cache, or the reason why not.
 

@@ -65,7 +65,7 @@ class Case:
                 return start.copy(), end.copy()
         raise ValueError(f"unknown lengths {self.lengths!r}")
 
-    def draw(self, seed: int = 0, poison: bool = False) -> dict:
+    def draw(self, seed: int = 0, poison: bool = False) -> dict[str, Any]:
         """Keyword arguments, arrays in NumPy, for `ragged_decode_attention` and for the oracle; what is None is left out.
 
         With `poison`, cache and scales hold junk at the rows that no token sees: NaN and infinities, where their dtypes have them.

@@ -14,7 +14,7 @@ class TextbookBackend(Backend):
 
     name: ClassVar[str] = "textbook"
 
-    def supports(self, problem, target):
+    def supports(self, problem, target) -> str | None:
         del problem, target
 
     def forward(self, problem, target, queries, cache):
