@@ -49,19 +49,23 @@ def launch(kernel, name, results, grid, *, follows, interpret, detect_races, red
         interpret=plgpu.InterpretGPUParams(detect_races=detect_races) if interpret else None,
         **options,
     )
-    call = _interpreted(call, results) if interpret else call
+    return _interpreted(call, results) if interpret else _without_64_bits(call)
 
-    def without_64_bits(*operands):  # which numbers without a type would have, where these types are enabled
+
+def _without_64_bits(call):
+    """`call`, in which numbers without a type have 32 bits, where more are enabled too."""
+
+    def function(*operands):
         with jax.enable_x64(False):
             return call(*operands)
 
-    return without_64_bits
+    return function
 
 
 def _interpreted(call, results):
     """`call` as a function that XLA calls back: what interprets a kernel has ordered effects, for which there is no place in the
     lowering of a primitive."""
-    call = jax.jit(call)
+    call = _without_64_bits(jax.jit(call))
 
     def on_host(*operands):
         with _one_at_a_time, jax.default_device(jax.local_devices(backend="cpu")[0]), warnings.catch_warnings():
