@@ -28,7 +28,7 @@ CONSTRAINTS = {"3.12": ["jax==0.11.2"]}
 # between, with which GPUs are measured: kernels lowered, and Mosaic GPU's interpreted, which needs JAX 0.11.
 # `nox -s pythons -- tests` runs all.
 WAIST = ("jit", "vmap", "grad", "loops", "export", "devices", "module", "sharding")
-KERNELS = ("pallas_triton", "mosaic_gpu")
+KERNELS = ("schedule", "pallas_triton", "mosaic_gpu")
 BETWEEN = ("mosaic_gpu or not (xla or pallas_triton)", "semantics", "jit", "export", *KERNELS)
 NEWEST = ("optimised or not (xla or pallas_triton or mosaic_gpu)", *WAIST, *KERNELS, "xla_backend")
 # What one process has compiled for a CPU, others need not: workers, sessions, and the runs to come.

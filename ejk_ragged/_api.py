@@ -135,7 +135,7 @@ def ragged_decode_attention(
     Raises:
         ValueError: shapes, dtypes or values that do not fit, an unknown backend, or a named one that cannot do the call; a gradient
             of a quantised cache or of its scales.
-        TypeError: an argument of the wrong type.
+        TypeError: an argument of the wrong type; from JAX, differentiation in forward mode (`jax.jvp`).
         NotImplementedError: second derivatives.
     """
     arguments, request = check(

@@ -95,3 +95,16 @@ def mesh(request):
 @pytest.fixture
 def auto():
     return make_mesh("Auto", "Auto", "Auto")
+
+
+@pytest.fixture
+def on_a_cpu():
+    """Also where there is a GPU: what is tuned in a test pretends to be a machine without one."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Where tuned hints are kept."""
+    return tmp_path / "tuned.json"

@@ -13,60 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import platformdirs
 import pytest
+from tuning import Notes, PROBLEM, TARGET
 
-from ejk_ragged import _hints, explain, FwdParams, Problem, ragged_decode_attention, Target, tuned_hints
+from ejk_ragged import _hints, explain, FwdParams, ragged_decode_attention, Target, tuned_hints
 from ejk_ragged.__main__ import main
-from ejk_ragged._registry import platform_of, registry
+from ejk_ragged._registry import registry
 from ejk_ragged._tools import tune as _tune
-from ejk_ragged.testing import TextbookBackend
 
 
-DEVICE = jax.local_devices(backend="cpu")[0]
-TARGET = Target(platform_of(DEVICE), DEVICE)
-PROBLEM = Problem(
-    batch=3,
-    num_tokens=1,
-    seq_len=48,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    dtype=np.dtype("float32"),
-    cache_dtype=np.dtype("float32"),
-    softmax_scale=0.125,
-)
-
-
-@pytest.fixture(autouse=True)
-def _on_a_cpu():
-    """Also where there is a GPU: what is tuned here pretends to be a machine without one."""
-    with jax.default_device(DEVICE):
-        yield
-
-
-class Notes(TextbookBackend):
-    """Writes down the hints that it is traced with; some of them it refuses."""
-
-    name = "notes"
-    traced: tuple = ()
-
-    def fwd_params(self, problem, target):
-        if problem.fwd_params.num_warps == 3:
-            raise ValueError("FwdParams.num_warps must not be 3")
-        return problem.fwd_params.over(FwdParams(num_warps=1))
-
-    def forward(self, problem, target, queries, cache):
-        self.traced += (problem.fwd_params.num_warps,)
-        return super().forward(problem, target, queries, cache)
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
 
 @pytest.fixture
 def backend():
     return Notes()
-
-
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "tuned.json"
 
 
 def arguments(**options):

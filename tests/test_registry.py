@@ -2,13 +2,7 @@
 
 import dataclasses
 import importlib.metadata
-import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
-import tomllib
 import types
 import warnings
 from typing import Any
@@ -336,96 +330,6 @@ def test_ours_are_installed():
     assert infos["xla"].platforms is None
     assert infos["xla"].broken is None
     assert all(info.distribution for info in infos.values())
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# From outside, in a process of its own
-
-
-def python(script, *path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, path), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_importing_the_package_imports_no_backend():
-    script = """
-import json, sys
-import ejk_ragged
-from ejk_ragged._registry import registry
-modules = {entry.value.partition(":")[0] for entry in registry.entries().values()}
-imported = sorted((modules | {"jax.experimental.pallas"}) & set(sys.modules))
-ejk_ragged.backends()
-print(json.dumps([sorted(modules), imported, sorted(modules & set(sys.modules))]))
-"""
-    modules, imported, later = python(script)
-    assert "ejk_ragged_xla" in modules
-    assert imported == []
-    assert later == modules
-
-
-@pytest.fixture(scope="module")
-def plugin(tmp_path_factory):
-    """Folders for the path that make the distribution of docs/plugin look installed."""
-    source = pathlib.Path(__file__).parents[1] / "docs" / "plugin"
-    project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
-    site = tmp_path_factory.mktemp("site")
-    info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    groups = [
-        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in names.items())
-        for group, names in project["entry-points"].items()
-    ]
-    (info / "entry_points.txt").write_text("\n".join(groups))
-    return site, source
-
-
-def test_somebody_elses_backend(plugin):
-    """A distribution that this one has never heard of is listed, chosen where it can, and passed over with its reason."""
-    script = """
-import json
-import jax, jax.numpy as jnp
-import ejk_ragged
-from ejk_ragged.testing import CHECKS, verify
-
-jax.config.update("jax_platforms", "cpu")
-tokens, = [case for case in CHECKS if case.name == "tokens-window"]
-query, cache = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 20, 2, 8))
-int8 = {"key": cache.astype(jnp.int8), "value": cache.astype(jnp.int8), "key_scale": 1.0, "value_scale": 1.0}
-floats, quantised = ejk_ragged.explain(query, cache, cache), ejk_ragged.explain(query, **int8)
-try:
-    ejk_ragged.ragged_decode_attention(query, **int8, backend="dense")
-except ValueError as error:
-    message = str(error)
-print(json.dumps({
-    "distribution": {info.name: info.distribution for info in ejk_ragged.backends()}["dense"],
-    "wrong": [str(verdict) for verdict in verify(ejk_ragged.ragged_decode_attention, tokens.draw(poison=True)) if not verdict.ok],
-    "floats": [floats["cpu"].forward, floats["cpu"].backward, floats["cpu"].passed_over["dense"]],
-    "quantised": str(quantised).splitlines(),
-    "message": message,
-}))
-"""
-    said = python(script, *plugin)
-    assert said["distribution"] == "ejk-ragged-dense"
-    assert said["wrong"] == []
-    assert said["floats"] == ["dense", "xla", "for gradients, it has no backward operation"]
-    assert "        not dense: it takes no quantised caches, such as int8" in said["quantised"]
-    want = (
-        "backend 'dense' cannot do this call (B 2, T 3, S 20, heads 4:2, D 8, float32, int8 cache) on cpu: it takes no quantised "
-        "caches, such as int8. Backends that can: "
-    )
-    assert said["message"][: len(want)] == want
-
-
-def test_the_plug_in_is_gone_without_its_distribution(plugin):
-    """The control of the test above."""
-    _, source = plugin
-    script = "import json, ejk_ragged; print(json.dumps([info.name for info in ejk_ragged.backends()]))"
-    assert "dense" not in python(script, source)
 
 
 @pytest.mark.parametrize(

@@ -4,78 +4,30 @@ import dataclasses
 import json
 import warnings
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tuning import Notes, PROBLEM, TARGET
 
 import ejk_ragged_pallas_triton._tuning as pallas_triton
-from ejk_ragged import _hints, Backend, explain, FwdParams, Problem, Target, tuned_hints
+from ejk_ragged import _hints, Backend, explain, Target, tuned_hints
 from ejk_ragged.__main__ import main
-from ejk_ragged._registry import platform_of, registry
+from ejk_ragged._registry import registry
 from ejk_ragged._tools import tune as _tune
 from ejk_ragged._tools.machine import Machine
 from ejk_ragged._tools.timing import Spread, Timing
-from ejk_ragged.testing import Case, TextbookBackend
+from ejk_ragged.testing import Case
 from ejk_ragged_xla import XlaBackend
 
 
 CASE = Case("tiny", 3, 48, 4, 2, 64, lengths=("uniform", 3, 40))
-DEVICE = jax.local_devices(backend="cpu")[0]
-TARGET = Target(platform_of(DEVICE), DEVICE)
-PROBLEM = Problem(
-    batch=3,
-    num_tokens=1,
-    seq_len=48,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    dtype=np.dtype("float32"),
-    cache_dtype=np.dtype("float32"),
-    softmax_scale=0.125,
-)
-
-
-@pytest.fixture(autouse=True)
-def _on_a_cpu():
-    """Also where there is a GPU: what is tuned here pretends to be a machine without one."""
-    with jax.default_device(DEVICE):
-        yield
-
-
-class Notes(TextbookBackend):
-    """Writes down the hints that it is traced with; some of them it gets wrong."""
-
-    name = "notes"
-    traced: tuple = ()
-
-    def fwd_params(self, problem, target):
-        if problem.fwd_params.num_warps == 3:
-            raise ValueError("FwdParams.num_warps must not be 3")
-        return problem.fwd_params.over(FwdParams(num_warps=1))
-
-    def candidates(self, problem, target):
-        return [FwdParams(num_warps=warps) for warps in (2, 4, 5, 7)]
-
-    def forward(self, problem, target, queries, cache):
-        self.traced += (problem.fwd_params.num_warps,)
-        if problem.fwd_params.num_warps == 5:
-            raise ArithmeticError("five is too many")
-        out, lse = super().forward(problem, target, queries, cache)
-        return (out * 2 if problem.fwd_params.num_warps == 7 else out), lse
+MACHINE = Machine("cpu", "a test", 1 << 30, 1e9, None)
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
 
 @pytest.fixture
 def backend():
     return Notes()
-
-
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "tuned.json"
-
-
-MACHINE = Machine("cpu", "a test", 1 << 30, 1e9, None)
 
 
 @pytest.fixture

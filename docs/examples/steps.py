@@ -55,7 +55,8 @@ def measure(model, lengths, rows, dtype, ways, say):
     config, batch = model.config, len(lengths)
     memory = jax.devices()[0].memory_stats() or {"bytes_limit": sys.maxsize, "bytes_in_use": 0}
     layer = 2 * batch * rows * config.kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
-    room = int(0.4 * (memory["bytes_limit"] - memory["bytes_in_use"])) // layer
+    free = memory["bytes_limit"] - memory["bytes_in_use"]
+    room = int(0.4 * free) // layer  # `jax.nn`'s XLA makes a copy of half of each layer's cache, and holds them all
     cache = empty_cache(model, batch, rows, dtype, min(max(room, 1), config.layers))
     assert isinstance(cache, list), "a model whose layers are a list has one cache for each"
     if len(cache) < config.layers:

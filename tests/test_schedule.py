@@ -1,0 +1,105 @@
+"""Which tiles of the live ranges each program works through, and where its results go: what the kernels for GPUs share."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from ejk_ragged_pallas_triton._blocks import line_of, store_pieces
+from ejk_ragged_schedule import Schedule
+
+
+BATCH, SEQ_LEN = 5, 200
+
+
+@functools.cache
+def walk(schedule):
+    """A function of start and end: every program counts its tiles and their rows, and notes in which slots it ends a piece."""
+
+    def kernel(start_ref, end_ref, tiles_ref, rows_ref, slots_ref, pieces_ref):
+        program = pl.program_id(0)
+
+        @pl.when(program == 0)
+        def _():
+            rows_ref[...] = jnp.zeros_like(rows_ref)
+            slots_ref[...] = jnp.full_like(slots_ref, -1)
+
+        line = line_of(schedule, program, start_ref, end_ref)
+        num_tiles, at = schedule.tiles(line)
+        tiles_ref[program] = num_tiles
+
+        def tile(i, _):
+            b, row, stop = at(i)
+            index = jnp.arange(SEQ_LEN, dtype=jnp.int32)
+            mine = (index >= row) & (index < jnp.minimum(row + schedule.block_keys, stop))
+            rows_ref[b, :] = rows_ref[b, :] + mine.astype(jnp.int32)
+
+            @pl.when(schedule.is_last(program, row, stop))
+            def _():
+                slot = schedule.slot(program, b)
+                slots_ref[slot] = jnp.where(slots_ref[slot] == -1, b, -2)  # -2: two pieces in one slot
+
+        jax.lax.fori_loop(0, num_tiles, tile, None)
+        store_pieces(schedule, line, pieces_ref)
+
+    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    shapes = [int32((schedule.programs,)), int32((BATCH, SEQ_LEN)), int32((schedule.slots,)), int32((2, BATCH))]
+    return jax.jit(pl.pallas_call(kernel, grid=(schedule.programs,), out_shape=shapes, interpret=True))
+
+
+@hypothesis.given(
+    by_sequence=st.booleans(),
+    workers=st.sampled_from([1, 3, 8]),
+    deal=st.sampled_from([1, 2, 4]),
+    ranges=st.lists(st.tuples(st.integers(0, SEQ_LEN), st.integers(0, SEQ_LEN)), min_size=BATCH, max_size=BATCH),
+)
+@hypothesis.example(by_sequence=False, workers=8, deal=1, ranges=[(0, 0)] * BATCH)
+@hypothesis.example(by_sequence=False, workers=8, deal=1, ranges=[(0, SEQ_LEN)] + [(7, 8)] * (BATCH - 1))
+@hypothesis.example(by_sequence=False, workers=8, deal=4, ranges=[(0, SEQ_LEN)] + [(7, 8)] * (BATCH - 1))
+def test_schedule_covers_every_live_row_once(by_sequence, workers, deal, ranges):
+    deal = 1 if by_sequence else deal
+    schedule = Schedule(BATCH, SEQ_LEN, workers * deal, 32, by_sequence, deal=deal)
+    start, end = np.array(ranges, np.int32).T
+    tiles, rows, slots, (first, count) = map(np.asarray, walk(schedule)(start, end))
+    index = np.arange(SEQ_LEN)
+    np.testing.assert_array_equal(rows, (index >= start[:, None]) & (index < end[:, None]))
+    # The slots that were filled are those in which the pieces are looked for, each by one piece.
+    expected = np.full_like(slots, -1)
+    for b in range(BATCH):
+        assert np.all(expected[first[b] : first[b] + count[b]] == -1)
+        expected[first[b] : first[b] + count[b]] = b
+    np.testing.assert_array_equal(slots, expected)
+    # No tile is cut in two, and no program has more than its share of them.
+    rounds = -(-np.maximum(end - start, 0) // (32 * deal))
+    rounds = rounds if by_sequence else rounds.sum(keepdims=True)
+    shares = -(-rounds // workers)
+    tiles = tiles.reshape(len(rounds), -1)
+    assert np.all(tiles.sum(axis=1) == rounds * deal)
+    assert np.all(tiles.max(axis=1) == shares)
+
+
+def test_a_long_sequence_is_shared_out():
+    """13 tiles of 16 keys and four of fewer: three programs for the first, whose last one begins with the others."""
+    start, end = np.zeros(BATCH, np.int32), np.array([SEQ_LEN, 3, 1, 2, 5], np.int32)
+    schedule = Schedule(BATCH, SEQ_LEN, 4, 16, by_sequence=False)
+    *_, (_, count) = map(np.asarray, walk(schedule)(start, end))
+    assert count.tolist() == [3, 1, 1, 1, 1]
+
+
+def test_a_line_longer_than_int32():
+    """Of 5 * 2**30 keys; each of eight programs finds the sequence in which its stretch begins, and the key."""
+    rows, workers = 2**30, 8
+    schedule = Schedule(BATCH, rows, workers, 32, by_sequence=False)
+
+    def kernel(first_ref):
+        program = pl.program_id(0)
+        _, at = schedule.tiles(line_of(schedule, program, None, None))
+        first_ref[program, 0], first_ref[program, 1], _ = at(0)
+
+    shape = jax.ShapeDtypeStruct((workers, 2), jnp.int32)
+    found = pl.pallas_call(kernel, grid=(workers,), out_shape=shape, interpret=True)()
+    assert found.tolist() == [list(divmod(BATCH * rows // workers * program, rows)) for program in range(workers)]
