@@ -11,7 +11,7 @@ def on_page_markdown(markdown, page, config, files):
     """What mkdocs calls with every page."""
     if MARK not in markdown:
         return markdown
-    found = sorted(pathlib.Path(config.docs_dir, "performance").glob("*.json"))
+    found = sorted(pathlib.Path(config.docs_dir, "performance").glob("*.json"), key=lambda file: file.stem)  # a device's own first
     sections = [section(file) for file in found] or ["No results have been kept yet."]
     return markdown.replace(MARK, "\n\n".join(sections))
 
