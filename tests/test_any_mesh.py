@@ -43,10 +43,10 @@ def layouts(draw, case):
         size = (case.batch, case.seq_len, case.num_kv_heads)[axis]
         if size % devices == 0 or (kind == "Auto" and axis != 2):  # what is cut unevenly has no type
             split[axis] += (name,)
-    # JAX 0.11 has no type for a gradient whose axis XLA splits among some of a mesh axis's devices, be it our query's or any other.
-    num_heads_or_tokens = case.num_tokens or case.num_q_heads
-    ways = [P("x")] * (case.batch >= mesh.shape["x"]) + [P(None, "y")] * (num_heads_or_tokens >= mesh.shape["y"])
-    return kind, mesh, split, draw(st.sampled_from([P(), *ways])) if kind == "Auto" else P()
+    # Evenly: JAX 0.11 has no type for a gradient, of our query or of anything, that XLA splits among some of an axis's devices.
+    sizes = {P("x"): case.batch, P(None, "y"): case.num_tokens or case.num_q_heads}
+    ways = [spec for spec, size in sizes.items() if kind == "Auto" and size % mesh.shape[spec[-1]] == 0]
+    return kind, mesh, split, draw(st.sampled_from([P(), *ways]))
 
 
 @st.composite
