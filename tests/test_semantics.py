@@ -169,6 +169,17 @@ def test_scale_then_cap(subject):
         np.testing.assert_allclose(lse, [[want]], rtol=2e-6)
 
 
+def test_cap_far_above_the_logits(subject):
+    """Nothing cancels there: one key a sequence, whose logit is the lse."""
+    logits = np.arange(1, 33) / 16
+    query = jnp.broadcast_to(jnp.asarray(logits, subject.dtypes[0])[:, None, None], (32, 2, 16))
+    key = jnp.ones((32, 1, 1, 16), subject.dtypes[0])
+    _, lse = subject.call(query, key, key, softmax_scale=1 / 16, logits_soft_cap=50.0, return_lse=True)
+    want = 50 * np.tanh(logits / 50)
+    for head in range(2):
+        np.testing.assert_array_less(np.abs(lse[:, head] - want), 2e-6 * np.maximum(1, want))
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.5])
 def test_scale_need_not_be_positive(subject, scale):
     assert_right(subject.call, CASES["scale"].draw() | {"softmax_scale": scale})
