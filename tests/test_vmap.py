@@ -1,5 +1,6 @@
 """Under `jax.vmap`: any subset of the arguments mapped, nested, and never a copy of a cache that is shared."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from support import assert_close, draw, weights
+from support import assert_close, draw, floats_of, weights
 
 from ejk_ragged import ragged_decode_attention
 from ejk_ragged.testing import Case, TextbookBackend
@@ -18,29 +19,31 @@ from ejk_ragged.testing import Case, TextbookBackend
 call = functools.partial(ragged_decode_attention, backend=TextbookBackend())  # the waist is under test, and this compiles quickly
 
 CASE = Case("vmap", 2, 12, 4, 2, 8, lengths=("ranges", (2, 9), (-1, 12)), sinks=("query", 2))
+TOKENS = dataclasses.replace(CASE, num_tokens=2, query_lengths=(2, 1), cache_dtype="int8", scales="row")
 GROUPS = {
     "query": ("query",),
     "key": ("key",),
     "value": ("value",),
-    "lengths": ("sequence_start", "sequence_end"),
+    "lengths": ("sequence_start", "sequence_end", "query_lengths"),
     "sinks": ("softmax_aux",),
+    "scales": ("key_scale", "value_scale"),
 }
-SUBSETS = ["+".join(subset) for count in range(1, 6) for subset in itertools.combinations(GROUPS, count)]
+SUBSETS = ["+".join(subset) for count in range(1, 6) for subset in itertools.combinations(list(GROUPS)[:5], count)]
+SHIFTS = {"sequence_start": 1, "sequence_end": -3, "query_lengths": -1}
 
 
 def names_of(subset):
     return [name for group in subset.split("+") for name in GROUPS[group]]
 
 
-def stacked(names, size=3):
-    """Arrays, those of `names` with a mapped axis in front and other values along it."""
-    arrays, _ = draw(CASE)
-    for name in names:
-        if name.startswith("sequence"):
-            shift = jnp.arange(size, dtype=jnp.int32)[:, None] * (1 if name.endswith("start") else -3)
-            arrays[name] = arrays[name][None] + shift
+def stacked(names, case=CASE, size=3):
+    """Arrays, those of `names` that the case has with a mapped axis in front and other values along it."""
+    arrays, _ = draw(case)
+    for name in arrays.keys() & set(names):
+        if name in SHIFTS:
+            arrays[name] = arrays[name][None] + jnp.arange(size, dtype=jnp.int32)[:, None] * SHIFTS[name]
         else:
-            arrays[name] = jnp.stack([draw(CASE, seed)[0][name] for seed in range(size)])
+            arrays[name] = jnp.stack([draw(case, seed)[0][name] for seed in range(size)])
     return arrays
 
 
@@ -54,23 +57,23 @@ def vmapped(call, names):
 
 def looped(call, names):
     def function(**arrays):
-        size = arrays[names[0]].shape[0]
+        size = next(arrays[name].shape[0] for name in names if name in arrays)
         kw = [{name: x[i] if name in names else x for name, x in arrays.items()} for i in range(size)]
         return jax.tree.map(lambda *x: jnp.stack(x), *(call(**kw, return_lse=True) for kw in kw))
 
     return function
 
 
-def assert_maps(call, names):
+def assert_maps(call, names, case=CASE):
     """vmap gives what a Python loop gives, forward and backward."""
-    arrays = stacked(names)
-    lengths = {name: arrays.pop(name) for name in ("sequence_start", "sequence_end")}
+    arrays = stacked(names, case)
+    floats = {name: arrays.pop(name) for name in floats_of(arrays)}
 
-    def both(transform, arrays):
-        out, pullback = jax.vjp(lambda floats: transform(call, names)(**floats, **lengths), arrays)
+    def both(transform, floats):
+        out, pullback = jax.vjp(lambda floats: transform(call, names)(**floats, **arrays), floats)
         return out, pullback(jax.tree.map(weights, out))
 
-    assert_close(*(jax.jit(functools.partial(both, transform))(arrays) for transform in (vmapped, looped)))
+    assert_close(*(jax.jit(functools.partial(both, transform))(floats) for transform in (vmapped, looped)))
 
 
 @pytest.mark.parametrize("subset", SUBSETS)
@@ -83,9 +86,16 @@ def test_each_backend(subject, subset):
     assert_maps(subject.call, names_of(subset))
 
 
-@pytest.mark.parametrize("name", ["sequence_start", "sequence_end"])
+@pytest.mark.parametrize(
+    "subset", [*GROUPS, "query+lengths+sinks", "key+value+scales", "query+scales", "query+key+value+lengths+sinks+scales"]
+)
+def test_tokens_and_quantised_caches(subset):
+    assert_maps(functools.partial(call, sliding_window=(4, 0)), names_of(subset), TOKENS)
+
+
+@pytest.mark.parametrize("name", SHIFTS)
 def test_one_length_alone(name):
-    assert_maps(call, [name])
+    assert_maps(call, [name], TOKENS if name == "query_lengths" else CASE)
 
 
 def test_features():
