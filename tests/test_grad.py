@@ -1,26 +1,29 @@
 """Reverse differentiation: in all its forms, and no more of it than is asked for."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close, draw
+from support import assert_close, draw, floats_of
 
 from ejk_ragged import ragged_decode_attention, Wanted
 from ejk_ragged.testing import Case, oracle_gradients, TextbookBackend
 
 
 CASE = Case("grad", 3, 24, 4, 2, 16, lengths=("ranges", (2, 20), (0, 24), (5, 5)), sinks=("query", 2), logits_soft_cap=3.0)
+TOKENS = dataclasses.replace(CASE, num_tokens=3, query_lengths=(3, 2, 1), cache_dtype="int8", scales="row")
 NAMES = ("query", "key", "value", "softmax_aux")
 
 
 def setting(call, case=CASE):
-    """The call as a function of its four differentiable arrays, and these."""
+    """The call as a function of its differentiable arrays, four or two, and these."""
     arrays, settings = draw(case)
-    floats = [arrays.pop(name) for name in NAMES]
-    return lambda *args, **kw: call(**dict(zip(NAMES, args, strict=True)), **arrays, **settings, **kw), floats
+    names = floats_of(arrays)
+    floats = [arrays.pop(name) for name in names]
+    return lambda *args, **kw: call(**dict(zip(names, args, strict=True)), **arrays, **settings, **kw), floats
 
 
 def total(x):
@@ -52,12 +55,14 @@ def test_vjp_through_lse(subject):
     assert_oracle(jax.grad(lambda *args: jnp.sum(function(*args)[1] * d_lse), range(4))(*floats), np.zeros(out.shape), d_lse)
 
 
-def test_checkpoint():
-    function, floats = setting(ragged_decode_attention)
+@pytest.mark.parametrize("case", [CASE, TOKENS], ids=["plain", "tokens"])
+def test_checkpoint(case):
+    function, floats = setting(ragged_decode_attention, case)
     loss = lambda *args: total(jnp.tanh(function(*args)))
-    want = jax.grad(loss, range(4))(*floats)
-    assert_close(jax.grad(jax.checkpoint(loss), range(4))(*floats), want)
-    assert_close(jax.jit(jax.grad(jax.checkpoint(loss), range(4)))(*floats), want)
+    argnums = range(len(floats))
+    want = jax.grad(loss, argnums)(*floats)
+    assert_close(jax.grad(jax.checkpoint(loss), argnums)(*floats), want)
+    assert_close(jax.jit(jax.grad(jax.checkpoint(loss), argnums))(*floats), want)
 
 
 def test_vmap_of_grad_and_grad_of_vmap(subject):
@@ -70,6 +75,15 @@ def test_vmap_of_grad_and_grad_of_vmap(subject):
     both = lambda queries, *rest: jnp.sum(jax.vmap(lambda query: total(function(query, *rest)))(queries))
     want = want[0], *(jnp.sum(x, axis=0) for x in want[1:])
     assert_close(jax.grad(both, range(4))(queries, *floats[1:]), want)
+
+
+def test_vmap_of_grad_of_tokens():
+    """Each map's queries are tokens of one call, on one quantised cache."""
+    function, (query, sinks) = setting(functools.partial(ragged_decode_attention, backend=TextbookBackend()), TOKENS)
+    grad = jax.grad(lambda *args: total(function(*args)), (0, 1))
+    queries = jnp.stack([query, 2 * query])
+    want = jax.tree.map(lambda *x: jnp.stack(x), *(grad(query, sinks) for query in queries))
+    assert_close(jax.vmap(grad, (0, None))(queries, sinks), want)
 
 
 def test_jacobian():

@@ -1,5 +1,6 @@
 """Under `jax.jit`, and without it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,10 +15,12 @@ from ejk_ragged.testing import Case
 
 
 CASE = Case("jit", 3, 40, 4, 2, 16, lengths=("uniform", 1, 40), sinks=("query", 1))
+TOKENS = dataclasses.replace(CASE, num_tokens=3, query_lengths=(3, 1, 2), cache_dtype="int8", scales="row")
 
 
-def test_jit_equals_eager(subject):
-    arrays, _ = draw(CASE)
+@pytest.mark.parametrize("case", [CASE, TOKENS], ids=["plain", "tokens"])
+def test_jit_equals_eager(subject, case):
+    arrays, _ = draw(case)
     call = functools.partial(subject.call, sliding_window=(9, 0), logits_soft_cap=2.0, return_lse=True)
     assert_close(jax.jit(call)(**arrays), call(**arrays))
 
