@@ -12,7 +12,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import call, gradients, loss, make_mesh, place, placed, put, SPECS
-from support import assert_close, assert_right, draw
+from support import assert_close, assert_right, draw, floats_of
 
 from ejk_ragged import merge, ragged_decode_attention
 from ejk_ragged.testing import Case
@@ -223,7 +223,7 @@ def test_heads_first(mesh, spec):
 def mapped_gradients(function, mesh, specs, arrays, **options):
     """Gradients of the sum, over devices, of what `function(arrays)` gives on each of them."""
     local = jax.shard_map(lambda arrays: function(arrays)[None], mesh=mesh, in_specs=(specs,), out_specs=P("x"), **options)
-    floats = {name: arrays[name] for name in ("query", "key", "value", "softmax_aux")}
+    floats = {name: arrays[name] for name in floats_of(arrays)}
     return jax.jit(jax.grad(lambda floats: jnp.sum(local(arrays | floats))))(floats)
 
 
@@ -239,6 +239,15 @@ def test_shard_map(subject, mesh):
     specs = by_batch(arrays)
     split = {name: put(mesh, specs[name], x) for name, x in arrays.items()}
     assert_close(mapped_gradients(function, mesh, specs, split), gradients(arrays))
+
+
+def test_shard_map_of_tokens(mesh):
+    """With a quantised cache, the same."""
+    arrays, settings = draw(TOKENS)
+    some = functools.partial(call, **settings)
+    specs = by_batch(arrays)
+    split = {name: put(mesh, specs[name], x) for name, x in arrays.items()}
+    assert_close(mapped_gradients(functools.partial(loss, some), mesh, specs, split), gradients(arrays, some))
 
 
 @pytest.mark.parametrize("varying", [["query"], ["key", "value"], ["sequence_start", "sequence_end"], ["softmax_aux"]], ids=str)
