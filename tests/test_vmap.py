@@ -146,7 +146,7 @@ def sizes(jaxpr):
 
 def mapped_call(mapped):
     arrays, _ = draw(LARGE)
-    for name in mapped:
+    for name in arrays.keys() & set(mapped):
         x = arrays[name]
         arrays[name] = jnp.stack([x] * NUM_MAPPED)
     return vmapped(ragged_decode_attention, mapped), arrays
