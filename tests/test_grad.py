@@ -18,6 +18,9 @@ TOKENS = dataclasses.replace(CASE, num_tokens=3, query_lengths=(3, 2, 1), cache_
 NAMES = ("query", "key", "value", "softmax_aux")
 
 
+call = functools.partial(ragged_decode_attention, backend=TextbookBackend())  # the waist is under test, and this compiles quickly
+
+
 def setting(call, case=CASE):
     """The call as a function of its differentiable arrays, four or two, and these."""
     arrays, settings = draw(case)
@@ -57,7 +60,7 @@ def test_vjp_through_lse(subject):
 
 @pytest.mark.parametrize("case", [CASE, TOKENS], ids=["plain", "tokens"])
 def test_checkpoint(case):
-    function, floats = setting(ragged_decode_attention, case)
+    function, floats = setting(call, case)
     loss = lambda *args: total(jnp.tanh(function(*args)))
     argnums = range(len(floats))
     want = jax.grad(loss, argnums)(*floats)
@@ -79,7 +82,7 @@ def test_vmap_of_grad_and_grad_of_vmap(subject):
 
 def test_vmap_of_grad_of_tokens():
     """Each map's queries are tokens of one call, on one quantised cache."""
-    function, (query, sinks) = setting(functools.partial(ragged_decode_attention, backend=TextbookBackend()), TOKENS)
+    function, (query, sinks) = setting(call, TOKENS)
     grad = jax.grad(lambda *args: total(function(*args)), (0, 1))
     queries = jnp.stack([query, 2 * query])
     want = jax.tree.map(lambda *x: jnp.stack(x), *(grad(query, sinks) for query in queries))
@@ -88,7 +91,7 @@ def test_vmap_of_grad_of_tokens():
 
 def test_jacobian():
     """jacrev maps the pullback alone: cotangents with an axis that nothing else has."""
-    function, floats = setting(ragged_decode_attention)
+    function, floats = setting(call)
     few = lambda query, value: function(query, floats[1], value, floats[3])[0, 1]
     d_query, d_value = jax.jacrev(few, (0, 1))(floats[0], floats[2])
     for i in (0, 7):
@@ -175,13 +178,13 @@ def test_debug_nans():
     ids=["hessian", "the gradient of a gradient"],
 )
 def test_once_and_in_reverse(transform):
-    function, (query, *rest) = setting(functools.partial(ragged_decode_attention, backend=TextbookBackend()))
+    function, (query, *rest) = setting(call)
     with pytest.raises(NotImplementedError, match=r"is differentiated once, in reverse mode .* forward mode .* are not supported"):
         transform(lambda query: total(function(query, *rest)))(query)
 
 
 def test_no_forward_mode():
     """As JAX has it for whatever has a reverse mode of its own."""
-    function, (query, *rest) = setting(functools.partial(ragged_decode_attention, backend=TextbookBackend()))
+    function, (query, *rest) = setting(call)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jacfwd(lambda query: function(query, *rest))(query)

@@ -73,7 +73,8 @@ def assert_maps(call, names, case=CASE):
         out, pullback = jax.vjp(lambda floats: transform(call, names)(**floats, **arrays), floats)
         return out, pullback(jax.tree.map(weights, out))
 
-    assert_close(*(jax.jit(functools.partial(both, transform))(floats) for transform in (vmapped, looped)))
+    # The loop's calls are compiled once for all subsets, having the same shapes.
+    assert_close(jax.jit(functools.partial(both, vmapped))(floats), both(looped, floats))
 
 
 @pytest.mark.parametrize("subset", SUBSETS)
