@@ -24,8 +24,8 @@ PACKAGES = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 
 # Python 3.11 ends with JAX 0.10.2 and the last one takes the newest JAX, so the one between holds the release between.
 CONSTRAINTS = {"3.12": ["jax==0.11.2"]}
-# What another release may break. The newest, which users have: the waist, kernels lowered, XLA through the shared suite and what it
-# makes of its backend when it tries hard. The one between, with which GPUs are measured: kernels lowered, and Mosaic GPU's
+# What another release may break, marks and files. The newest, which users have: the waist, kernels lowered, the shared suite on
+# XLA, and its backend compiled as users have it. The one between, with which GPUs are measured: kernels lowered, and Mosaic GPU's
 # interpreted, which needs JAX 0.11. `nox -s pythons -- tests` runs all.
 KERNELS = ("schedule", "pallas_triton", "mosaic_gpu")
 WAIST = ("jit", "vmap", "grad", "loops", "export", "devices", "module", "sharding")
@@ -84,7 +84,8 @@ def pythons(session):
     """The tests that releases of JAX differ in, on the other Pythons that this machine has, each with a release of its own."""
     session.install("-e", ".", *CONSTRAINTS.get(session.python, []), *group("test"))
     marks, *files = BETWEEN if session.python in CONSTRAINTS else NEWEST
-    often = ["-m", marks, "-k", "optimised or not xla_backend", *(f"tests/test_{name}.py" for name in files)]
+    files = [f"tests/test_{name}.py" for name in files]
+    often = ["-m", marks, "-k", "optimised or not xla_backend", *files]  # of the latter file, what is marked so
     session.run("pytest", *WORKERS, *(session.posargs or often), env=COMPILED | {"HYPOTHESIS_PROFILE": "brief"})
 
 
@@ -109,7 +110,7 @@ def wheel(session):
     folder = pathlib.Path(session.create_tmp())
     for old in folder.glob("*.whl"):
         old.unlink()
-    session.install("build==1.6.1")
+    session.install(*group("wheel"))
     session.run("python", "-m", "build", "--wheel", "--outdir", folder, silent=True)
     (built,) = folder.glob("*.whl")
 

@@ -24,22 +24,22 @@ GROUPS = {
     "query": ("query",),
     "key": ("key",),
     "value": ("value",),
-    "lengths": ("sequence_start", "sequence_end", "query_lengths"),
+    "lengths": ("sequence_start", "sequence_end"),
     "sinks": ("softmax_aux",),
-    "scales": ("key_scale", "value_scale"),
 }
-SUBSETS = ["+".join(subset) for count in range(1, 6) for subset in itertools.combinations(list(GROUPS)[:5], count)]
+GROUPS_OF_TOKENS = GROUPS | {"lengths": (*GROUPS["lengths"], "query_lengths"), "scales": ("key_scale", "value_scale")}
+SUBSETS = ["+".join(subset) for count in range(1, 6) for subset in itertools.combinations(GROUPS, count)]
 SHIFTS = {"sequence_start": 1, "sequence_end": -3, "query_lengths": -1}
 
 
-def names_of(subset):
-    return [name for group in subset.split("+") for name in GROUPS[group]]
+def names_of(subset, groups=GROUPS):
+    return [name for group in subset.split("+") for name in groups[group]]
 
 
 def stacked(names, case=CASE, size=3):
-    """Arrays, those of `names` that the case has with a mapped axis in front and other values along it."""
+    """Arrays, those of `names` with a mapped axis in front and other values along it."""
     arrays, _ = draw(case)
-    for name in arrays.keys() & set(names):
+    for name in names:
         if name in SHIFTS:
             arrays[name] = arrays[name][None] + jnp.arange(size, dtype=jnp.int32)[:, None] * SHIFTS[name]
         else:
@@ -57,7 +57,7 @@ def vmapped(call, names):
 
 def looped(call, names):
     def function(**arrays):
-        size = next(arrays[name].shape[0] for name in names if name in arrays)
+        size = arrays[names[0]].shape[0]
         kw = [{name: x[i] if name in names else x for name, x in arrays.items()} for i in range(size)]
         return jax.tree.map(lambda *x: jnp.stack(x), *(call(**kw, return_lse=True) for kw in kw))
 
@@ -88,10 +88,10 @@ def test_each_backend(subject, subset):
 
 
 @pytest.mark.parametrize(
-    "subset", [*GROUPS, "query+lengths+sinks", "key+value+scales", "query+scales", "query+key+value+lengths+sinks+scales"]
+    "subset", [*GROUPS_OF_TOKENS, "query+lengths+sinks", "key+value+scales", "query+scales", "query+key+value+lengths+sinks+scales"]
 )
 def test_tokens_and_quantised_caches(subset):
-    assert_maps(functools.partial(call, sliding_window=(4, 0)), names_of(subset), TOKENS)
+    assert_maps(functools.partial(call, sliding_window=(4, 0)), names_of(subset, GROUPS_OF_TOKENS), TOKENS)
 
 
 @pytest.mark.parametrize("name", SHIFTS)
@@ -147,7 +147,7 @@ def sizes(jaxpr):
 
 def mapped_call(mapped):
     arrays, _ = draw(LARGE)
-    for name in arrays.keys() & set(mapped):
+    for name in mapped:
         x = arrays[name]
         arrays[name] = jnp.stack([x] * NUM_MAPPED)
     return vmapped(ragged_decode_attention, mapped), arrays
