@@ -7,14 +7,17 @@ The shared suite has the rest, in the dtypes that it takes. Before JAX 0.11 the 
 import dataclasses
 import functools
 import importlib.util
+import re
 import subprocess
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.mlir import ir
 from support import assert_right, HAS_MOSAIC_GPU
 
 import ejk_ragged_mosaic_gpu
@@ -119,9 +122,30 @@ def arrays(dtype="bfloat16", head_dim=128, group=7, seq_len=1000, tokens=()):
     return shape((4, *tokens, 4 * group, head_dim), dtype), cache, cache, shape((4,), "int32"), shape((4,), "int32")
 
 
-def lowered(args, **options):
+def lowering(args, options):
     call = functools.partial(ragged_decode_attention, backend="mosaic_gpu", **options)
-    return jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",))
+
+
+def lowered(args, **options):
+    return lowering(args, options).as_text()
+
+
+def kernels(args, options):
+    """The kernels of a call, as Mosaic GPU is given them."""
+    module: Any = lowering(args, options).compiler_ir()
+    found = []
+
+    def visit(operation):
+        if "mhlo.backend_config" in operation.attributes:
+            config = ir.DictAttr(operation.attributes["mhlo.backend_config"])
+            found.append(ir.StringAttr(config["module"]).value_bytes)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
+    module.context.allow_unregistered_dialects = True
+    with module.context:
+        return [str(ir.Module.parse(kernel)) for kernel in found]
 
 
 CALLS = {
@@ -144,6 +168,17 @@ CALLS = {
 def test_lowers_for_cuda_anywhere(name):
     args, options = CALLS[name]
     assert lowered(args, **options).count(CUSTOM_CALL) == 2
+
+
+@has_mosaic_gpu
+@pytest.mark.parametrize("name", CALLS)
+def test_numbers_have_signs(name):
+    """Lengths may be negative. What JAX selects from a single number is compared as if it had no sign, of which the interpreter
+    knows nothing."""
+    unsigned = re.compile(r"arith\.(maxui|minui|cmpi\W.*predicate = [6-9]).*i32")
+    text = kernels(*CALLS[name])
+    assert len(text) == 2
+    assert [line for kernel in text for line in kernel.splitlines() if unsigned.search(line)] == []
 
 
 @has_mosaic_gpu

@@ -367,7 +367,7 @@ def _lengths(ref, first, count):
     if count % 8 == 0:
         return plgpu.load(ref.at[pl.ds(first, count)], layout=OF_ROWS, optimized=False)
     place = plgpu.broadcasted_iota(jnp.int32, (8,), 0, layout=OF_ROWS)
-    return sum(jnp.where(place == i, ref[first + i], 0) for i in range(count))
+    return sum((place == i).astype(jnp.int32) * ref[first + i] for i in range(count))
 
 
 def first_row(plan, start, end):
