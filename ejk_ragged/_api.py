@@ -210,8 +210,10 @@ def _sink(aux, num_q_heads, accum):
     if aux is None:
         return jnp.full((1, 1, num_q_heads), -jnp.inf, accum)
     aux = jnp.atleast_2d(aux.astype(accum))
-    some = jnp.any(aux > -jnp.inf, axis=-1, keepdims=True)  # of none the logsumexp is -inf, but its gradient would be NaN
-    sink = jnp.where(some[:, 0], jax.nn.logsumexp(jnp.where(some, aux, 0), axis=-1), -jnp.inf)
+    sink = aux[:, 0]
+    if aux.shape[1] != 1:
+        some = jnp.any(aux > -jnp.inf, axis=-1, keepdims=True)  # of none the logsumexp is -inf, but its gradient would be NaN
+        sink = jnp.where(some[:, 0], jax.nn.logsumexp(jnp.where(some, aux, 0), axis=-1), -jnp.inf)
     return jnp.repeat(sink, num_q_heads // sink.shape[0])[None, None]
 
 

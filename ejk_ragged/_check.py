@@ -80,6 +80,7 @@ def check(*, softmax_scale, fwd_params, sliding_window, logits_soft_cap, backend
         fwd_params=fwd_params,
         precision=precision_of(jax.config.jax_default_matmul_precision),  # pyright: ignore[reportAttributeAccessIssue]
         given=frozenset(name for name in given if given[name]),
+        most_keys=None if left is None else 16 ** -(-left.bit_length() // 4),
     )
     tuned = _hints.current() if fwd_params == FwdParams() else None
     request = Request(settings, registry.resolve(backend), tuned)

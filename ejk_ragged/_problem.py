@@ -135,6 +135,8 @@ class Settings:
         given: which of "start", "end" and "sink" say something; the others hold 0, seq_len and -inf, and need not be read.
         partial: whether output and d_query go on to be merged with those of other keys, and are not rounded before.
         gaps: whether there may be rows between the ranges of a sequence's tokens that none of them sees; they may hold anything.
+        most_keys: no token sees more keys than this, as a window may say: a power of 16, so that calls with other windows share a
+            program. None where nothing but the lengths says it.
     """
 
     softmax_scale: float
@@ -144,6 +146,7 @@ class Settings:
     given: frozenset[str] = GIVEN
     partial: bool = False
     gaps: bool = False
+    most_keys: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,6 +171,8 @@ class Problem(Settings):
         given: which of "start", "end" and "sink" say something; the others hold 0, seq_len and -inf, and need not be read.
         partial: whether output and d_query go on to be merged with those of other keys, and are not rounded before.
         gaps: whether there may be rows between the ranges of a sequence's tokens that none of them sees; they may hold anything.
+        most_keys: no token sees more keys than this, as a window may say: a power of 16, so that calls with other windows share a
+            program. None where nothing but the lengths says it.
     """
 
     batch: int

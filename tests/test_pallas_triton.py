@@ -354,10 +354,14 @@ def test_two_programs_a_multiprocessor_for_quantised_caches():
 def test_tiles_of_quantised_caches():
     """Fewer keys beside more rows, and where there are few tiles; with splits given the batch has no say in it."""
     target = Target("cuda")
-    keys = lambda **changes: resolve(problem(cache_dtype="int8", **changes), target).block_size_keys
+    one = functools.partial(problem, cache_dtype="int8", num_q_heads=32, num_kv_heads=8)
+    keys = lambda **changes: resolve(one(**changes), target).block_size_keys
     assert keys(batch=64, seq_len=16384) == 128
-    assert keys(batch=64, seq_len=16384, num_tokens=4) == 64
-    assert keys(batch=1, seq_len=4096) == 64
+    assert keys(batch=64, seq_len=16384, num_tokens=8) == 64
+    assert keys(batch=16, seq_len=1024) == 64
+    assert keys(batch=1, seq_len=4096) == 32
+    assert keys(batch=64, seq_len=8192, head_dim=64) == 128
+    assert keys(batch=64, seq_len=8192, head_dim=64, most_keys=256) == 64
     splits = FwdParams(num_key_splits=4)
     assert keys(batch=1, seq_len=4096, fwd_params=splits) == keys(batch=64, seq_len=4096, fwd_params=splits)
 

@@ -314,6 +314,17 @@ def test_explain_computes_nothing():
         explain(cache, cache)
 
 
+def test_what_a_window_says_of_the_problem():
+    """A bound on what a token sees, coarse enough that calls share programs."""
+    arrays, _ = draw(Case("", 2, 12, 4, 2, 8))
+
+    def most_keys(left):
+        problem = explain(**arrays, sliding_window=None if left is None else (left, 0)).problem
+        return problem.most_keys
+
+    assert [most_keys(left) for left in (None, -1, 0, 1, 15, 16, 255, 256)] == [None, None, 1, 16, 16, 256, 256, 4096]
+
+
 def test_an_instance_wherever_a_name_is():
     arrays, _ = draw(Case("", 2, 12, 4, 2, 8))
     instance = TextbookBackend()

@@ -5,18 +5,18 @@ block of memory. With one token that is the query as it is.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ejk_ragged_schedule import cdiv, length_arrays, Line
+from ejk_ragged_schedule import cdiv, length_arrays
 
 from ._jax import launch, LOWEST, plgpu
-from ._split import rounds_of, split
-from ._tuning import round_up, Tiles, tiles
+from ._line import Ranges
+from ._split import split
+from ._tuning import merging, round_up, Tiles, tiles
 
 
 def forward(problem, target, queries, cache, **how):
@@ -27,10 +27,9 @@ def forward(problem, target, queries, cache, **how):
     row_bounds = tuple(
         _of_rows(problem, plan, lengths.get(f"token_{name}"), 0 if name == "end" else problem.seq_len) for name in ("start", "end")
     )
-    parts, part_lse, *stops = split(problem, plan, _by_kv_head(problem, plan, queries.query), cache, own, row_bounds, **how)
+    parts, part_lse = split(problem, plan, _by_kv_head(problem, plan, queries.query), cache, own, row_bounds, **how)
     sink = queries.sink if "sink" in problem.given else None
-    where = stops if plan.table else own
-    out, lse = combine(problem, plan, parts, part_lse, where, sink, **how)
+    out, lse = combine(problem, target, plan, parts, part_lse, own, sink, **how)
     return out.reshape(queries.query.shape), lse.reshape(queries.query.shape[:3])
 
 
@@ -53,38 +52,43 @@ def _of_rows(problem, plan, of_tokens, beyond):
     return jnp.pad(rows, ((0, 0), (0, plan.row_blocks * plan.block_rows - rows.shape[1])), constant_values=beyond)
 
 
-def combine(problem, plan: Tiles, parts, part_lse, where, sink, **how):
-    """Output [B, T * Hq, D] and lse of all sequences; `where` has what tells the pieces of each: stops, or the lengths."""
+def combine(problem, target, plan: Tiles, parts, part_lse, lengths, sink, **how):
+    """Output [B, T * Hq, D] and lse of all sequences."""
     rows = problem.num_tokens * problem.num_q_heads
-    at_once = math.gcd(rows, plan.merge_rows)
-    operands, tree = jax.tree.flatten((parts, part_lse, where, sink))
+    at_once, programs = merging(target, problem.batch, rows)
+    operands, tree = jax.tree.flatten((parts, part_lse, lengths, sink))
+    shared = {"out": plgpu.SMEM((at_once, plan.stored_dim), problem.out_dtype)}
+    if plan.table:
+        shared["stops"] = plgpu.SMEM((plan.table,), jnp.int32)
     return launch(
         functools.partial(_combine_kernel, tree=tree, problem=problem, plan=plan),
         "ragged_decode_combine",
         [((problem.batch, rows, problem.head_dim), problem.out_dtype), ((problem.batch, rows), jnp.float32)],
-        # The interpreter takes long to begin a program.
-        {"sequence": problem.batch, "program": 1 if how["interpret"] else rows // at_once},
+        {"program": min(programs, 2) if how["interpret"] else programs},  # the interpreter takes long to begin one
         follows=True,
-        scratch_types={"out": plgpu.SMEM((at_once, plan.stored_dim), problem.out_dtype)},
+        scratch_types=shared,
         **how,
     )(*operands)
 
 
-def _combine_kernel(*refs, tree, problem, plan: Tiles, out):
-    """One program: some rows of a sequence at once. Weights their partial outputs by their softmax denominators, the sink's too."""
-    parts_ref, part_lse_ref, where, sink_ref = tree.unflatten(refs[: tree.num_leaves])
+def _combine_kernel(*refs, tree, problem, plan: Tiles, wait, out, stops=None):
+    """One program: some rows of a sequence at once, and then others. Weights their partial outputs by their softmax denominators,
+    the sink's too. It is there before the pieces are, and knows already whose they will be."""
+    parts_ref, part_lse_ref, lengths, sink_ref = tree.unflatten(refs[: tree.num_leaves])
     out_ref, lse_ref = refs[tree.num_leaves :]
-    b = lax.axis_index("sequence")
-    first, count = _pieces(plan, b, where)
+    ranges = Ranges(plan, lengths, stops)
+    ranges.make_table()
+    wait()
     dims = plgpu.Layout.WG_STRIDED((plan.stored_dim,), vec_size=plan.stored_dim // 128)
 
-    def sink_of(token, q_head):
+    def sink_of(b, token, q_head):
         if sink_ref is None:
             return jnp.float32(-jnp.inf)
         batch, num_tokens, _ = sink_ref.shape
         return sink_ref[b if batch > 1 else 0, token if num_tokens > 1 else 0, q_head]
 
-    def combine_rows(rows):
+    def combine_rows(b, rows):
+        first, count = ranges.slots(b)
         token_heads = [(lax.div(row, problem.num_q_heads), lax.rem(row, problem.num_q_heads)) for row in rows]
         places = [(lax.div(h, problem.group), token * problem.group + lax.rem(h, problem.group)) for token, h in token_heads]
 
@@ -104,7 +108,7 @@ def _combine_kernel(*refs, tree, problem, plan: Tiles, out):
             return acc, new_high, total * fade + sum(weights)
 
         zeros = plgpu.layout_cast(jnp.zeros((plan.stored_dim,), jnp.float32), dims)
-        sinks = [sink_of(*token_head) for token_head in token_heads]
+        sinks = [sink_of(b, *token_head) for token_head in token_heads]
         init = [(zeros, jnp.maximum(x, LOWEST), jnp.where(x > -jnp.inf, jnp.float32(1), jnp.float32(0))) for x in sinks]
         merged = lax.fori_loop(0, cdiv(count, plan.merge_slots), merge, init)
         for i, (row, (acc, high, total)) in enumerate(zip(rows, merged, strict=True)):
@@ -120,29 +124,13 @@ def _combine_kernel(*refs, tree, problem, plan: Tiles, out):
                 plgpu.copy_smem_to_gmem(out.at[i, pl.ds(0, problem.head_dim)], out_ref.at[b, row])
         plgpu.wait_smem_to_gmem(0)
 
-    at_once = out.shape[0]
-    each = out_ref.shape[1] // at_once // lax.axis_size("program")
+    at_once, programs = out.shape[0], lax.axis_size("program")
+    num_rows = out_ref.shape[1]
+    program = lax.axis_index("program")
 
     def group(i, _):
-        row = (lax.axis_index("program") * each + i) * at_once
-        combine_rows([row + k for k in range(at_once)])
+        row = (program + i * programs) * at_once
+        combine_rows(lax.div(row, num_rows), [lax.rem(row, num_rows) + k for k in range(at_once)])
 
-    lax.fori_loop(0, each, group, None)
-
-
-def _pieces(plan: Tiles, b, where):
-    """The first slot of a sequence, and how many from there on are its pieces."""
-    zero = jnp.zeros_like(b)
-    if plan.table:
-        (stops_ref,) = where
-        before, stop, total = (
-            jnp.where(b > 0, stops_ref[jnp.maximum(b - 1, 0)], 0),
-            stops_ref[b],
-            stops_ref[plan.schedule.batch - 1],
-        )
-    else:
-        start, end = plan.schedule.clipped(b, *(None if ref is None else ref[b] for ref in where))
-        before, stop = zero, rounds_of(plan, start, end)
-        total = stop
-    # Worker and range matter where a line is cut, and not where pieces are counted.
-    return plan.schedule.pieces(Line(zero, b, zero, zero, stop - before, stop, total))
+    groups = problem.batch * num_rows // at_once
+    lax.fori_loop(0, cdiv(groups - program, programs), group, None)

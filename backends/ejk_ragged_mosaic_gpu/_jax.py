@@ -11,6 +11,9 @@ from jax.experimental.pallas import mosaic_gpu
 
 plgpu = cast(Any, mosaic_gpu)  # types are checked with the oldest JAX, in which it is another
 
+TILE = plgpu.Layout.WGMMA  # which thread holds what of an array [keys, rows], or [dims, rows]
+OF_ROWS = TILE.reduce(0)  # and of [rows]
+
 LOWEST = float(jnp.finfo(jnp.float32).min)  # stands in for -inf where a difference of two must not be NaN
 
 # The second kernel is launched while the first one runs, and waits for its end on the device.
@@ -24,12 +27,16 @@ LAYOUTS_AS_WRITTEN = plgpu.LoweringSemantics.Lane
 def launch(kernel, name, results, grid, *, follows, interpret, detect_races, reduction_bytes=2048, **options):
     """A function of operands: `kernel` over a grid, {name of an axis: size}, with `results` of these shapes and dtypes.
 
-    `follows` says whether it works on what the other kernel leaves, which is the one before it.
+    `follows` says whether it works on what the other kernel leaves, which is the one before it. It is given a function `wait` then,
+    which returns when all of that is there; its other operands it may read before.
     """
+    overlapped = OVERLAPPED and not interpret
 
     def body(*refs, **shared):
-        if OVERLAPPED and not interpret:
-            (plgpu.griddepcontrol_wait if follows else plgpu.griddepcontrol_launch_dependents)()
+        if follows:
+            shared["wait"] = plgpu.griddepcontrol_wait if overlapped else lambda: None
+        elif overlapped:
+            plgpu.griddepcontrol_launch_dependents()
         kernel(*refs, **shared)
 
     body.__name__ = name

@@ -1,6 +1,7 @@
 """Sizes of tiles and how many are on their way: the defaults with their reasons, and the checks of hints."""
 
 import dataclasses
+import math
 
 from ejk_ragged import FwdParams, Problem, Target
 from ejk_ragged_schedule import Schedule
@@ -43,12 +44,7 @@ class Tiles:
     def merge_slots(self) -> int:
         """Partial results of a sequence that are read at once: about as many as there are."""
         each = -(-self.schedule.slots // self.schedule.batch)
-        return min(max(1 << (each - 1).bit_length(), 1), 16)
-
-    @property
-    def merge_rows(self) -> int:
-        """Rows, a power of two, that are merged at once."""
-        return max(MERGE_LOADS // self.merge_slots, 1)
+        return min(max(1 << (each - 1).bit_length(), LEAST_MERGED), 16)
 
     @property
     def reduction_bytes(self) -> int:
@@ -60,15 +56,17 @@ class Tiles:
         keys, rows, dim = self.schedule.block_keys, self.block_rows, self.block_dim
         tiles = 2 * keys * dim * ITEMSIZE
         arrays = [tiles * self.stages, tiles * (not self.direct), 2 * rows * dim * ITEMSIZE, rows * keys * ITEMSIZE]
-        arrays += [rows * dim * 4, rows * 4, self.reduction_bytes, BARRIERS, self.table * 4]
+        arrays += [self.reduction_bytes, BARRIERS, self.table * 4]
         return sum(round_up(size, 1024) for size in arrays)
 
 
 # The defaults, as measured on an H100; docs/performance has the log.
 BLOCK_KEYS = 64  # what the tensor cores take at once
-STAGES = 2  # keys on their way while values are worked on, and the other way about
+STAGE_BYTES = 64 * 1024  # of tiles of keys and values on their way or worked on; more of them wait for each other
 MAX_ROWS = 64  # rows of queries from here on go into further blocks, each of which reads the cache again
-MERGE_LOADS = 8  # partial results that a program of the second kernel reads at once, of several rows where each has few
+# Of the second kernel: rows that a program merges at once, where that leaves one for each multiprocessor, partial results of a row
+# that it reads at once at least, and programs of a multiprocessor, as many as find room beside one of the first kernel.
+MERGE_ROWS, LEAST_MERGED, MERGE_PROGRAMS = 4, 4, 4
 BLOCK_SEQUENCES = 64  # sequences that are summed up at once when a program makes its table
 
 ITEMSIZE = 2
@@ -90,9 +88,9 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     if given.block_size_heads is None:
         while rows > 8 and _bytes(problem, keys, rows, given.num_stages or 2) > shared_memory(target):
             rows = max(rows // 16 * 8, 8)
-    stages = given.num_stages or max(
-        (n for n in range(1, STAGES + 1) if _bytes(problem, keys, rows, n) <= shared_memory(target)), default=1
-    )
+    stages = given.num_stages or default_stages(problem, keys)
+    while not given.num_stages and stages > 1 and _bytes(problem, keys, rows, stages) > shared_memory(target):
+        stages -= 1
     needs = _bytes(problem, keys, rows, stages)
     if needs > shared_memory(target):
         raise ValueError(
@@ -102,10 +100,16 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     return dataclasses.replace(given, block_size_heads=rows, block_size_keys=keys, num_stages=stages)
 
 
+def default_stages(problem: Problem, keys: int) -> int:
+    """Stages of about `STAGE_BYTES`: two at least, so that keys are on their way while values are worked on."""
+    return max(STAGE_BYTES // (2 * keys * round_up(problem.head_dim, 64) * ITEMSIZE), 2)
+
+
 def candidates(problem: Problem, target: Target):
     """Hints for the tuner to try: around the defaults, those that fit."""
     for keys in (BLOCK_KEYS, 2 * BLOCK_KEYS):
-        for stages in (STAGES, STAGES + 1):
+        default = default_stages(problem, keys)
+        for stages in (default, default + 1, max(default - 1, 2)):
             hints = FwdParams(block_size_keys=keys, num_stages=stages)
             try:
                 resolve(dataclasses.replace(problem, fwd_params=hints), target)
@@ -141,6 +145,15 @@ def _tiles(problem, keys, rows, stages, multiprocessors) -> Tiles:
         table=0 if alone else round_up(problem.batch, 8) + BLOCK_SEQUENCES - 8,  # where the last sum begins, and what it writes
         schedule=schedule,
     )
+
+
+def merging(target: Target, batch: int, rows: int) -> tuple[int, int]:
+    """Of so many rows a sequence: how many a program of the second kernel merges at once, and how many programs there are."""
+    programs = MERGE_PROGRAMS * _multiprocessors(target)
+    at_once = math.gcd(rows, MERGE_ROWS)
+    while at_once > 1 and batch * rows // at_once < _multiprocessors(target):
+        at_once //= 2
+    return at_once, min(batch * rows // at_once, programs)
 
 
 def _bytes(problem, keys, rows, stages) -> int:

@@ -34,14 +34,15 @@ class Tiles:
 # The defaults, measured on an H100; docs/performance has the log.
 TILE_BYTES = 16 * 1024  # of keys in a tile, and as many of values: enough in flight, and small enough for three stages
 MOST_KEYS = 256  # of a tile
-# Of a quantised cache, whose tiles are widened in registers: fewer, and fewer still beside more rows of queries than 16, in the
-# backward kernel, and where the whole cache has no more than so many tiles a program.
-MOST_QUANTISED_KEYS, FEW_QUANTISED_KEYS, FEW_TILES = 128, 64, 8
+# Of a quantised cache, whose tiles are widened in registers: fewer, and fewer still beside more rows of queries than 16 and in the
+# backward kernel. Where there are no more than so many tiles a program, they are halved, down to the last number.
+MOST_QUANTISED_KEYS, FEW_QUANTISED_KEYS, FEW_TILES, LEAST_QUANTISED_KEYS = 128, 64, 4, 32
 NUM_WARPS = 4  # eight wait for each other in the softmax, two are too few for a tile
 NUM_STAGES = 3  # two tiles on their way while one is worked on
 # Programs of a multiprocessor, all of them there from the beginning to the end, by whether the cache is quantised. One gets its
 # equal share of the bandwidth. But a tile of 8 bits takes longer to work on than to load, and two work on one each in turn.
 PROGRAMS = {False: 1, True: 2}
+MOST_MERGED = 32  # partial results of a sequence at a time
 
 # What there is to a device, where there is no device to ask: an H100.
 MULTIPROCESSORS = 132
@@ -141,9 +142,14 @@ def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
     keys = tile_keys(problem)
     if not problem.quantised:
         return keys
-    programs = PROGRAMS[True] * _multiprocessors(target) // problem.num_kv_heads
-    few = problem.batch * problem.seq_len <= FEW_TILES * keys * programs and not problem.fwd_params.num_key_splits
-    return min(keys, FEW_QUANTISED_KEYS) if few or rows > 16 else keys
+    if rows > 16:
+        return min(keys, FEW_QUANTISED_KEYS)
+    if not problem.fwd_params.num_key_splits:
+        programs = PROGRAMS[True] * _multiprocessors(target) // problem.num_kv_heads
+        most_keys = problem.batch * min(problem.seq_len, problem.most_keys or problem.seq_len)
+        while keys > LEAST_QUANTISED_KEYS and most_keys <= FEW_TILES * keys * programs:
+            keys //= 2
+    return keys
 
 
 def tile_keys(problem: Problem) -> int:
@@ -178,7 +184,7 @@ def _tiles(problem, target, block_rows, block_keys, num_warps, num_stages, needs
     dim = block_dim(problem)
     rows_each = 1 if splits else power_of_two(problem.batch * rows // (4 * multiprocessors))
     merge_rows = min(rows_each, 4, max(512 // dim, 1))
-    merge_slots = min(max(power_of_two(schedule.slots // problem.batch), 8), 16)
+    merge_slots = min(max(power_of_two(schedule.slots // problem.batch), 8), MOST_MERGED)
     merge_warps = min(max(merge_rows * merge_slots * dim // 4096, 1), 8)
     return Tiles(block_rows, row_blocks, dim, num_warps, num_stages, merge_rows, merge_slots, merge_warps, schedule)
 

@@ -1,0 +1,145 @@
+"""Which keys are whose: programs find their pieces of the live ranges, and the slots of a sequence's results, from the lengths.
+
+Every program sums up the sequences' rounds for itself, in a table in shared memory, and looks its way up there. (Values in
+registers are spread over threads, and what one thread needs of another goes through shared memory anyway.)
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ejk_ragged_schedule import cdiv, Line
+
+from ._jax import OF_ROWS, plgpu, TILE
+from ._tuning import BLOCK_SEQUENCES, round_up, Tiles
+
+
+class Piece(NamedTuple):
+    """A program's part of a sequence.
+
+    Attributes:
+        sequence: number of the sequence.
+        start, end: the sequence's range.
+        row: the key with which the first tile begins.
+        num_tiles: none, if others who share the stretch have all keys.
+        number: how many pieces the program has done before.
+        tiles_before: and how many tiles.
+    """
+
+    sequence: Any
+    start: Any
+    end: Any
+    row: Any
+    num_tiles: Any
+    number: Any
+    tiles_before: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """The live ranges, on one line or on a line each.
+
+    Attributes:
+        plan: the static shape of the work.
+        lengths: (start, end), refs of int32 [B], or None.
+        stops: a ref in shared memory of as many numbers as the plan's table has: where on the line each sequence stops. None where
+            there is none, each sequence being on a line of its own.
+    """
+
+    plan: Tiles
+    lengths: Any
+    stops: Any
+
+    def make_table(self):
+        """Fills in `stops`, for this program alone."""
+        if self.stops is None:
+            return
+        batch = self.plan.schedule.batch
+        whole, rest = divmod(batch, BLOCK_SEQUENCES)
+        first = lambda i: pl.multiple_of(i * BLOCK_SEQUENCES, 8)
+        total = lax.fori_loop(0, whole, lambda i, total: self._sum_up(first(i), BLOCK_SEQUENCES, total), jnp.int32(0))
+        for count in (rest - rest % 8, rest % 8):
+            if count:
+                total = self._sum_up(batch - rest, count, total)
+                rest -= count
+
+    def _sum_up(self, first, count, total):
+        number = plgpu.broadcasted_iota(jnp.int32, (round_up(count, 8),), 0, layout=OF_ROWS) + first
+        start, end = (None if ref is None else _lengths(ref, first, count) for ref in self.lengths)
+        rounds = self._rounds(*self.plan.schedule.clipped(number, start, end))
+        square = BLOCK_SEQUENCES, rounds.size
+        this, other = (plgpu.broadcasted_iota(jnp.int32, square, axis, layout=TILE) for axis in (0, 1))
+        rounds = jnp.where(other <= this, lax.broadcast_in_dim(rounds, square, [1]), 0)
+        self.stops[pl.ds(first, BLOCK_SEQUENCES)] = jnp.sum(rounds, axis=1, dtype=jnp.int32) + total
+        plgpu.commit_smem()
+        return self.stops[first + count - 1]
+
+    def pieces(self, program, work):
+        """Calls `work` with one piece of the program after another."""
+        schedule = self.plan.schedule
+        worker = lax.rem(program, schedule.workers)
+        alone = lax.div(program, schedule.workers)
+        total = self._stop(alone) if self.stops is None else self.stops[schedule.batch - 1]
+        first, count = schedule.stretch(worker, total)
+        b, before = (alone, jnp.int32(0)) if self.stops is None else self._find(jnp.minimum(first, total - 1))
+
+        def piece(carry):
+            b, before, number, tiles = carry
+            start, end = self._range(b)
+            stop = self._stop(b)
+            begun = jnp.maximum(before, first)
+            line = Line(worker, b, self._first_row(start, end), end, stop - before, stop, total)
+            origin, piece_end = schedule.piece(line)
+            row = origin + begun * schedule.stride
+            here = stop > begun
+            num_tiles = jnp.where(here, cdiv(jnp.maximum(piece_end - row, 0), schedule.stride), 0)
+            pl.when(here)(lambda: work(Piece(b, start, end, row, num_tiles, number, tiles)))
+            return b + 1, stop, number + here.astype(jnp.int32), tiles + num_tiles
+
+        before = jnp.where(count > 0, before, first)
+        lax.while_loop(lambda carry: carry[1] < first + count, piece, (b, before, jnp.int32(0), jnp.int32(0)))
+
+    def slots(self, b):
+        """The first slot of a sequence's results, and how many from there on are its pieces."""
+        zero = jnp.zeros_like(b)
+        stop = self._stop(b)
+        total = stop if self.stops is None else self.stops[self.plan.schedule.batch - 1]
+        # Worker and range matter where a line is cut, and not where pieces are counted.
+        return self.plan.schedule.pieces(Line(zero, b, zero, zero, stop - self._before(b), stop, total))
+
+    def _find(self, place):
+        """Which sequence lies at a place on the line, and where it begins."""
+        number, last = jnp.int32(0), self.plan.schedule.batch - 1  # of sequences that stop at or before it; the last one does not
+        for digit in reversed(range(-(-last.bit_length() // 4))):  # by which few loads wait for each other
+            step = 16**digit
+            ends = [self.stops[jnp.minimum(number + i * step - 1, last)] for i in range(1, min(last // step, 15) + 1)]
+            number += step * sum((end <= place).astype(jnp.int32) for end in ends)
+        return number, self._before(number)
+
+    def _range(self, b):
+        return self.plan.schedule.clipped(b, *(None if ref is None else ref[b] for ref in self.lengths))
+
+    def _stop(self, b):
+        return self._rounds(*self._range(b)) if self.stops is None else self.stops[b]
+
+    def _before(self, b):
+        return jnp.int32(0) if self.stops is None else jnp.where(b > 0, self.stops[jnp.maximum(b - 1, 0)], 0)
+
+    def _rounds(self, start, end):
+        return self.plan.schedule.rounds(self._first_row(start, end), end)
+
+    def _first_row(self, start, end):
+        """Where the tiles of a range begin: with a row that a copy can begin with."""
+        return jnp.where(start < end, start & -self.plan.align, start)
+
+
+def _lengths(ref, first, count):
+    """Those of `count` sequences; fewer than 8 are read one by one, and zeros follow."""
+    if count % 8 == 0:
+        return plgpu.load(ref.at[pl.ds(first, count)], layout=OF_ROWS, optimized=False)
+    place = plgpu.broadcasted_iota(jnp.int32, (8,), 0, layout=OF_ROWS)
+    # A product: what is selected from a single number has no sign (see the tests).
+    return sum((place == i).astype(jnp.int32) * ref[first + i] for i in range(count))
