@@ -18,8 +18,10 @@ LOWEST = float(jnp.finfo(jnp.float32).min)  # stands in for -inf where a differe
 
 # The second kernel is launched while the first one runs, and waits for its end on the device.
 OVERLAPPED = True
-# Every store into shared memory waits for all reads before it, and every read for all stores.
-AUTOMATIC_BARRIERS = True
+# Whether every store into shared memory, and every copy into it, waits for all threads before and after. Ours need not: what is
+# stored is committed before anybody reads it, for which all wait; what is overwritten was read before the last sum or maximum over
+# keys, for which all wait too, or before a barrier of the ring at which each thread arrives.
+AUTOMATIC_BARRIERS = False
 # What a thread holds of an array is what the kernel says. A search for what is best takes JAX minutes here, or for ever.
 LAYOUTS_AS_WRITTEN = plgpu.LoweringSemantics.Lane
 

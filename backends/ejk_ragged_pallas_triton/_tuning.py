@@ -37,6 +37,7 @@ MOST_KEYS = 256  # of a tile
 # Of a quantised cache, whose tiles are widened in registers: fewer, and fewer still beside more rows of queries than 16 and in the
 # backward kernel. Where there are no more than so many tiles a program, they are halved, down to the last number.
 MOST_QUANTISED_KEYS, FEW_QUANTISED_KEYS, FEW_TILES, LEAST_QUANTISED_KEYS = 128, 64, 4, 32
+TINY_TILE_BYTES = 4 * 1024
 NUM_WARPS = 4  # eight wait for each other in the softmax, two are too few for a tile
 NUM_STAGES = 3  # two tiles on their way while one is worked on
 # Programs of a multiprocessor, all of them there from the beginning to the end, by whether the cache is quantised. One gets its
@@ -78,9 +79,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     rows = given.block_size_heads or fitting_rows(problem, fits)
     keys = given.block_size_keys or default_block_keys(problem, rows, target)
     needs = functools.partial(shared_bytes, problem, keys, rows, backward=False)
-    # Of wide blocks beside a quantised cache, so few that two programs fit.
-    most_stages = 2 if problem.quantised and rows >= WHOLE_STAGES_FROM else NUM_STAGES
-    stages = given.num_stages or _fitting_stages(needs, target, most_stages)
+    stages = given.num_stages or _fitting_stages(needs, target, _most_stages(problem, keys, rows))
     if needs(stages) > _shared_memory(target):
         raise ValueError(
             f"FwdParams.block_size_keys {keys}, block_size_heads {rows} and num_stages {stages} need about {needs(stages)} bytes "
@@ -150,6 +149,13 @@ def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
         while keys > LEAST_QUANTISED_KEYS and most_keys <= FEW_TILES * keys * programs:
             keys //= 2
     return keys
+
+
+def _most_stages(problem: Problem, keys: int, rows: int) -> int:
+    """Fewer of a quantised cache: beside wide blocks so few that two programs fit, and of tiles that were halved, one on its way is
+    enough if it is not tiny."""
+    halved = rows <= 16 and keys < tile_keys(problem) and keys * block_dim(problem) > TINY_TILE_BYTES
+    return 2 if problem.quantised and (rows >= WHOLE_STAGES_FROM or halved) else NUM_STAGES
 
 
 def tile_keys(problem: Problem) -> int:
