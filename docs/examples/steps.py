@@ -135,13 +135,15 @@ def picture(result, file):
     figure, panels = plt.subplots(1, len(batches), figsize=(9, 3.2), squeeze=False)
     for batch, axes in zip(batches, panels[0], strict=True):
         bars = {(line["attention"], line["cache"], line["tokens"]): line for line in lines if line["batch"] == batch}
-        names = [f"{attention}, {cache}" + f", {tokens} tokens" * (tokens > 1) for attention, cache, tokens in ways]
+        named = {"none": "no attention"}
+        names = [f"{named.get(way, way)}, {cache}" + f", {tokens} tokens" * (tokens > 1) for way, cache, tokens in ways]
         heights = [bars[way]["tokens_per_second"] if way in bars else 0 for way in ways]
         drawn = axes.barh(names, heights, color=["#00796b" if attention == "ours" else "#b0bec5" for attention, *_ in ways])
         axes.bar_label(drawn, [f" {height:.0f}" if height else " -" for height in heights], fontsize=7)
         axes.set_title(f"batch {batch}", fontsize=9)
         axes.invert_yaxis()
         axes.margins(x=0.25)
+        axes.locator_params(axis="x", nbins=4)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
         if axes is not panels[0][0]:

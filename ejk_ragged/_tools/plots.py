@@ -48,8 +48,11 @@ def _save(figure, stem, kind):
 def _fractions(rows, machine, direction):
     """Bars: the fraction of the bandwidth by row, ours and the peers'."""
     names = list(dict.fromkeys(c["name"] for row in rows for c in row["candidates"] if "fraction" in c))
-    ours = {c["name"] for row in rows for c in row["candidates"] if c["ours"]}
-    colors = dict(zip([name for name in names if name not in ours], THEIRS * len(names), strict=False)) | dict.fromkeys(ours, OURS)
+    ours = dict.fromkeys(c["name"] for row in rows for c in row["candidates"] if c["ours"])
+    theirs = [name for name in names if name not in ours]
+    colors = {
+        name: color for some, of in ((ours, SHADES), (theirs, THEIRS)) for name, color in zip(some, of * len(names), strict=False)
+    }
     panels = [rows[i : i + ROWS_OF_PANEL] for i in range(0, len(rows), ROWS_OF_PANEL)]
     figure, all_axes = plt.subplots(len(panels), 1, figsize=(9, 3.2 * len(panels)), sharey=True, squeeze=False)
     width = 0.85 / max(len(names), 1)
