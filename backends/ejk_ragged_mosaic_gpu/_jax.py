@@ -26,6 +26,14 @@ AUTOMATIC_BARRIERS = False
 LAYOUTS_AS_WRITTEN = plgpu.LoweringSemantics.Lane
 
 
+def store(ref, values):
+    """`ref[...] = values` in the GPU's memory, however few bytes lie side by side: from JAX 0.12 on that has to be said."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values
+
+
 def launch(kernel, name, results, grid, *, follows, interpret, detect_races, reduction_bytes=2048, **options):
     """A function of operands: `kernel` over a grid, {name of an axis: size}, with `results` of these shapes and dtypes.
 

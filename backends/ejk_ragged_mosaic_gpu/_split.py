@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import launch, LOWEST, OF_ROWS, plgpu, TILE
+from ._jax import launch, LOWEST, OF_ROWS, plgpu, store, TILE
 from ._line import Piece, Ranges
 from ._tuning import Tiles
 
@@ -250,8 +250,8 @@ class _Program:
         total = jnp.where(some, total, 1.0)
         out = acc / lax.broadcast_in_dim(total, acc.shape, [1])
         parts = results.parts.at[slot, self.head, places, pl.ds(0, plan.block_dim)]
-        parts.transpose((1, 0))[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
-        results.lse[slot, self.head, places] = jnp.where(some, high / LOG2_E + jnp.log(total), -jnp.inf)
+        store(parts.transpose((1, 0)), plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED))
+        store(results.lse.at[slot, self.head, places], jnp.where(some, high / LOG2_E + jnp.log(total), -jnp.inf))
 
 
 def _tile(shape, value, dtype=jnp.float32):
