@@ -132,13 +132,20 @@ def test_lowers_for_cuda_anywhere(dtype, feature):
 
 
 def test_nothing_is_made_around_the_kernels():
-    """A short call would wait for it: lengths are clipped in the kernel, and what the caller left out is not even filled in."""
-    compiled = lowered(lambda query, key, value, end: ragged_decode_attention(query, key, value, None, end), arrays()[:4])
-    entry = [line for line in compiled.splitlines() if CUSTOM_CALL in line]
-    assert len(entry) == 2
-    assert "clamp" not in compiled
-    split, combine = (line.split("(", 1)[1].split(")", 1)[0].split(",") for line in entry)
-    assert (len(split), len(combine)) == (4, 3)  # query, key, value, end; partial results, their lse, their places
+    """A short call would wait for it: lengths are clipped in the kernel, what the caller left out is not even filled in, and one
+    sink a head is a logit as it is."""
+
+    def call(query, key, value, end, sinks=None):
+        return ragged_decode_attention(query, key, value, None, end, softmax_aux=sinks)
+
+    for sinks in ([], [jax.ShapeDtypeStruct((28, 1), "float32")]):
+        compiled = lowered(call, [*arrays()[:4], *sinks])
+        entry = [line for line in compiled.splitlines() if CUSTOM_CALL in line]
+        assert len(entry) == 2
+        assert not any(f"stablehlo.{name}" in compiled for name in ("clamp", "exponential", "select"))
+        split, combine = (line.split("(", 1)[1].split(")", 1)[0].split(",") for line in entry)
+        # query, key, value, end; partial results, their lse, their places
+        assert (len(split), len(combine)) == (4, 3 + len(sinks))
 
 
 @pytest.mark.parametrize("head_dim", [8, 80, 112, 256])
@@ -352,9 +359,11 @@ def test_two_programs_a_multiprocessor_for_quantised_caches():
 
 
 def test_tiles_of_quantised_caches():
-    """Fewer keys beside more rows, and where there are few tiles; with splits given the batch has no say in it."""
+    """Fewer keys beside more rows, and where there are few tiles, of which two stages are enough if they are not tiny; with splits
+    given the batch has no say in it."""
     target = Target("cuda")
     one = functools.partial(problem, cache_dtype="int8", num_q_heads=32, num_kv_heads=8)
+    stages = lambda **changes: resolve(one(**changes), target).num_stages
     keys = lambda **changes: resolve(one(**changes), target).block_size_keys
     assert keys(batch=64, seq_len=16384) == 128
     assert keys(batch=64, seq_len=16384, num_tokens=8) == 64
@@ -362,6 +371,9 @@ def test_tiles_of_quantised_caches():
     assert keys(batch=1, seq_len=4096) == 32
     assert keys(batch=64, seq_len=8192, head_dim=64) == 128
     assert keys(batch=64, seq_len=8192, head_dim=64, most_keys=256) == 64
+    assert stages(batch=64, seq_len=16384) == stages(batch=1, seq_len=4096) == 3
+    assert stages(batch=16, seq_len=1024) == 2
+    assert stages(batch=64, seq_len=8192, head_dim=64, most_keys=256) == 3
     splits = FwdParams(num_key_splits=4)
     assert keys(batch=1, seq_len=4096, fwd_params=splits) == keys(batch=64, seq_len=4096, fwd_params=splits)
 
