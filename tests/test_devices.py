@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support import assert_close, draw
 
@@ -98,3 +99,16 @@ def test_explain_agrees_with_what_runs():
     assert chosen.error is None
     on_cpu = {name: jax.device_put(x, jax.devices("cpu")[0]) for name, x in arrays.items()}
     assert jnp.array_equal(ragged_decode_attention(**on_cpu), ragged_decode_attention(**on_cpu, backend=chosen.forward))
+
+
+@pytest.mark.parametrize("converted", [("query",), ("query", "key", "value")], ids=["query", "all"])
+def test_explain_converts_as_the_call_does(converted):
+    """NumPy's float64 is float32 where 64-bit types are not enabled, beside arrays of JAX too."""
+    arrays, _ = draw(CASE)
+    arrays |= {name: np.asarray(arrays[name], np.float64) for name in converted}
+    explanation = explain(**arrays)
+    assert (explanation.problem.dtype, explanation.problem.cache_dtype) == (jnp.float32, jnp.float32)
+    assert explanation["cpu"].error is None
+    out = ragged_decode_attention(**arrays)
+    assert out.dtype == jnp.float32
+    assert jnp.array_equal(out, ragged_decode_attention(**draw(CASE)[0]))

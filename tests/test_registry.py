@@ -314,6 +314,31 @@ def test_explain_computes_nothing():
         explain(cache, cache)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_a_backend_returns_is_checked(compiled):
+    """Compiled, and operation by operation."""
+
+    class Careless(TextbookBackend):
+        def forward(self, *args, **kwargs):
+            out, lse = super().forward(*args, **kwargs)
+            return out[..., 0].astype(jnp.float16), lse
+
+    class CarelessBackward(TextbookBackend):
+        def backward(self, *args, **kwargs):
+            return [x[..., 0].astype(jnp.float16) for x in super().backward(*args, **kwargs)]
+
+    arrays, _ = draw(Case("", 2, 12, 4, 2, 8))
+    loss = lambda query, backend: jnp.sum(ragged_decode_attention(**arrays | {"query": query}, backend=backend))
+    with jax.disable_jit(not compiled):
+        with pytest.raises(TypeError) as forward:
+            ragged_decode_attention(**arrays, backend=Careless())
+        with pytest.raises(TypeError) as backward:
+            jax.grad(loss)(arrays["query"], CarelessBackward())
+    says = "The backend 'textbook' must return float32[2, 1, 4, 8]"
+    assert str(forward.value) == f"{says}, float32[2, 1, 4] from forward, got float16[2, 1, 4], float32[2, 1, 4]."
+    assert str(backward.value) == f"{says} from backward, got float16[2, 1, 4]."
+
+
 def test_what_a_window_says_of_the_problem():
     """A bound on what a token sees, coarse enough that calls share programs."""
     arrays, _ = draw(Case("", 2, 12, 4, 2, 8))

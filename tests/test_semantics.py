@@ -224,6 +224,16 @@ def test_empty_range_with_sinks(subject):
     np.testing.assert_allclose(pullback((jnp.zeros_like(out), jnp.ones_like(lse)))[0], jax.nn.softmax(sinks), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["sinks-shared", "sinks-query", "sinks-kv"])
+def test_sinks_that_weigh_nothing(subject, name):
+    """Of a head, or a kv head, or all, every sink is -inf: there is none, and each one's gradient is 0, not NaN."""
+    arguments = dataclasses.replace(CASES[name], dtype=subject.dtypes[0]).draw(poison=True)
+    sinks = np.atleast_2d(arguments["softmax_aux"].copy())
+    sinks[0] = -np.inf
+    arguments["softmax_aux"] = sinks.reshape(arguments["softmax_aux"].shape)
+    assert_right(subject.call, arguments)
+
+
 def test_dtypes_of_the_answer(subject):
     for dtype in subject.dtypes:
         with jax.enable_x64(dtype == "float64"):

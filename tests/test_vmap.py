@@ -118,6 +118,34 @@ def test_nested(outer, inner):
     assert_close(twice(arrays), jax.tree.map(lambda *x: jnp.stack(x), *want))
 
 
+def test_junk_between_mapped_ranges():
+    """Three maps of one cache see ranges far from each other; what stands between them may be anything."""
+    arrays, _ = draw(Case("", 1, 30, 2, 1, 8))
+    starts, ends = jnp.array([[0], [10], [20]]), jnp.array([[4], [11], [30]])
+    rows = jnp.arange(30)[None]
+    seen = jnp.any((rows >= starts) & (rows < ends), axis=0)[None, :, None, None]
+    mapped = jax.vmap(
+        lambda start, end, cache: call(arrays["query"], **cache, sequence_start=start, sequence_end=end), (0, 0, None)
+    )
+    cache = {name: arrays[name] for name in ("key", "value")}
+    junk = {name: jnp.where(seen, x, jnp.nan) for name, x in cache.items()}
+    assert_close(mapped(starts, ends, junk), mapped(starts, ends, cache))
+
+
+@pytest.mark.parametrize("subset", ["query", "key", "query+key+value+lengths+sinks"])
+def test_a_map_over_nothing(subset):
+    """An axis of size 0, whether it would be folded into the tokens, looped over, or would join the batch."""
+    names = names_of(subset)
+    arrays = {name: x[:0] if name in names else x for name, x in stacked(names).items()}
+    floats = {name: arrays.pop(name) for name in floats_of(arrays)}
+    function = lambda floats: vmapped(ragged_decode_attention, names)(**floats, **arrays)
+    (out, lse), pullback = jax.vjp(function, floats)
+    assert (out.shape, lse.shape) == ((0, 2, 4, 8), (0, 2, 4))
+    (gradients,) = pullback((out, lse))
+    assert {name: x.shape for name, x in gradients.items()} == {name: x.shape for name, x in floats.items()}
+    assert not any(np.any(x) for x in gradients.values())
+
+
 def test_other_axes():
     arrays = stacked(["query", "key", "value"])
     query, key, value, start, end, sinks = arrays.values()

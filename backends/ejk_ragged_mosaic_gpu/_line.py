@@ -82,7 +82,7 @@ class Ranges:
         schedule = self.plan.schedule
         worker = lax.rem(program, schedule.workers)
         alone = lax.div(program, schedule.workers)
-        total = self._stop(alone) if self.stops is None else self.stops[schedule.batch - 1]
+        total = self._total(alone)
         first, count = schedule.stretch(worker, total)
         b, before = (alone, jnp.int32(0)) if self.stops is None else self._find(jnp.minimum(first, total - 1))
 
@@ -106,9 +106,8 @@ class Ranges:
         """The first slot of a sequence's results, and how many from there on are its pieces."""
         zero = jnp.zeros_like(b)
         stop = self._stop(b)
-        total = stop if self.stops is None else self.stops[self.plan.schedule.batch - 1]
         # Worker and range matter where a line is cut, and not where pieces are counted.
-        return self.plan.schedule.pieces(Line(zero, b, zero, zero, stop - self._before(b), stop, total))
+        return self.plan.schedule.pieces(Line(zero, b, zero, zero, stop - self._before(b), stop, self._total(b)))
 
     def _find(self, place):
         """Which sequence lies at a place on the line, and where it begins."""
@@ -121,6 +120,10 @@ class Ranges:
 
     def _range(self, b):
         return self.plan.schedule.clipped(b, *(None if ref is None else ref[b] for ref in self.lengths))
+
+    def _total(self, b):
+        """The rounds of the line on which a sequence lies."""
+        return self._stop(b if self.stops is None else self.plan.schedule.batch - 1)
 
     def _stop(self, b):
         return self._rounds(*self._range(b)) if self.stops is None else self.stops[b]

@@ -1,5 +1,6 @@
 """A backend by the textbook: all logits at once, every problem, in plain JAX. Slow on large caches, and easy to read."""
 
+import dataclasses
 import functools
 from typing import ClassVar
 
@@ -10,7 +11,11 @@ from ejk_ragged._backend import Backend
 
 
 class TextbookBackend(Backend):
-    """For tests: of what surrounds a backend, which then compile quickly, and of tests, by subclasses with a fault on purpose."""
+    """For tests: of what surrounds a backend, which then compile quickly, and of tests, by subclasses with a fault on purpose.
+
+    It takes the problem at its word, as kernels do: what is not `given` it does not read, and where there are no `gaps` it clears
+    nothing between a sequence's tokens.
+    """
 
     name: ClassVar[str] = "textbook"
 
@@ -19,6 +24,7 @@ class TextbookBackend(Backend):
 
     def forward(self, problem, target, queries, cache):
         del target
+        queries = self.given(problem, queries)
         x, _ = self.logits(problem, queries, cache)
         sink = self.by_kv_head(problem, queries.sink)[..., None]
         top = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), sink)
@@ -30,6 +36,7 @@ class TextbookBackend(Backend):
 
     def backward(self, problem, target, queries, cache, lse, d_out, delta, *, wanted):
         del target
+        queries = self.given(problem, queries)
         accum = problem.accum_dtype
         split = functools.partial(self.by_kv_head, problem)
         x, slope = self.logits(problem, queries, cache)
@@ -46,6 +53,12 @@ class TextbookBackend(Backend):
             d_value = _dot("bthgs,bthgd->bshd", p, d_out)
             gradients += [d_key.astype(cache.key.dtype), d_value.astype(cache.value.dtype)]
         return gradients
+
+    def given(self, problem, queries):
+        """The queries, with nothing said by what need not be read."""
+        silent = {"start": 0, "end": problem.seq_len, "sink": -jnp.inf}
+        unread = {name: jnp.full_like(getattr(queries, name), x) for name, x in silent.items() if name not in problem.given}
+        return dataclasses.replace(queries, **unread)
 
     # What a faulty one may get wrong.
 
@@ -81,6 +94,9 @@ class TextbookBackend(Backend):
         rows = rows.astype(problem.accum_dtype)
         if scale is not None:
             rows = rows * scale.swapaxes(1, 2)[..., None]
+        if not problem.gaps:
+            start, end = (x[:, None] for x in queries.hull(problem.seq_len))
+            queries = dataclasses.replace(queries, start=start, end=end)
         return jnp.where(jnp.any(self.live(problem, queries), axis=1)[..., None, None], rows, 0)
 
     def weights(self, weights):
