@@ -7,13 +7,14 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental import pallas as pl
 
 from ejk_ragged_pallas_triton._blocks import line_of, store_pieces
 from ejk_ragged_schedule import Schedule
 
 
-BATCH, SEQ_LEN = 5, 200
+BATCH, SEQ_LEN = 5, 200  # of most tests
 
 
 @functools.cache
@@ -47,7 +48,7 @@ def walk(schedule):
         store_pieces(schedule, line, pieces_ref)
 
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    shapes = [int32((schedule.programs,)), int32((BATCH, SEQ_LEN)), int32((schedule.slots,)), int32((2, BATCH))]
+    shapes = [int32((schedule.programs,)), int32((schedule.batch, SEQ_LEN)), int32((schedule.slots,)), int32((2, schedule.batch))]
     return jax.jit(pl.pallas_call(kernel, grid=(schedule.programs,), out_shape=shapes, interpret=True))
 
 
@@ -62,23 +63,31 @@ def walk(schedule):
 @hypothesis.example(by_sequence=False, workers=8, deal=4, ranges=[(0, SEQ_LEN)] + [(7, 8)] * (BATCH - 1))
 def test_schedule_covers_every_live_row_once(by_sequence, workers, deal, ranges):
     deal = 1 if by_sequence else deal
-    schedule = Schedule(BATCH, SEQ_LEN, workers * deal, 32, by_sequence, deal=deal)
-    start, end = np.array(ranges, np.int32).T
+    covers_every_live_row_once(Schedule(BATCH, SEQ_LEN, workers * deal, 32, by_sequence, deal=deal), *np.array(ranges, np.int32).T)
+
+
+@pytest.mark.parametrize("batch", [32, 33, 300])  # one strip, two, and three longer ones
+def test_many_sequences(batch):
+    ends = np.random.default_rng(batch).integers(0, SEQ_LEN, (2, batch), np.int32)
+    covers_every_live_row_once(Schedule(batch, SEQ_LEN, 6, 32, by_sequence=False, deal=2), *ends)
+
+
+def covers_every_live_row_once(schedule, start, end):
     tiles, rows, slots, (first, count) = map(np.asarray, walk(schedule)(start, end))
     index = np.arange(SEQ_LEN)
     np.testing.assert_array_equal(rows, (index >= start[:, None]) & (index < end[:, None]))
     # The slots that were filled are those in which the pieces are looked for, each by one piece.
     expected = np.full_like(slots, -1)
-    for b in range(BATCH):
+    for b in range(schedule.batch):
         assert np.all(expected[first[b] : first[b] + count[b]] == -1)
         expected[first[b] : first[b] + count[b]] = b
     np.testing.assert_array_equal(slots, expected)
     # No tile is cut in two, and no program has more than its share of them.
-    rounds = -(-np.maximum(end - start, 0) // (32 * deal))
-    rounds = rounds if by_sequence else rounds.sum(keepdims=True)
-    shares = -(-rounds // workers)
+    rounds = -(-np.maximum(end - start, 0) // schedule.stride)
+    rounds = rounds if schedule.by_sequence else rounds.sum(keepdims=True)
+    shares = -(-rounds // (schedule.workers // schedule.deal))
     tiles = tiles.reshape(len(rounds), -1)
-    assert np.all(tiles.sum(axis=1) == rounds * deal)
+    assert np.all(tiles.sum(axis=1) == rounds * schedule.deal)
     assert np.all(tiles.max(axis=1) == shares)
 
 

@@ -113,6 +113,16 @@ class _Program:
     results: Any
     shared: Any
 
+    def first_key(self, piece, i):
+        """Of the piece's tile i."""
+        return piece.row + i * self.plan.schedule.stride
+
+    def row_of(self, piece, first):
+        """Where the tile that begins with key `first` is read: further back at the end of a range, where there are rows that have
+        been read just before, and are in the GPU's second-level cache, in place of rows that nobody sees."""
+        end = (piece.end + self.plan.align - 1) & -self.plan.align
+        return jnp.maximum(jnp.minimum(first, end - self.plan.schedule.block_keys), 0)
+
     # -----------------------------------------------------------------------------------------------------------------------
     # The warpgroup that copies
 
@@ -135,7 +145,7 @@ class _Program:
 
             def tile(i, _):
                 slot = lax.rem(piece.tiles_before + i, plan.stages)
-                row = pl.multiple_of(piece.row + i * schedule.stride, plan.align)
+                row = pl.multiple_of(self.row_of(piece, self.first_key(piece, i)), plan.align)
                 for name, ref in zip("kv", self.cache, strict=True):
                     source = ref.at[piece.sequence, pl.ds(row, schedule.block_keys), self.head]
                     into(name, slot, source if plan.direct else source.at[:, dims])
@@ -169,9 +179,10 @@ class _Program:
         def tile(i, carry):
             acc, high, total = carry
             slot = lax.rem(piece.tiles_before + i, plan.stages)
-            first = piece.row + i * plan.schedule.stride
-            key = plgpu.broadcasted_iota(jnp.int32, (keys, rows), 0, layout=TILE) + first
-            sees = (key >= piece.start) & (key < piece.end)
+            first = self.first_key(piece, i)
+            row = self.row_of(piece, first)
+            key = plgpu.broadcasted_iota(jnp.int32, (keys, rows), 0, layout=TILE) + row
+            sees = (key >= jnp.maximum(first, piece.start)) & (key < piece.end)
             for bound, holds in zip(row_bounds, (jnp.greater_equal, jnp.less), strict=True):
                 if bound is not None:
                     sees = sees & holds(key, lax.broadcast_in_dim(bound, (keys, rows), [1]))
@@ -189,7 +200,7 @@ class _Program:
             plgpu.commit_smem()
 
             plgpu.barrier_wait(shared.v_full.at[slot])
-            v = self.laid_out("v", slot, sees, (first < piece.start) | (first + keys > piece.end))
+            v = self.laid_out("v", slot, sees, (row < piece.start) | (row + keys > piece.end))
             acc = acc * lax.broadcast_in_dim(fade, acc.shape, [1]) + _product(v.transpose((1, 0)), shared.p.transpose((1, 0)))
             plgpu.barrier_arrive(shared.v_free.at[slot])
             return acc, new_high, total

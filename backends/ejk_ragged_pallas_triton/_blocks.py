@@ -92,19 +92,23 @@ class Block:
 
 
 def line_of(schedule, program, start_ref, end_ref):
-    """The line on which `program` works; a ref of lengths may be None."""
-    number, there = schedule.sequences(program)
-    start, end = (None if ref is None else load((ref.at[number], there)) for ref in (start_ref, end_ref))
-    return schedule.line(program, number, start, end)
+    """The line on which `program` works, in strips; a ref of lengths may be None."""
+
+    def lengths(number):
+        there = number < schedule.batch
+        return number, *(None if ref is None else load((ref.at[number], there)) for ref in (start_ref, end_ref))
+
+    return schedule.line(program, [lengths(number) for number in schedule.sequences(program)])
 
 
 def store_pieces(schedule, line, pieces_ref):
     """The line's first worker writes down [2, B]: each sequence's first slot, and how many from there on are its pieces."""
 
-    @pl.when(line.worker == 0)
+    @pl.when(line[0].worker == 0)
     def _():
-        for row, values in enumerate(schedule.pieces(line)):
-            plgpu.store(pieces_ref.at[row, line.number], values, mask=line.number < schedule.batch)
+        for strip in line:
+            for row, values in enumerate(schedule.pieces(strip)):
+                plgpu.store(pieces_ref.at[row, strip.number], values, mask=strip.number < schedule.batch)
 
 
 def load(where):

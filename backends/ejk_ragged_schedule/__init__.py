@@ -18,6 +18,7 @@ Arithmetic on values alone: how lengths are read and results are written is the 
 """
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +26,8 @@ import jax.numpy as jnp
 
 
 class Line(NamedTuple):
-    """A worker's number, and of each sequence on its line, or of one: number, first key and end, rounds, and where these stop;
-    and all the line's rounds."""
+    """A worker's number; of each sequence in a strip of its line, or of one: number, first key and end, rounds, and where these
+    stop; and all the line's rounds."""
 
     worker: jax.Array
     number: jax.Array
@@ -90,19 +91,22 @@ class Schedule:
         return program if self.by_sequence else program + b * self.deal
 
     def sequences(self, program):
-        """Numbers of the sequences on the line of `program`, [a power of two], and which of them there are."""
-        if self.by_sequence:
-            number = jnp.full(1, program // self.workers, jnp.int32)
-        else:
-            number = jnp.arange(1 << (self.batch - 1).bit_length(), dtype=jnp.int32)
-        return number, number < self.batch
+        """Numbers of the sequences on the line of `program`, in strips of [a power of two]; the last one may go beyond the batch."""
+        if self.by_sequence or self.batch == 1:
+            return [jnp.full(1, program // self.workers, jnp.int32)]
+        size = max(STRIP, (1 << (self.batch - 1).bit_length()) // MOST_STRIPS)
+        return [first + jnp.arange(size, dtype=jnp.int32) for first in range(0, self.batch, size)]
 
-    def line(self, program, number, start, end) -> Line:
-        """The line on which `program` works, from the first keys and the ends of its `sequences`: as given, 0 where there is no
-        sequence. None: ranges begin at 0, or end at seq_len."""
-        start, end = self.clipped(number, start, end)
-        rounds = self.rounds(start, end)
-        return Line(program % self.workers, number, start, end, rounds, running_sum(rounds), total_of(rounds))
+    def line(self, program, strips) -> list[Line]:
+        """The line on which `program` works, in strips, from (number, start, end) of each strip of its `sequences`: first keys and
+        ends as given, 0 where there is no sequence. None: ranges begin at 0, or end at seq_len."""
+        strips = [(number, *self.clipped(number, start, end)) for number, start, end in strips]
+        rounds = [self.rounds(start, end) for _, start, end in strips]
+        *before, total = itertools.accumulate(map(total_of, rounds), initial=jnp.int32(0))
+        return [
+            Line(program % self.workers, *strip, of_each, first + running_sum(of_each), total)
+            for strip, of_each, first in zip(strips, rounds, before, strict=True)
+        ]
 
     def clipped(self, number, start, end):
         """First keys and ends of the sequences `number` within the cache, from what was given."""
@@ -115,30 +119,30 @@ class Schedule:
         return jnp.where(end > start, cdiv(end - start, self.stride), 0)
 
     def pieces(self, line: Line):
-        """Of each sequence on the line: the first slot, and how many from there on are its pieces; all its workers say the same."""
+        """Of each sequence of a strip: the first slot, and how many from there on are its pieces; all its workers say the same."""
         chunk = self._chunk(line.total)
         before = (line.stop - line.rounds) // chunk
         count = jnp.where(line.rounds > 0, (line.stop - 1) // chunk - before + 1, 0)
         first = line.number * self.workers if self.by_sequence else (line.number + before) * self.deal
         return first, count * self.deal
 
-    def tiles(self, line: Line):
+    def tiles(self, line: list[Line]):
         """How many tiles the line's worker has, and a function of a tile's number to (sequence, first key, end of the piece).
 
         All who share a stretch have as many, so that each has a piece of each sequence on it, if one of tiles without keys.
         """
-        first, count = self.stretch(line.worker, line.total)
-        before = line.stop - line.rounds
-        origin, piece_end = self.piece(line)
+        first, count = self.stretch(line[0].worker, line[0].total)
+        values = [(strip.number, *self.piece(strip)) for strip in line]
 
         def at(tile):
             place = first + tile
-            here = (before <= place) & (place < line.stop)  # one sequence; looked up in registers, without a load
-
-            def pick(of_each):
-                return total_of(jnp.where(here, of_each, 0))
-
-            return pick(line.number), pick(origin) + place * self.stride, pick(piece_end)
+            # One sequence of one strip; looked up in registers, without a load.
+            here = [(strip.stop - strip.rounds <= place) & (place < strip.stop) for strip in line]
+            number, origin, piece_end = (
+                total_of(sum(jnp.where(mask, x, 0) for mask, x in zip(here, of_strips, strict=True)))
+                for of_strips in zip(*values, strict=True)
+            )
+            return number, origin + place * self.stride, piece_end
 
         return count, at
 
@@ -149,7 +153,7 @@ class Schedule:
         return first, jnp.clip(total - first, 0, chunk)
 
     def piece(self, line: Line):
-        """Of each sequence on the line: the key at which the worker's tile would begin in the line's first round, `stride` keys
+        """Of each sequence of a strip: the key at which the worker's tile would begin in the line's first round, `stride` keys
         before that of the next; and where its piece ends."""
         first, count = self.stretch(line.worker, line.total)
         before = line.stop - line.rounds
@@ -182,6 +186,9 @@ def length_arrays(problem, queries) -> dict[str, Any]:
     return dict(zip(("start", "end"), hull, strict=True)) | per_token
 
 
+# A strip has as many sequences as a warp has threads: one instruction sums them up, and no warp waits for another. Strips take
+# registers, so in large batches there are no more of them, and they are longer.
+STRIP, MOST_STRIPS = 32, 4
 LEAST_STRETCHES = 4  # of a line, however few sequences are on it; fewer and longer ones are read more slowly again
 
 
