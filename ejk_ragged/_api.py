@@ -175,7 +175,7 @@ def canonical(arguments: Arguments) -> tuple[Queries, Cache]:
     accum = accum_dtype(query.dtype)
     start, end = _bounds(a, query.shape[1])
     sink = _sink(a.softmax_aux, query.shape[2], accum)
-    scales = (_scale(x, a.key.shape[2], accum) for x in (a.key_scale, a.value_scale))
+    scales = (_scale(x, accum) for x in (a.key_scale, a.value_scale))
     return Queries(query, start, end, sink), Cache(a.key, a.value, *scales)
 
 
@@ -217,10 +217,10 @@ def _sink(aux, num_q_heads, accum):
     return jnp.repeat(sink, num_q_heads // sink.shape[0])[None, None]
 
 
-def _scale(scale, num_kv_heads, accum):
-    """[B or 1, Hkv, S or 1]: a number, [Hkv], [B, Hkv] or [B, Hkv, S] by its axes."""
+def _scale(scale, accum):
+    """[B, Hkv, S], or 1 for each: a number, [Hkv], [B, Hkv] or [B, Hkv, S] by its axes. Not broadcast, which on a GPU would be a
+    kernel more."""
     if scale is None:
         return None
     axes = {0: (None, None, None), 1: (None, ..., None), 2: (..., None), 3: ()}[scale.ndim]
-    scale = scale.astype(accum)[axes]
-    return jnp.broadcast_to(scale, (scale.shape[0], num_kv_heads, scale.shape[2]))
+    return scale.astype(accum)[axes]

@@ -248,8 +248,8 @@ def _typed(
     sink: Float[Array, " #batch #num_tokens num_q_heads"],
     key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
     value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-    key_scale: Float[Array, " #batch num_kv_heads #seq_len"] | None,
-    value_scale: Float[Array, " #batch num_kv_heads #seq_len"] | None,
+    key_scale: Float[Array, " #batch #num_kv_heads #seq_len"] | None,
+    value_scale: Float[Array, " #batch #num_kv_heads #seq_len"] | None,
 ):
     """Does nothing; where jaxtyping's import hook is on, as in the tests, it holds the operands to their types together."""
 

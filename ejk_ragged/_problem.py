@@ -110,14 +110,14 @@ class Cache:
 
     Attributes:
         key, value: [B, S, Hkv, D] in the query's dtype, or a quantised one; rows that no token sees may hold anything.
-        key_scale, value_scale: accumulation dtype [B, Hkv, S], B or S being 1 where all sequences or all rows have the same; rows
+        key_scale, value_scale: accumulation dtype [B, Hkv, S], each being 1 where all sequences, heads or rows have the same; rows
             that no token sees may hold anything. None where there is none.
     """
 
     key: Shaped[Array, "batch seq_len num_kv_heads head_dim"]
     value: Shaped[Array, "batch seq_len num_kv_heads head_dim"]
-    key_scale: Float[Array, " #batch num_kv_heads #seq_len"] | None = None
-    value_scale: Float[Array, " #batch num_kv_heads #seq_len"] | None = None
+    key_scale: Float[Array, " #batch #num_kv_heads #seq_len"] | None = None
+    value_scale: Float[Array, " #batch #num_kv_heads #seq_len"] | None = None
 
 
 GIVEN = frozenset({"start", "end", "sink"})

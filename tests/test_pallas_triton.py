@@ -148,6 +148,19 @@ def test_nothing_is_made_around_the_kernels():
         assert (len(split), len(combine)) == (4, 3 + len(sinks))
 
 
+@pytest.mark.parametrize(("shape", "held"), [((), "1x1x1"), ((4,), "1x4x1"), ((4, 4), "4x4x1"), ((4, 4, 1000), "4x4x1000")])
+def test_scales_are_given_to_the_kernels_as_they_are(shape, held):
+    """Spreading a number over the heads would be a kernel more for keys, and another for values."""
+    query, key, value, *_ = arrays()
+    key, value = (jax.ShapeDtypeStruct(x.shape, "int8") for x in (key, value))
+    scale = jax.ShapeDtypeStruct(shape, "float32")
+    call = lambda query, key, value, *scales: ragged_decode_attention(query, key, value, key_scale=scales[0], value_scale=scales[1])
+    split, _ = (line for line in lowered(call, (query, key, value, scale, scale)).splitlines() if CUSTOM_CALL in line)
+    operands = split.rsplit(":", 1)[1].split("->")[0]
+    assert operands.count(f"tensor<{held}xf32>") == 2
+    assert operands.count("tensor<") == 5
+
+
 @pytest.mark.parametrize("head_dim", [8, 80, 112, 256])
 @pytest.mark.parametrize("group", [1, 5, 16, 64])
 def test_lowers_for_cuda_in_any_shape(head_dim, group):
@@ -359,11 +372,10 @@ def test_two_programs_a_multiprocessor_for_quantised_caches():
 
 
 def test_tiles_of_quantised_caches():
-    """Fewer keys beside more rows, and where there are few tiles, of which two stages are enough if they are not tiny; with splits
-    given the batch has no say in it."""
+    """Fewer keys beside more rows, and where there are few tiles; of float8, no more than dimensions. With splits given the batch
+    has no say in it."""
     target = Target("cuda")
     one = functools.partial(problem, cache_dtype="int8", num_q_heads=32, num_kv_heads=8)
-    stages = lambda **changes: resolve(one(**changes), target).num_stages
     keys = lambda **changes: resolve(one(**changes), target).block_size_keys
     assert keys(batch=64, seq_len=16384) == 128
     assert keys(batch=64, seq_len=16384, num_tokens=8) == 64
@@ -371,9 +383,8 @@ def test_tiles_of_quantised_caches():
     assert keys(batch=1, seq_len=4096) == 32
     assert keys(batch=64, seq_len=8192, head_dim=64) == 128
     assert keys(batch=64, seq_len=8192, head_dim=64, most_keys=256) == 64
-    assert stages(batch=64, seq_len=16384) == stages(batch=1, seq_len=4096) == 3
-    assert stages(batch=16, seq_len=1024) == 2
-    assert stages(batch=64, seq_len=8192, head_dim=64, most_keys=256) == 3
+    float8 = functools.partial(keys, batch=64, seq_len=8192, cache_dtype="float8_e4m3fn")
+    assert [float8(head_dim=head_dim) for head_dim in (32, 64, 128, 256)] == [64, 64, 128, 64]
     splits = FwdParams(num_key_splits=4)
     assert keys(batch=1, seq_len=4096, fwd_params=splits) == keys(batch=64, seq_len=4096, fwd_params=splits)
 

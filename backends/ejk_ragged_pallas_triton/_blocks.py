@@ -65,13 +65,17 @@ class Block:
         """The scales of `keys` of sequence `b`, [keys]; None without a ref, or where all keys have the same."""
         if ref is None or ref.shape[2] == 1:
             return None
-        return load((ref.at[b if ref.shape[0] > 1 else 0, self.kv_head, keys], live))
+        return load((ref.at[*self._of_scale(ref, b), keys], live))
 
     def common_scale(self, ref, b):
         """The scale that all keys of sequence `b` have; 1 where there is no such thing."""
         if ref is None or ref.shape[2] > 1:
             return 1.0
-        return ref[b if ref.shape[0] > 1 else 0, self.kv_head, 0]
+        return ref[*self._of_scale(ref, b), 0]
+
+    def _of_scale(self, ref, b):
+        """Whose scale: the sequence and the head, 0 where all have the same."""
+        return [number if size > 1 else 0 for number, size in zip((b, self.kv_head), ref.shape[:2], strict=True)]
 
     def sees(self, lengths, b, keys, end):
         """Which keys of a piece that ends at `end` each row sees, [block_rows, keys], or [1, keys] where all see the same."""
@@ -145,7 +149,7 @@ def dot(problem, a, b):
 
 def query_dot(problem, q, tile):
     """q @ tile for rows of queries, or of cotangents, beside a tile of the cache that may be quantised."""
-    return dot(problem, q, tile.astype(q.dtype))
+    return dot(problem, q, widened(tile, q.dtype))
 
 
 def value_dot(problem, p, v, scale=None):
@@ -154,12 +158,13 @@ def value_dot(problem, p, v, scale=None):
         return dot(problem, p.astype(v.dtype), v)
     # float16 holds every number of 8 bits, and p more finely than bfloat16 does.
     dtype = jnp.float32 if problem.dtype == jnp.float32 else jnp.float16
+    v = widened(v, dtype)
     if scale is None:
-        return dot(problem, p.astype(dtype), v.astype(dtype))
+        return dot(problem, p.astype(dtype), v)
     # Relative to the tile's largest scale: a single key then weighs exactly 1, and nothing leaves the range.
     largest = jnp.max(jnp.abs(scale))
     largest = jnp.where(largest > 0, largest, 1.0)
-    return dot(problem, (p * (scale / largest)[None, :]).astype(dtype), v.astype(dtype)) * largest
+    return dot(problem, (p * (scale / largest)[None, :]).astype(dtype), v) * largest
 
 
 def key_dot(problem, d_x, k, scale=None):
@@ -171,4 +176,12 @@ def key_dot(problem, d_x, k, scale=None):
         problem = dataclasses.replace(problem, precision=jax.lax.Precision.DEFAULT)
     else:
         d_x = d_x.astype(problem.dtype)
-    return dot(problem, d_x, k.astype(d_x.dtype))
+    return dot(problem, d_x, widened(k, d_x.dtype))
+
+
+def widened(tile, dtype):
+    """A tile of the cache as `dtype`, which holds all of its numbers."""
+    if tile.dtype == jnp.float8_e4m3fn and dtype == jnp.bfloat16:
+        # By way of these an instruction takes two numbers; straight to bfloat16 each one passes through a slow unit.
+        tile = tile.astype(jnp.float16).astype(jnp.float32)
+    return tile.astype(dtype)

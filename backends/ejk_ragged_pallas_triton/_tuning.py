@@ -34,10 +34,10 @@ class Tiles:
 # The defaults, measured on an H100; docs/performance has the log.
 TILE_BYTES = 16 * 1024  # of keys in a tile, and as many of values: enough in flight, and small enough for three stages
 MOST_KEYS = 256  # of a tile
-# Of a quantised cache, whose tiles are widened in registers: fewer, and fewer still beside more rows of queries than 16 and in the
-# backward kernel. Where there are no more than so many tiles a program, they are halved, down to the last number.
+# Of a quantised cache, whose tiles are widened in registers: fewer; and fewer still beside more rows of queries than 16, in the
+# backward kernel, and of float8 no more than a head has dimensions. Where there are no more than so many tiles a program, they are
+# halved, down to the last number.
 MOST_QUANTISED_KEYS, FEW_QUANTISED_KEYS, FEW_TILES, LEAST_QUANTISED_KEYS = 128, 64, 4, 32
-TINY_TILE_BYTES = 4 * 1024
 NUM_WARPS = 4  # eight wait for each other in the softmax, two are too few for a tile
 NUM_STAGES = 3  # two tiles on their way while one is worked on
 # Programs of a multiprocessor, all of them there from the beginning to the end, by whether the cache is quantised. One gets its
@@ -79,7 +79,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     rows = given.block_size_heads or fitting_rows(problem, fits)
     keys = given.block_size_keys or default_block_keys(problem, rows, target)
     needs = functools.partial(shared_bytes, problem, keys, rows, backward=False)
-    stages = given.num_stages or _fitting_stages(needs, target, _most_stages(problem, keys, rows))
+    stages = given.num_stages or _fitting_stages(needs, target, _most_stages(problem, rows))
     if needs(stages) > _shared_memory(target):
         raise ValueError(
             f"FwdParams.block_size_keys {keys}, block_size_heads {rows} and num_stages {stages} need about {needs(stages)} bytes "
@@ -151,11 +151,9 @@ def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
     return keys
 
 
-def _most_stages(problem: Problem, keys: int, rows: int) -> int:
-    """Fewer of a quantised cache: beside wide blocks so few that two programs fit, and of tiles that were halved, one on its way is
-    enough if it is not tiny."""
-    halved = rows <= 16 and keys < tile_keys(problem) and keys * block_dim(problem) > TINY_TILE_BYTES
-    return 2 if problem.quantised and (rows >= WHOLE_STAGES_FROM or halved) else NUM_STAGES
+def _most_stages(problem: Problem, rows: int) -> int:
+    """Of a quantised cache, beside wide blocks, so few that two programs fit."""
+    return 2 if problem.quantised and rows >= WHOLE_STAGES_FROM else NUM_STAGES
 
 
 def tile_keys(problem: Problem) -> int:
@@ -163,6 +161,8 @@ def tile_keys(problem: Problem) -> int:
     # Beside float32 queries, what counts is what a tile is widened to.
     itemsize = max(problem.cache_dtype.itemsize, 4 if problem.dtype.itemsize == 4 else 1)
     most = MOST_QUANTISED_KEYS if problem.quantised else MOST_KEYS
+    if problem.cache_dtype.name.startswith("float8"):
+        most = min(most, max(block_dim(problem), FEW_QUANTISED_KEYS))
     return min(max(TILE_BYTES // (block_dim(problem) * itemsize), 16), most)
 
 

@@ -27,7 +27,7 @@ class Chunk(NamedTuple):
 
     Attributes:
         k, v: [H, C, D].
-        k_scale, v_scale: [H, 1, C], 0 at rows that nobody sees, or [H, 1, 1] where all rows have the same, or None.
+        k_scale, v_scale: [H or 1, 1, C], 0 at rows that nobody sees, or 1 for C where all rows have the same, or None.
         live: bool [1, R, C], or [1, 1, C] where all rows of queries see the same: which rows of the cache each row of queries sees.
         new: likewise, those of them that no chunk before held.
         seen: bool [1, C, 1], the rows that anybody sees; k and v may hold anything at the others, and 0 times that may be NaN.
@@ -106,10 +106,11 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
     def load_scale(scale, b, row, rows, heads, seen):
         if scale is None:
             return None
-        alike = scale.shape[2] == 1
-        at = zero if scale.shape[0] == 1 else b, jnp.int32(heads.start), zero if alike else row
-        chunk = lax.dynamic_slice(scale, at, (1, len(heads), 1 if alike else rows))[0][:, None]
-        return chunk if alike else jnp.where(seen.transpose(0, 2, 1), chunk, 0)
+        alike = [n == 1 for n in scale.shape]
+        at = (zero if same else place for same, place in zip(alike, (b, jnp.int32(heads.start), row), strict=True))
+        sizes = [1 if same else n for same, n in zip(alike, (1, len(heads), rows), strict=True)]
+        chunk = lax.dynamic_slice(scale, tuple(at), sizes)[0][:, None]
+        return chunk if alike[2] else jnp.where(seen.transpose(0, 2, 1), chunk, 0)
 
     def store(rows_of, chunk, b, row, heads):
         chunk = chunk.transpose(1, 0, 2).astype(problem.cache_dtype)
