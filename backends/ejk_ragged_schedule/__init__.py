@@ -91,7 +91,7 @@ class Schedule:
         return program if self.by_sequence else program + b * self.deal
 
     def sequences(self, program):
-        """Numbers of the sequences on the line of `program`, in strips of [a power of two], the last of which may pass the batch."""
+        """Numbers of the sequences on the line of `program`, in strips of [a power of two]; the last may go beyond the batch."""
         if self.by_sequence or self.batch == 1:
             return [jnp.full(1, program // self.workers, jnp.int32)]
         size = max(STRIP, (1 << (self.batch - 1).bit_length()) // MOST_STRIPS)
