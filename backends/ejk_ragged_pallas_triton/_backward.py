@@ -35,6 +35,9 @@ from ._jax import array, compiler_params
 from ._tuning import backward_tiles, Tiles
 
 
+SMALL_BLOCK = 16 * 128  # numbers of a block of queries
+
+
 def backward(problem, target, queries, cache, lse, d_out, delta, *, wanted, interpret):
     """The wanted gradients; shapes as in `ejk_ragged.Backend.backward`."""
     plan = backward_tiles(problem, target)
@@ -104,6 +107,8 @@ def _split_kernel(
     program = pl.program_id(1)
     line = line_of(schedule, program, lengths["start"], lengths["end"])
     num_tiles, tile_at = schedule.tiles(line)
+    # What is loaded first waits in registers, where beside tiles that are widened there is room for small blocks only.
+    rows_late = problem.quantised and plan.block_rows * plan.block_dim > SMALL_BLOCK
 
     def tile(i, carry):
         d_q, fresh, b, key, end = carry
@@ -114,8 +119,9 @@ def _split_kernel(
             """Query and cotangent of a block."""
             return load(block.of_query(q_ref, b)), load(block.of_query(d_out_ref, b))
 
-        q, d_out = rows_of(block)
+        loaded = () if rows_late else rows_of(block)
         k, v = load(block.of_cache(k_ref, b, keys, live)), load(block.of_cache(v_ref, b, keys, live))
+        q, d_out = loaded or rows_of(block)
         key_scales, value_scales = (block.scales(ref, b, keys, live) for ref in (key_scale_ref, value_scale_ref))
         key_scale, value_scale = (block.common_scale(ref, b) for ref in (key_scale_ref, value_scale_ref))
 
