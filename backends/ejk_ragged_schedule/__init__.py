@@ -92,9 +92,9 @@ class Schedule:
 
     def sequences(self, program):
         """Numbers of the sequences on the line of `program`, in strips of [a power of two]; the last may go beyond the batch."""
-        if self.by_sequence or self.batch == 1:
+        if self.by_sequence:
             return [jnp.full(1, program // self.workers, jnp.int32)]
-        size = max(STRIP, (1 << (self.batch - 1).bit_length()) // MOST_STRIPS)
+        size = 1 if self.batch == 1 else max(STRIP, (1 << (self.batch - 1).bit_length()) // MOST_STRIPS)
         return [first + jnp.arange(size, dtype=jnp.int32) for first in range(0, self.batch, size)]
 
     def line(self, program, strips) -> list[Line]:
