@@ -71,8 +71,8 @@ def types(session):
 def tests(session, part):
     """The tests of one backend, or those that need none in particular (core), on the Python that runs nox."""
     session.install("-e", ".", *group("test"))
-    core = " and ".join(f"not {backend}" for backend in BACKENDS)
-    ways = {"core": (core,), "xla": ("xla and not optimised", "optimised")}.get(part, (part,))  # two ways to compile: see conftest
+    marks = " and ".join(f"not {backend}" for backend in BACKENDS) if part == "core" else part
+    ways = [f"{marks} and not optimised"] + ["optimised"] * (part == "xla")  # two ways to compile: see conftest
     measured = ["--cov"] if part == "core" and not session.posargs else []  # it costs a quarter more
     codes = (0, 5) if session.posargs else (0,)  # what follows `--` may choose tests of one way only
     for way in ways:

@@ -16,7 +16,7 @@ from ejk_ragged._registry import registry
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Compiling is most of what the tests take, so XLA need not try hard but for those marked `optimised`; see `_compiler`. In JAX 0.10
-# it also has an older way to make code, which takes half as long; a process has either, so `pytest -m optimised` has the new.
+# it also has an older way to make code, which takes half as long. A process has either, and has it if it leaves those tests out.
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" if jax.__version_info__ < (0, 11) else ""
 
 # Nobody's arrays should be promoted behind their back.
@@ -32,7 +32,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 
 def pytest_configure(config):
-    if config.option.markexpr != "optimised":
+    if "not optimised" in config.option.markexpr:
         os.environ.setdefault("XLA_FLAGS", QUICK)
     config.addinivalue_line("markers", "optimised: what XLA makes for CPUs is under test, as users have it")
     for name in registry.names():

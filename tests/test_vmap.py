@@ -94,6 +94,17 @@ def test_tokens_and_quantised_caches(subset):
     assert_maps(functools.partial(call, sliding_window=(4, 0)), names_of(subset, GROUPS_OF_TOKENS), TOKENS)
 
 
+def call_with_numbers(*, key_scale, value_scale, **arrays):
+    """One scale for the whole cache, in place of one for each head."""
+    return call(**arrays, key_scale=key_scale[0], value_scale=value_scale[0])
+
+
+@pytest.mark.parametrize(("call", "scales"), [(call_with_numbers, "head"), (call, "head"), (call, "sequence")])
+@pytest.mark.parametrize("subset", ["query", "query+scales", "key+value", "key+value+scales"])
+def test_scales_that_many_share(call, scales, subset):
+    assert_maps(call, names_of(subset, GROUPS_OF_TOKENS), dataclasses.replace(TOKENS, scales=scales))
+
+
 @pytest.mark.parametrize("name", SHIFTS)
 def test_one_length_alone(name):
     assert_maps(call, [name], TOKENS if name == "query_lengths" else CASE)

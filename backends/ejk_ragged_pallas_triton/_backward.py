@@ -32,10 +32,7 @@ from ._blocks import (
     WHOLE,
 )
 from ._jax import array, compiler_params
-from ._tuning import backward_tiles, Tiles
-
-
-SMALL_BLOCK = 16 * 128  # numbers of a block of queries
+from ._tuning import backward_tiles, SMALL_BLOCK, Tiles
 
 
 def backward(problem, target, queries, cache, lse, d_out, delta, *, wanted, interpret):
@@ -107,7 +104,6 @@ def _split_kernel(
     program = pl.program_id(1)
     line = line_of(schedule, program, lengths["start"], lengths["end"])
     num_tiles, tile_at = schedule.tiles(line)
-    # What is loaded first waits in registers, where beside tiles that are widened there is room for small blocks only.
     rows_late = problem.quantised and plan.block_rows * plan.block_dim > SMALL_BLOCK
 
     def tile(i, carry):

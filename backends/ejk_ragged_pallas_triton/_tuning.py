@@ -43,6 +43,9 @@ NUM_STAGES = 3  # two tiles on their way while one is worked on
 # Programs of a multiprocessor, all of them there from the beginning to the end, by whether the cache is quantised. One gets its
 # equal share of the bandwidth. But a tile of 8 bits takes longer to work on than to load, and two work on one each in turn.
 PROGRAMS = {False: 1, True: 2}
+# Numbers of a block of queries that d_query's kernel loads before the keys of a quantised cache. Larger ones it loads after them:
+# what is loaded first waits in registers, where beside widened tiles there is little room.
+SMALL_BLOCK = 16 * 128
 MOST_MERGED = 32  # partial results of a sequence at a time
 
 # What there is to a device, where there is no device to ask: an H100.
@@ -79,7 +82,9 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     rows = given.block_size_heads or fitting_rows(problem, fits)
     keys = given.block_size_keys or default_block_keys(problem, rows, target)
     needs = functools.partial(shared_bytes, problem, keys, rows, backward=False)
-    stages = given.num_stages or _fitting_stages(needs, target, _most_stages(problem, rows))
+    # Of a quantised cache, beside wide blocks, so few that two programs fit.
+    most_stages = 2 if problem.quantised and rows >= WHOLE_STAGES_FROM else NUM_STAGES
+    stages = given.num_stages or _fitting_stages(needs, target, most_stages)
     if needs(stages) > _shared_memory(target):
         raise ValueError(
             f"FwdParams.block_size_keys {keys}, block_size_heads {rows} and num_stages {stages} need about {needs(stages)} bytes "
@@ -149,11 +154,6 @@ def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
         while keys > LEAST_QUANTISED_KEYS and most_keys <= FEW_TILES * keys * programs:
             keys //= 2
     return keys
-
-
-def _most_stages(problem: Problem, rows: int) -> int:
-    """Of a quantised cache, beside wide blocks, so few that two programs fit."""
-    return 2 if problem.quantised and rows >= WHOLE_STAGES_FROM else NUM_STAGES
 
 
 def tile_keys(problem: Problem) -> int:

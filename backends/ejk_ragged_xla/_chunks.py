@@ -107,9 +107,9 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
         if scale is None:
             return None
         alike = [n == 1 for n in scale.shape]
-        at = (zero if same else place for same, place in zip(alike, (b, jnp.int32(heads.start), row), strict=True))
+        at = [zero if same else place for same, place in zip(alike, (b, jnp.int32(heads.start), row), strict=True)]
         sizes = [1 if same else n for same, n in zip(alike, (1, len(heads), rows), strict=True)]
-        chunk = lax.dynamic_slice(scale, tuple(at), sizes)[0][:, None]
+        chunk = lax.dynamic_slice(scale, at, sizes)[0][:, None]
         return chunk if alike[2] else jnp.where(seen.transpose(0, 2, 1), chunk, 0)
 
     def store(rows_of, chunk, b, row, heads):
