@@ -5,13 +5,13 @@ from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from . import _op
 from ._backend import Backend
+from ._canonical import canonical
 from ._check import AnyArray, Arguments, check, Scale, Window
-from ._problem import accum_dtype, Cache, FwdParams, Queries
+from ._problem import FwdParams
 from ._registry import Request
 
 
@@ -166,61 +166,3 @@ def _decode(arguments: Arguments, request: Request):
     if arguments.query.ndim == 3:
         out, lse = out[:, 0], lse[:, 0]
     return out, lse.astype(jnp.float32)
-
-
-def canonical(arguments: Arguments) -> tuple[Queries, Cache]:
-    """The operands of the canonical operation: every token's own bounds, one sink a head, scales with all their axes."""
-    a = jax.tree.map(jnp.asarray, arguments)
-    query = a.query[:, None] if a.query.ndim == 3 else a.query
-    accum = accum_dtype(query.dtype)
-    start, end = _bounds(a, query.shape[1])
-    sink = _sink(a.softmax_aux, query.shape[2], accum)
-    scales = (_scale(x, accum) for x in (a.key_scale, a.value_scale))
-    return Queries(query, start, end, sink), Cache(a.key, a.value, *scales)
-
-
-def _bounds(a: Arguments, num_tokens):
-    """The first key and the end of every token, [B, T], or [B, 1] where they have the same. Clipped only where arithmetic on them
-    asks for it: `_op` leaves that to those backends that have it for nothing."""
-    batch, seq_len = a.key.shape[:2]
-    start = jnp.zeros(batch, jnp.int32) if a.sequence_start is None else _int32(a.sequence_start, seq_len)
-    end = jnp.full(batch, seq_len, jnp.int32) if a.sequence_end is None else _int32(a.sequence_end, seq_len)
-    start, end = start[:, None], end[:, None]
-    several = a.query_lengths is not None or num_tokens != 1
-    if several or a.window_left is not None:
-        end = jnp.clip(end, 0, seq_len)
-    if several:
-        lengths = jnp.full(batch, num_tokens) if a.query_lengths is None else jnp.clip(a.query_lengths, 0, num_tokens)
-        lengths, token = lengths.astype(jnp.int32)[:, None], jnp.arange(num_tokens, dtype=jnp.int32)[None]
-        end = jnp.where(token < lengths, end - (lengths - 1 - token), 0)  # one past the token's own position; 0 for padding
-    if a.window_left is not None:
-        start = jnp.maximum(start, end - 1 - a.window_left)
-    return start, end
-
-
-def _int32(lengths, seq_len):
-    """Lengths that clip to the same as these."""
-    if not np.can_cast(lengths.dtype, np.int32):
-        lengths = jnp.clip(lengths, 0, seq_len)
-    return lengths.astype(jnp.int32)
-
-
-def _sink(aux, num_q_heads, accum):
-    """All sinks of a head as one logit, [1, 1, Hq]."""
-    if aux is None:
-        return jnp.full((1, 1, num_q_heads), -jnp.inf, accum)
-    aux = jnp.atleast_2d(aux.astype(accum))
-    sink = aux[:, 0]
-    if aux.shape[1] != 1:
-        some = jnp.any(aux > -jnp.inf, axis=-1, keepdims=True)  # of none the logsumexp is -inf, but its gradient would be NaN
-        sink = jnp.where(some[:, 0], jax.nn.logsumexp(jnp.where(some, aux, 0), axis=-1), -jnp.inf)
-    return jnp.repeat(sink, num_q_heads // sink.shape[0])[None, None]
-
-
-def _scale(scale, accum):
-    """[B, Hkv, S], or 1 for each: a number, [Hkv], [B, Hkv] or [B, Hkv, S] by its axes. Not broadcast, which on a GPU would be a
-    kernel more."""
-    if scale is None:
-        return None
-    axes = {0: (None, None, None), 1: (None, ..., None), 2: (..., None), 3: ()}[scale.ndim]
-    return scale.astype(accum)[axes]

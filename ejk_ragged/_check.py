@@ -5,6 +5,7 @@ as what JAX will make of them: a NumPy array of float64 is one of float32 unless
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from . import _hints
@@ -84,7 +86,24 @@ def check(*, softmax_scale, fwd_params, sliding_window, logits_soft_cap, backend
     )
     tuned = _hints.current() if fwd_params == FwdParams() else None
     request = Request(settings, registry.resolve(backend), tuned)
-    return Arguments(**arrays, window_left=None if left is None else np.int32(left)), request
+    return Arguments(**arrays, window_left=None if left is None else _beside(arrays["query"], left)), request
+
+
+def _beside(query, left: int) -> Any:
+    """`left` as an operand of the jitted call, so that calls with other windows share a program. Where the query is there already,
+    `left` is put beside it explicitly: users may forbid implicit transfers (`jax.transfer_guard`)."""
+    wide = jax.dtypes.canonicalize_dtype(np.uint64).type
+    number = wide(min(left, np.iinfo(wide).max))
+    if not isinstance(query, jax.Array) or isinstance(query, jax.core.Tracer) or not query.is_fully_addressable:
+        return number
+    if isinstance(query.sharding, NamedSharding):
+        return _placed(number, NamedSharding(query.sharding.mesh, PartitionSpec()))
+    return _placed(number, query.sharding if query.committed and len(query.sharding.device_set) == 1 else None)
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _placed(number, sharding):
+    return jax.device_put(number, sharding)
 
 
 def _type(name: str, x: Any) -> jax.ShapeDtypeStruct:
@@ -218,7 +237,7 @@ def check_window(window) -> int | None:
         left, _ = map(operator.index, window)
     except (TypeError, ValueError):
         raise ValueError(f"sliding_window must be two integers (left, right) or None, got {window!r}.") from None
-    return None if left < 0 else min(left, np.iinfo(np.int32).max)
+    return None if left < 0 else left
 
 
 def check_fwd_params(fwd_params) -> FwdParams:

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from ._api import canonical, ragged_decode_attention
+from ._api import ragged_decode_attention
+from ._canonical import canonical
 from ._check import check
 from ._problem import FwdParams, Problem
 from ._registry import HintsFrom, KNOWN_PLATFORMS, registry

@@ -14,7 +14,7 @@ def ranges(draw, batch, seq_len):
         inside.map(lambda i: (i, i)),
         inside.map(lambda i: (i, i + 1)),
         st.just((0, seq_len)),
-        st.tuples(st.integers(-(2**31), 0), st.integers(seq_len, 2**31 - 1)),
+        st.tuples(st.integers(-(2**63), 0), st.integers(seq_len, 2**64 - 1)),  # to the ends of any type
         st.tuples(anywhere, anywhere),
     ]
     return ("ranges", *draw(st.lists(st.one_of(kinds), min_size=batch, max_size=batch)))
@@ -25,8 +25,10 @@ def cases(draw, shapes, dtypes, quantised=True):
     """A case of one of `shapes` (B, S, Hq, Hkv, D) and `dtypes`, with any features."""
     batch, seq_len, num_q_heads, num_kv_heads, head_dim = draw(st.sampled_from(shapes))
     num_tokens = draw(st.sampled_from([None, None, 1, 3]))
-    query_lengths = st.lists(st.integers(-1, 4), min_size=batch, max_size=batch).map(tuple)
+    query_lengths = st.lists(st.integers(-1, 4) | st.sampled_from([-(2**63), 2**64 - 1]), min_size=batch, max_size=batch).map(tuple)
     cache_dtype = draw(st.sampled_from([None, None, "int8", "float8_e4m3fn", "float8_e5m2"])) if quantised else None
+    dtype = draw(st.sampled_from(dtypes))
+    integers = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, *[64] * (dtype == "float64"))]
     scales = ["number", "head", "sequence", "row", *[None] * (cache_dtype != "int8")]
     return Case(
         "drawn",
@@ -35,7 +37,7 @@ def cases(draw, shapes, dtypes, quantised=True):
         num_q_heads,
         num_kv_heads,
         head_dim,
-        draw(st.sampled_from(dtypes)),
+        dtype,
         draw(ranges(batch, seq_len) | st.just(("full",))),
         draw(st.sampled_from([None, 0.4])),
         draw(st.none() | st.tuples(st.integers(-1, seq_len), st.integers(-1, 3))),
@@ -45,4 +47,5 @@ def cases(draw, shapes, dtypes, quantised=True):
         draw(st.none() | query_lengths) if num_tokens else None,
         cache_dtype,
         draw(st.sampled_from(scales)) if cache_dtype else None,
+        draw(st.sampled_from(["int32", *integers])),
     )

@@ -162,3 +162,13 @@ def test_quantised_cache_is_not_copied():
     assert memory is not None
     assert memory.temp_size_in_bytes < min(sizes)
     assert memory.alias_size_in_bytes >= sum(sizes)
+
+
+def test_eager_calls_transfer_nothing():
+    """Also with a window, which travels with the arrays."""
+    query, rows, ends = jnp.ones((1, 2, 8)), jnp.ones((1, 9, 1, 8)), jnp.array([5])
+    call = functools.partial(ragged_decode_attention, query, rows, rows, None, ends, backend=TextbookBackend())
+    call(sliding_window=(3, 0))
+    with jax.transfer_guard("disallow"):
+        call()
+        call(sliding_window=(3, 0))

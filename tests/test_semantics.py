@@ -15,8 +15,8 @@ import support
 from problems import cases, ranges
 from support import assert_batch_invariant, assert_repeatable, assert_right
 
-from ejk_ragged import FwdParams
-from ejk_ragged.testing import Case, CHECKS, oracle
+from ejk_ragged import FwdParams, ragged_decode_attention
+from ejk_ragged.testing import Case, CHECKS, oracle, TextbookBackend
 
 
 CASES = {case.name: case for case in CHECKS}
@@ -80,35 +80,45 @@ def test_no_lengths_means_all(subject):
 @pytest.mark.parametrize(
     ("window", "wants"),
     [
-        ((0, 0), (range(39, 40), range(8, 9), range(29, 30), ())),
-        ((5, 0), (range(34, 40), range(3, 9), range(25, 30), ())),
-        ((5, -1), (range(34, 40), range(3, 9), range(25, 30), ())),
-        ((5, 3), (range(34, 40), range(3, 9), range(25, 30), ())),
-        ((100, 0), (range(40), range(3, 9), range(25, 30), ())),
-        ((-1, 0), (range(40), range(3, 9), range(25, 30), ())),
-        ((-1, -1), (range(40), range(3, 9), range(25, 30), ())),
-        ((2**40, 0), (range(40), range(3, 9), range(25, 30), ())),
+        ((0, 0), (range(39, 40), range(8, 9), (), ())),
+        ((5, 0), (range(34, 40), range(3, 9), range(36, 40), ())),
+        ((5, -1), (range(34, 40), range(3, 9), range(36, 40), ())),
+        ((5, 3), (range(34, 40), range(3, 9), range(36, 40), ())),
+        ((100, 0), (range(40), range(3, 9), range(25, 40), ())),
+        ((-1, 0), (range(40), range(3, 9), range(25, 40), ())),
+        ((-1, -1), (range(40), range(3, 9), range(25, 40), ())),
+        ((2**40, 0), (range(40), range(3, 9), range(25, 40), ())),
     ],
 )
 def test_window(subject, window, wants):
-    """The query stands at end - 1, whatever lies behind it in the cache."""
-    assert_rows(valid_rows(subject, [0, 3, 25, 9], [90, 9, 30, 4], sliding_window=window), wants)
+    """The query stands at end - 1, whatever lies behind it in the cache, and be it beyond the cache."""
+    assert_rows(valid_rows(subject, [0, 3, 25, 9], [40, 9, 42, 4], sliding_window=window), wants)
 
 
 @pytest.mark.parametrize(
     ("options", "wants"),
     [
-        ({}, (range(38), range(39), range(40), range(3, 7), range(3, 8), range(3, 9), (), range(1), range(2))),
-        ({"sliding_window": (2, 0)}, (*(range(i, i + 3) for i in (35, 36, 37, 4, 5, 6)), (), range(1), range(2))),
-        ({"query_lengths": [2, 5, 1]}, (range(39), range(40), (), range(3, 7), range(3, 8), range(3, 9), range(2), (), ())),
+        ({}, (*(range(i) for i in (39, 40, 40)), range(3, 7), range(3, 8), range(3, 9), (), range(1), range(2))),
+        (
+            {"sliding_window": (2, 0)},
+            (*(range(i, 40) for i in (36, 37, 38)), *(range(i, i + 3) for i in (4, 5, 6)), (), range(1), range(2)),
+        ),
+        ({"query_lengths": [2, 5, 1]}, (range(40), range(40), (), range(3, 7), range(3, 8), range(3, 9), range(2), (), ())),
         ({"query_lengths": [-1, 0, 3], "sliding_window": (0, 5)}, (*((),) * 7, range(1), range(1, 2))),
     ],
     ids=str,
 )
 def test_tokens(subject, options, wants):
-    """Each sees no key after its own, and looks back from there; the last stands at end - 1. The third sequence has fewer keys
-    than tokens."""
-    assert_rows(valid_rows(subject, [0, 3, 0], [90, 9, 2], num_tokens=3, **options), wants)
+    """Each sees no key after its own, and looks back from there; the last stands at end - 1. The first sequence's last token does
+    not fit into the cache. The third sequence has fewer keys than tokens."""
+    assert_rows(valid_rows(subject, [0, 3, 0], [41, 9, 2], num_tokens=3, **options), wants)
+
+
+@pytest.mark.parametrize("end", [90, 2**31 - 1])
+def test_tokens_far_beyond_the_cache(subject, end):
+    """Every token sees the whole cache, and through a window nothing."""
+    assert_rows(valid_rows(subject, [0], [end], num_tokens=2), [range(40)] * 2)
+    assert_rows(valid_rows(subject, [0], [end], num_tokens=2, sliding_window=(3, 0)), [()] * 2)
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (3, 2), (3, 2, 40)], ids=["number", "head", "sequence", "row"])
@@ -242,7 +252,10 @@ def test_dtypes_of_the_answer(subject):
             assert (out.shape, lse.shape) == ((1, 2, 16), (1, 2))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+INTEGERS = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
 def test_dtypes_of_lengths(subject, dtype):
     """Any integers, NumPy's too; 300 rows are more than int8 holds, and unsigned ones must not wrap."""
     with jax.enable_x64(dtype.endswith("64")):
@@ -250,6 +263,36 @@ def test_dtypes_of_lengths(subject, dtype):
         start, end = np.array([3, 0], dtype), np.array([100, np.iinfo(dtype).max], dtype)
         _, lse = subject.call(**arguments, sequence_start=start, sequence_end=end, return_lse=True)
         np.testing.assert_allclose(np.exp(lse[:, 0]), [97, min(300, np.iinfo(dtype).max)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_dtypes_of_query_lengths(subject, dtype):
+    """130 and 260 tokens are more than int8 and uint8 hold. The least and the largest number of the dtype mean none and all."""
+    num_tokens = 260 if dtype == "uint8" else 130
+    ends, lengths = np.array([300, 300, 200], np.int32), np.array([np.iinfo(dtype).max, np.iinfo(dtype).min, 100], dtype)
+    with jax.enable_x64(dtype.endswith("64")):
+        arguments = counting(subject, 3, heads=1, seq_len=300, num_tokens=num_tokens)
+        _, lse = subject.call(**arguments, sequence_end=ends, query_lengths=lengths, return_lse=True)
+    present = min(num_tokens, np.iinfo(dtype).max)
+    counts = np.zeros((3, num_tokens))
+    counts[0, :present] = 300 - present + 1 + np.arange(present)
+    counts[2, :100] = 101 + np.arange(100)
+    np.testing.assert_allclose(np.exp(lse[..., 0]), counts, rtol=1e-5)
+
+
+@pytest.mark.parametrize("left", [0, 5, 2**31 - 1, 2**31 + 5, 2**32 - 1, 2**63, 2**70])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_dtypes_of_ends_and_windows(dtype, left):
+    """The window around the last position that a dtype holds, and around others beyond the cache, keeps what exact integers say."""
+    ends = np.array([np.iinfo(dtype).max, np.iinfo(dtype).min, np.iinfo(dtype).max - 7, 20], dtype)
+    with jax.enable_x64(dtype.endswith("64")):
+        arguments = {"query": jnp.zeros((4, 2, 1, 8)), "key": jnp.zeros((4, 40, 1, 8)), "value": jnp.zeros((4, 40, 1, 8))}
+        _, lse = ragged_decode_attention(
+            **arguments, sequence_end=ends, sliding_window=(left, 0), return_lse=True, backend=TextbookBackend()
+        )
+    positions = [[int(end) - 2 + token for token in range(2)] for end in ends]
+    counts = [[len(range(max(p - left, 0), min(p + 1, 40))) for p in of_sequence] for of_sequence in positions]
+    np.testing.assert_allclose(np.exp(lse[..., 0]), counts, rtol=1e-5)
 
 
 def test_one_dimensional_sinks_of_query_heads_warn(subject):

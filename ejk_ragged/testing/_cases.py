@@ -29,6 +29,7 @@ class Case:
         cache_dtype: the name of a quantised cache's dtype, or None for a cache in `dtype`.
         scales: of a quantised cache, by their axes: "number", "head", "sequence" (and head), "row" (and sequence and head), or
             None.
+        integers: the name of the lengths' dtype. A length beyond the dtype becomes the nearest end of the dtype.
     """
 
     name: str
@@ -47,22 +48,23 @@ class Case:
     query_lengths: tuple[int, ...] | None = None
     cache_dtype: str | None = None
     scales: str | None = None
+    integers: str = "int32"
 
     def ranges(self, seed: int = 0):
-        """sequence_start and sequence_end, int32 [B] or None."""
+        """sequence_start and sequence_end, integers [B] or None."""
         rng = np.random.default_rng([seed, 1])
         match self.lengths:
             case ("full",):
                 return None, None
             case ("uniform", low, high):
-                return None, rng.integers(low, high + 1, self.batch, dtype=np.int32)
+                return None, self._integers(rng.integers(low, high + 1, self.batch))
             case ("skew", low, high):
-                end = rng.integers(low, high + 1, self.batch, dtype=np.int32)
+                end = rng.integers(low, high + 1, self.batch)
                 end[0] = self.seq_len
-                return None, end
+                return None, self._integers(end)
             case ("ranges", *pairs):
-                start, end = self._in_turn(pairs).T
-                return start.copy(), end.copy()
+                start, end = zip(*self._in_turn(pairs), strict=True)
+                return self._integers(start), self._integers(end)
         raise ValueError(f"unknown lengths {self.lengths!r}")
 
     def draw(self, seed: int = 0, poison: bool = False) -> dict[str, Any]:
@@ -109,11 +111,15 @@ class Case:
         return {name: value for name, value in arguments.items() if value is not None}
 
     def _in_turn(self, values):
-        return np.array([values[b % len(values)] for b in range(self.batch)], np.int32)
+        return [values[b % len(values)] for b in range(self.batch)]
+
+    def _integers(self, values):
+        bounds = np.iinfo(self.integers)
+        return np.array([min(max(int(value), bounds.min), bounds.max) for value in values], self.integers)
 
     @property
     def _query_lengths(self):
-        return None if self.query_lengths is None else self._in_turn(self.query_lengths)
+        return None if self.query_lengths is None else self._integers(self._in_turn(self.query_lengths))
 
     def _scale(self, rng) -> Any:
         """Such that an int8 cache, drawn with steps of a 32nd, stands for values of about 1."""
@@ -167,8 +173,11 @@ def _junk(dtype):
 
 # Empty in two ways, one key, all keys, out of bounds on both sides, reversed.
 _EDGES = ("ranges", (0, 0), (9, 9), (4, 5), (0, 67), (-5, 1000), (60, 8))
-# Fewer keys than tokens, a start among them, all, beyond the end.
+# Fewer keys than tokens, a start among them, all, far beyond the end of the cache.
 _SHORT = ("ranges", (0, 3), (40, 42), (0, 67), (7, 1000), (0, 50), (5, 5))
+
+# A full cache: drafts of which some rows, all rows or no rows fit.
+_FULL = ("ranges", (0, 69), (60, 68), (0, 71), (5, 67), (0, 80), (66, 70))
 
 # Small: every feature alone, then together.
 CHECKS = (
@@ -189,6 +198,8 @@ CHECKS = (
     Case("tokens-padded", 6, 67, 4, 2, 32, lengths=_SHORT, num_tokens=5, query_lengths=(5, 2, 0, 4, 9, 1)),
     Case("tokens-window", 6, 67, 4, 2, 32, lengths=_SHORT, sliding_window=(3, 0), num_tokens=5, query_lengths=(5, 2, 3, 4, 1, 0)),
     Case("tokens-many", 2, 90, 14, 2, 16, lengths=("uniform", 50, 90), num_tokens=20),
+    Case("tokens-beyond", 6, 67, 4, 2, 32, lengths=_FULL, num_tokens=4, query_lengths=(4, 3, 4, 4, 2, 4)),
+    Case("window-beyond", 6, 67, 4, 2, 32, lengths=_FULL, sliding_window=(9, 0), num_tokens=4, query_lengths=(4, 3, 4, 4, 2, 4)),
     Case("int8", 6, 67, 4, 2, 32, lengths=_EDGES, cache_dtype="int8", scales="row"),
     Case("int8-heads", 3, 67, 4, 2, 32, "bfloat16", ("uniform", 1, 67), cache_dtype="int8", scales="head"),
     Case("e4m3", 6, 67, 4, 2, 32, "bfloat16", _EDGES, cache_dtype="float8_e4m3fn", scales="sequence"),

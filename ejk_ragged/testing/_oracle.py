@@ -118,8 +118,8 @@ def live_rows(
     b, seq_len, sequence_start=None, sequence_end=None, sliding_window=None, query_lengths=None, *, token=0, num_tokens=1
 ):
     """Indices of the keys that token `token` of sequence `b` sees."""
-    start = 0 if sequence_start is None else min(max(int(sequence_start[b]), 0), seq_len)
-    end = seq_len if sequence_end is None else min(max(int(sequence_end[b]), 0), seq_len)
+    start = 0 if sequence_start is None else int(sequence_start[b])
+    end = seq_len if sequence_end is None else int(sequence_end[b])
     present = num_tokens if query_lengths is None else min(max(int(query_lengths[b]), 0), num_tokens)
     if token >= present:
         return np.arange(0)
@@ -127,7 +127,8 @@ def live_rows(
     position = end - present + token
     low = max(start, position - left) if left >= 0 else start
     high = min(position, position + right) if right >= 0 else position
-    return np.arange(low, max(low, high + 1))
+    low, stop = max(low, 0), min(high + 1, seq_len)  # only keys are clipped to the cache, positions are not
+    return np.arange(low, max(low, stop))
 
 
 def seen_rows(b, seq_len, *lengths, num_tokens=1):
