@@ -9,7 +9,7 @@ from jax import lax
 from support import assert_close
 
 from ejk_ragged import quantize, ragged_decode_attention
-from ejk_ragged.testing import oracle
+from ejk_ragged.testing import oracle, TextbookBackend
 
 
 BATCH, SEQ_LEN, HEADS, KV_HEADS, DIM, STEPS = 2, 16, 4, 2, 8, 6
