@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import jax
 
+from ._formats import QUANTISED
 from ._hints import default_file
-from ._problem import QUANTISED_DTYPES
 from ._registry import registry
 from ._tools import report as tool
 from ._tools import rows, suite, tables
@@ -110,7 +110,7 @@ def _bench_arguments(commands):
         "--cache-dtype",
         nargs="+",
         default=[],
-        choices=QUANTISED_DTYPES,
+        choices=list(QUANTISED),
         dest="cache_dtypes",
         help="also with quantised caches, alone and with these tokens",
     )

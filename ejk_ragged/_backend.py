@@ -41,21 +41,20 @@ class Wanted:
 class Backend(abc.ABC):
     """One implementation of the decode operation. Instances are hashable and hold no arrays.
 
-    Operands come folded: windows, causality and padding are each token's own bounds, sinks are one logit a head, scales have an
-    axis for each of sequence, kv head and row.
+    Operands come folded: windows, causality and padding are bounds of each token, sinks are one logit per head, scales have an
+    axis for each of sequence (or page), kv head and row. What the caller did not say is None. `Queries`, `Cache` and `Settings`
+    say what a backend must keep to, and `ejk_ragged.testing.verify_backend` tries a backend on each point.
 
     Attributes:
         name: what users write in `backend=`.
         platforms: the JAX platforms it runs on, or None for all.
         priority: automatic selection asks backends of higher priority first.
-        clips_lengths: whether it clips `start` and `end` to [0, S] itself, as kernels can that read them anyway.
         version: changes whenever hints that were tuned before may no longer be the best.
     """
 
     name: ClassVar[str]
     platforms: ClassVar[frozenset[str] | None] = None
     priority: ClassVar[int] = 0
-    clips_lengths: ClassVar[bool] = False
     version: ClassVar[str] = "1"
 
     def unavailable(self) -> str | None:
@@ -101,11 +100,11 @@ class Backend(abc.ABC):
         Args:
             problem: the static facts.
             target: where it runs.
-            queries: the tokens, with their bounds within [0, S] unless it `clips_lengths`, and their sinks.
-            cache: the keys and values, with their scales.
+            queries: the tokens, with their bounds, which may lie outside the cache (`Queries.bounds` clips them), and their sinks.
+            cache: the keys and values, with their scales and page table (`Cache.pages` clips its entries).
 
         Returns:
-            out [B, T, Hq, D] in `problem.out_dtype`, and lse [B, T, Hq] in the accumulation dtype.
+            out [B, T, Hq, Dv] in `problem.out_dtype`, and lse [B, T, Hq] in the accumulation dtype.
         """
 
     def backward(
@@ -116,12 +115,13 @@ class Backend(abc.ABC):
         Args:
             problem, target, queries, cache: as in `forward`.
             lse: accumulation dtype [B, T, Hq], what `forward` returned.
-            d_out: [B, T, Hq, D], the output's cotangent.
+            d_out: [B, T, Hq, Dv], the output's cotangent.
             delta: accumulation dtype [B, T, Hq], d_out . out - d_lse.
-            wanted: which gradients to return; never those of a quantised cache.
+            wanted: which gradients to return; never those of a quantised cache or of a pool.
 
         Returns:
             [d_query] if `wanted.query`, in `problem.out_dtype`, then [d_key, d_value] if `wanted.key_value`, in the cache's dtype,
-            with exact zeros in the rows that no token sees; shaped like their primals.
+            with exact zeros in the rows that no token sees; shaped like their primals. Where the value is in the key's rows, d_key
+            alone, the sum of both uses, 0 in columns that neither uses.
         """
         raise NotImplementedError

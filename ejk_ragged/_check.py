@@ -5,7 +5,6 @@ as what JAX will make of them: a NumPy array of float64 is one of float32 unless
 """
 
 import dataclasses
-import functools
 import math
 import operator
 import warnings
@@ -13,12 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from . import _hints
-from ._problem import FLOATING_DTYPES, FwdParams, precision_of, QUANTISED_DTYPES, Settings
-from ._registry import registry, Request
+from ._formats import FLOATING_DTYPES, is_quantised, QUANTISED
+from ._problem import FwdParams
 
 
 AnyArray = Array | np.ndarray  # what comes; what is returned is always JAX's
@@ -29,81 +26,49 @@ Scale = (
     | Float[AnyArray, " num_kv_heads"]
     | Float[AnyArray, "batch num_kv_heads"]
     | Float[AnyArray, "batch num_kv_heads seq_len"]
+    | Float[AnyArray, "num_pages num_kv_heads page_size"]
 )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The arrays of a call as they came, checked; `window_left` is how many keys a window keeps before a token's own."""
+    """The arrays of a call as they came, and, static, what says how to read them."""
 
     query: Any
     key: Any
-    value: Any
+    value: Any = None
     sequence_start: Any = None
     sequence_end: Any = None
     softmax_aux: Any = None
+    page_table: Any = None
     query_lengths: Any = None
     key_scale: Any = None
     value_scale: Any = None
     window_left: Any = None
 
 
-def check(*, softmax_scale, fwd_params, sliding_window, logits_soft_cap, backend, **arrays) -> tuple[Arguments, Request]:
-    """The arguments of a call of `ragged_decode_attention`, all of them, in two halves: what is traced, and what is static."""
-    types: dict[str, Any] = {
-        name: _type(name, x) if x is not None or name in ("query", "key", "value") else None for name, x in arrays.items()
-    }
-    query, key = types["query"], types["key"]
-    check_cache(query, key, types["value"])
-    batch, _, num_kv_heads, head_dim = key.shape
+def check_arrays(arrays: dict[str, Any], value_columns, softmax_scale) -> tuple[int, int] | None:
+    """The arrays of a call fit together, and with `value_columns`, which come back as two integers or None."""
+    optional = dict.fromkeys(arrays, False) | {"query": True, "key": True, "value": value_columns is None}
+    types: dict[str, Any] = {name: _type(name, x) if x is not None or optional[name] else None for name, x in arrays.items()}
+    query, key, value, page_table = (types[name] for name in ("query", "key", "value", "page_table"))
+    columns = check_columns(value_columns, value, key, softmax_scale)
+    check_cache(query, key, value, page_table)
+    batch, num_kv_heads = query.shape[0], key.shape[2]
     for name in ("sequence_start", "sequence_end", "query_lengths"):
         if types[name] is not None:
             check_lengths(name, types[name], batch)
     if types["query_lengths"] is not None and len(query.shape) == 3:
         raise ValueError(
-            f"query_lengths must be None for a query of one token a sequence, [batch, num_q_heads, head_dim]; got query "
-            f"{query.shape}. For several tokens it is [batch, num_tokens, num_q_heads, head_dim]."
+            f"query_lengths must be None for a query of one token per sequence, [batch, num_q_heads, head_dim]; got query "
+            f"{query.shape}. For several tokens the query is [batch, num_tokens, num_q_heads, head_dim]."
         )
     if types["softmax_aux"] is not None:
         check_sinks(types["softmax_aux"], query.shape[-2], num_kv_heads)
-    check_scales(key, types["key_scale"], types["value_scale"])
-
-    fwd_params, left = check_fwd_params(fwd_params), check_window(sliding_window)
-    several = arrays["query_lengths"] is not None or (len(query.shape) == 4 and query.shape[1] != 1)
-    given = {
-        "start": arrays["sequence_start"] is not None or left is not None,
-        "end": arrays["sequence_end"] is not None or several,
-        "sink": arrays["softmax_aux"] is not None,
-    }
-    settings = Settings(
-        softmax_scale=head_dim**-0.5 if softmax_scale is None else check_scale(softmax_scale),
-        logits_soft_cap=check_soft_cap(logits_soft_cap),
-        fwd_params=fwd_params,
-        precision=precision_of(jax.config.jax_default_matmul_precision),  # pyright: ignore[reportAttributeAccessIssue]
-        given=frozenset(name for name in given if given[name]),
-        most_keys=None if left is None else 16 ** -(-left.bit_length() // 4),
-    )
-    tuned = _hints.current() if fwd_params == FwdParams() else None
-    request = Request(settings, registry.resolve(backend), tuned)
-    return Arguments(**arrays, window_left=None if left is None else _beside(arrays["query"], left)), request
-
-
-def _beside(query, left: int) -> Any:
-    """`left` as an operand of the jitted call, so that calls with other windows share a program. Where the query is there already,
-    `left` is put beside it explicitly: users may forbid implicit transfers (`jax.transfer_guard`)."""
-    wide = jax.dtypes.canonicalize_dtype(np.uint64).type
-    number = wide(min(left, np.iinfo(wide).max))
-    if not isinstance(query, jax.Array) or isinstance(query, jax.core.Tracer) or not query.is_fully_addressable:
-        return number
-    if isinstance(query.sharding, NamedSharding):
-        return _placed(number, NamedSharding(query.sharding.mesh, PartitionSpec()))
-    return _placed(number, query.sharding if query.committed and len(query.sharding.device_set) == 1 else None)
-
-
-@functools.lru_cache(maxsize=64, typed=True)
-def _placed(number, sharding):
-    return jax.device_put(number, sharding)
+    value_scale = types["key_scale"] if columns and types["value_scale"] is None else types["value_scale"]
+    check_scales(key, page_table, types["key_scale"], value_scale)
+    return columns
 
 
 def _type(name: str, x: Any) -> jax.ShapeDtypeStruct:
@@ -114,43 +79,88 @@ def _type(name: str, x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype, allow_extended_dtype=True))
 
 
-_CACHE = "batch, seq_len, num_kv_heads, head_dim"
+PADDED, POOL = "[batch, seq_len, num_kv_heads, {}]", "[num_pages, page_size, num_kv_heads, {}]"
 
 
-def check_cache(query, key, value):
-    """query [B, Hq, D] or [B, T, Hq, D] and key, value [B, S, Hkv, D] fit together."""
+def check_columns(columns, value, key, softmax_scale) -> tuple[int, int] | None:
+    """Where the value is in the key's rows, `columns` says in which of them."""
+    if columns is None:
+        return None
+    if value is not None:
+        raise ValueError(
+            f"value_columns must be None for a cache with a value of its own, got {columns!r} and value {value.shape}. Pass value=None "
+            "if the value is in the key's rows."
+        )
+    try:
+        first, end = map(operator.index, columns)
+    except (TypeError, ValueError):
+        raise ValueError(f"value_columns must be two integers (first, end) or None, got {columns!r}.") from None
+    if len(key.shape) == 4 and not 0 <= first < end <= key.shape[3]:
+        raise ValueError(
+            f"value_columns must be (first, end) with 0 <= first < end <= {key.shape[3]}, the columns of key's rows; got {columns!r} "
+            f"beside key {key.shape}."
+        )
+    if softmax_scale is None:
+        raise ValueError(
+            "softmax_scale must be given where the value is in the key's rows (value=None), got None. The default, head_dim ** -0.5, "
+            "is wrong for MLA: there the scale comes from the head dimension before absorption."
+        )
+    return first, end
+
+
+def check_cache(query, key, value, page_table=None):
+    """query [B, Hq, D] or [B, T, Hq, D], key and value [B, S, Hkv, ...], or pools with a page table, fit together."""
+    layout = PADDED if page_table is None else POOL
     if len(query.shape) not in (3, 4):
         raise ValueError(
             f"query must be [batch, num_q_heads, head_dim] or [batch, num_tokens, num_q_heads, head_dim], got shape {query.shape}."
         )
-    for name, array in (("key", key), ("value", value)):
+    arrays = [("key", key)] + [("value", value)] * (value is not None)
+    for name, array in arrays:
         if len(array.shape) != 4:
-            raise ValueError(f"{name} must be [{_CACHE}], got shape {array.shape}.")
-    for name, array, accepted in (
-        ("query", query, FLOATING_DTYPES),
-        ("key", key, FLOATING_DTYPES + QUANTISED_DTYPES),
-        ("value", value, FLOATING_DTYPES + QUANTISED_DTYPES),
-    ):
+            raise ValueError(f"{name} must be {layout.format('head_dim')}, got shape {array.shape}.")
+    cached = FLOATING_DTYPES + tuple(QUANTISED)
+    for name, array, accepted in (("query", query, FLOATING_DTYPES), *((name, array, cached) for name, array in arrays)):
         if array.dtype.name not in accepted:
             raise ValueError(f"{name} must have one of the dtypes {', '.join(accepted)}; got {array.dtype.name}.")
-    if key.shape != value.shape:
-        raise ValueError(f"key and value must have the same shape, got key {key.shape} and value {value.shape}.")
-    if key.dtype != value.dtype or (key.dtype.name in FLOATING_DTYPES and query.dtype != key.dtype):
-        dtypes = f"query {query.dtype.name}, key {key.dtype.name}, value {value.dtype.name}"
+    if value is not None and key.shape[:3] != value.shape[:3]:
         raise ValueError(
-            f"query, key and value must have the same dtype, got {dtypes}. Of a quantised cache, key and value have one of "
-            f"{', '.join(QUANTISED_DTYPES)}, both the same."
+            f"key and value must have the same shape but for the last axis, got key {key.shape} and value {value.shape}. Both are "
+            f"{layout.format('...')}."
         )
-    if query.shape[0] != key.shape[0]:
+    if any(array.dtype != key.dtype for _, array in arrays) or (not is_quantised(key.dtype) and query.dtype != key.dtype):
+        dtypes = ", ".join(f"{name} {array.dtype.name}" for name, array in (("query", query), *arrays))
+        raise ValueError(
+            f"query, key and value must have the same dtype, got {dtypes}. Key and value of a quantised cache have one of "
+            f"{', '.join(QUANTISED)}, both the same."
+        )
+    if page_table is None and query.shape[0] != key.shape[0]:
         raise ValueError(f"query and key must have the same batch, got query {query.shape} and key {key.shape}.")
-    if query.shape[-1] != key.shape[3]:
+    if value is not None and query.shape[-1] != key.shape[3]:
         raise ValueError(f"query and key must have the same head_dim, got query {query.shape} and key {key.shape}.")
-    for name, array in (("query", query), ("key", key)):
+    if value is None and query.shape[-1] > key.shape[3]:
+        raise ValueError(
+            f"query must have no more columns than key's rows, of which the first head_dim are the key; got query {query.shape} and "
+            f"key {key.shape}."
+        )
+    for name, array in (("query", query), *arrays):
         if 0 in array.shape:
             raise ValueError(f"{name} must not be empty, got shape {array.shape}.")
     if query.shape[-2] % key.shape[2]:
         raise ValueError(
             f"query must have a multiple of key's num_kv_heads, got {query.shape[-2]} query heads and {key.shape[2]} kv heads."
+        )
+    if page_table is not None:
+        check_page_table(page_table, query.shape[0])
+
+
+def check_page_table(page_table, batch):
+    """A page table names the pages of each sequence."""
+    shape, dtype = page_table.shape, page_table.dtype
+    if len(shape) != 2 or shape[0] != batch or 0 in shape or not np.issubdtype(dtype, np.integer):
+        raise ValueError(
+            f"page_table must be integers of shape ({batch}, pages), the pages of each sequence in order, or None for a padded cache; "
+            f"got {dtype.name} of shape {shape}."
         )
 
 
@@ -160,24 +170,31 @@ def check_lengths(name, lengths, batch):
         raise ValueError(f"{name} must be None or integers of shape ({batch},), got {lengths.dtype.name} of shape {lengths.shape}.")
 
 
-def check_scales(key, key_scale, value_scale):
+def check_scales(key, page_table, key_scale, value_scale):
     """A quantised cache has scales, one of floats none."""
-    batch, seq_len, num_kv_heads, _ = key.shape
-    shapes = ((), (num_kv_heads,), (batch, num_kv_heads), (batch, num_kv_heads, seq_len))
+    (pages, rows, num_kv_heads), dtype = key.shape[:3], key.dtype
+    shapes = {
+        "[num_kv_heads]": (num_kv_heads,),
+        "[batch, num_kv_heads]": (pages, num_kv_heads),
+        "[batch, num_kv_heads, seq_len]": (pages, num_kv_heads, rows),
+    }
+    if page_table is not None:
+        shapes = {"[num_kv_heads]": (num_kv_heads,), "[num_pages, num_kv_heads, page_size]": (pages, num_kv_heads, rows)}
     for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
         if scale is None:
-            if key.dtype.name == "int8":
+            if is_quantised(dtype) and QUANTISED[dtype.name].needs_scales:
                 raise ValueError(
-                    f"{name} must be given for an int8 cache, got None: without it the cache would be integers up to 127, which is "
-                    "nearly always a mistake. Pass 1.0 if it is not."
+                    f"{name} must be given for an {dtype.name} cache, got None: without it the cache would be integers up to "
+                    f"{QUANTISED[dtype.name].largest:.0f}, which is nearly always a mistake. Pass 1.0 if it is not."
                 )
             continue
-        if key.dtype.name not in QUANTISED_DTYPES:
-            raise ValueError(f"{name} must be None for a cache of floats, got one beside key of dtype {key.dtype.name}.")
-        if scale.shape not in shapes or scale.dtype.name not in FLOATING_DTYPES:
+        if not is_quantised(dtype):
+            raise ValueError(f"{name} must be None for a cache of floats, got one beside key of dtype {dtype.name}.")
+        if scale.shape not in ((), *shapes.values()) or scale.dtype.name not in FLOATING_DTYPES:
+            accepted = [f"{axes} {shape}" for axes, shape in shapes.items()]
             raise ValueError(
-                f"{name} must be a number, or floats of shape [num_kv_heads] {shapes[1]}, [batch, num_kv_heads] {shapes[2]} or "
-                f"[batch, num_kv_heads, seq_len] {shapes[3]}; got {scale.dtype.name} of shape {scale.shape}."
+                f"{name} must be a number, or floats of shape {', '.join(accepted[:-1])} or {accepted[-1]}; got {scale.dtype.name} of "
+                f"shape {scale.shape}."
             )
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 
 from ._api import ragged_decode_attention
-from ._canonical import canonical
-from ._check import check
+from ._canonical import canonical, checked
 from ._problem import FwdParams, Problem
 from ._registry import HintsFrom, KNOWN_PLATFORMS, registry
 
@@ -69,7 +68,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     call = inspect.signature(ragged_decode_attention).bind(*args, **kwargs)
     call.apply_defaults()
     del call.arguments["return_lse"]
-    arguments, request = check(**call.arguments)
+    arguments, request = checked(**call.arguments)
     queries, cache = jax.eval_shape(canonical, arguments)
     problem = Problem.of(queries, cache, request.settings)
     registry.check_named(request.backend, problem)

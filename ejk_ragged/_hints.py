@@ -44,12 +44,15 @@ def key_of(backend: Backend, problem: Problem, target: Target) -> str | None:
     kind = getattr(target.device, "device_kind", None)
     if kind is None or not all(isinstance(n, int) for n in problem.sizes):
         return None
-    batch, num_tokens, seq_len = (1 << max(n - 1, 0).bit_length() for n in problem.sizes)
+    batch, num_tokens, seq_len, _ = (1 << max(n - 1, 0).bit_length() for n in problem.sizes)
     cache = f", {problem.cache_dtype.name} cache" if problem.quantised else ""
+    value = "" if problem.value_dim == problem.head_dim else f":{problem.value_dim}"
+    value += "" if problem.value_columns is None else " in rows"
+    pages = f", pages of {problem.page_size}" if problem.paged else ""
     cap = "" if problem.logits_soft_cap is None else ", cap"
     return (
         f"{backend.name} {backend.version}; {kind}; {problem.dtype.name}{cache}, heads {problem.num_q_heads}:"
-        f"{problem.num_kv_heads}, D {problem.head_dim}{cap}, B to {batch}, T to {num_tokens}, S to {seq_len}"
+        f"{problem.num_kv_heads}, D {problem.head_dim}{value}{pages}{cap}, B to {batch}, T to {num_tokens}, S to {seq_len}"
     )
 
 

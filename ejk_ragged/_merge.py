@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._problem import accum_dtype, FLOATING_DTYPES
+from ._formats import accum_dtype, FLOATING_DTYPES
 
 
 Partial = tuple[Float[Array, "*sequences head_dim"], Float[Array, "*sequences"]]

@@ -23,6 +23,7 @@ class RaggedDecodeAttention(eqx.Module):
         logits_soft_cap: a positive number or None.
         fwd_params: tuning hints or None.
         backend: None, a name or a `Backend`.
+        value_columns: (first, end) for a value in the key's rows, or None.
 
     Raises:
         ValueError, TypeError: on construction, for settings that no call would accept.
@@ -34,6 +35,7 @@ class RaggedDecodeAttention(eqx.Module):
     logits_soft_cap: float | None = eqx.field(static=True, default=None)
     fwd_params: FwdParams | None = eqx.field(static=True, default=None)
     backend: str | Backend | None = eqx.field(static=True, default=None)
+    value_columns: tuple[int, int] | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         check_window(self.sliding_window)
@@ -48,55 +50,59 @@ class RaggedDecodeAttention(eqx.Module):
     def __call__(
         self,
         query: Float[AnyArray, "batch *num_tokens num_q_heads head_dim"],
-        key: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
-        value: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+        key: Shaped[AnyArray, "pages page_size num_kv_heads row_dim"],
+        value: Shaped[AnyArray, "pages page_size num_kv_heads value_dim"] | None = None,
         sequence_start: Int[AnyArray, " batch"] | None = None,
         sequence_end: Int[AnyArray, " batch"] | None = None,
         *,
+        page_table: Int[AnyArray, "batch pages_per_sequence"] | None = None,
         query_lengths: Int[AnyArray, " batch"] | None = None,
         key_scale: Scale | None = None,
         value_scale: Scale | None = None,
         return_lse: Literal[False] = False,
-    ) -> Float[Array, "batch *num_tokens num_q_heads head_dim"]: ...
+    ) -> Float[Array, "batch *num_tokens num_q_heads value_dim"]: ...
     @overload
     def __call__(
         self,
         query: Float[AnyArray, "batch *num_tokens num_q_heads head_dim"],
-        key: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
-        value: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+        key: Shaped[AnyArray, "pages page_size num_kv_heads row_dim"],
+        value: Shaped[AnyArray, "pages page_size num_kv_heads value_dim"] | None = None,
         sequence_start: Int[AnyArray, " batch"] | None = None,
         sequence_end: Int[AnyArray, " batch"] | None = None,
         *,
+        page_table: Int[AnyArray, "batch pages_per_sequence"] | None = None,
         query_lengths: Int[AnyArray, " batch"] | None = None,
         key_scale: Scale | None = None,
         value_scale: Scale | None = None,
         return_lse: Literal[True],
-    ) -> tuple[Float[Array, "batch *num_tokens num_q_heads head_dim"], Float32[Array, "batch *num_tokens num_q_heads"]]: ...
+    ) -> tuple[Float[Array, "batch *num_tokens num_q_heads value_dim"], Float32[Array, "batch *num_tokens num_q_heads"]]: ...
     @overload
     def __call__(
         self,
         query: Float[AnyArray, "batch *num_tokens num_q_heads head_dim"],
-        key: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
-        value: Shaped[AnyArray, "batch seq_len num_kv_heads head_dim"],
+        key: Shaped[AnyArray, "pages page_size num_kv_heads row_dim"],
+        value: Shaped[AnyArray, "pages page_size num_kv_heads value_dim"] | None = None,
         sequence_start: Int[AnyArray, " batch"] | None = None,
         sequence_end: Int[AnyArray, " batch"] | None = None,
         *,
+        page_table: Int[AnyArray, "batch pages_per_sequence"] | None = None,
         query_lengths: Int[AnyArray, " batch"] | None = None,
         key_scale: Scale | None = None,
         value_scale: Scale | None = None,
         return_lse: bool,
     ) -> (
-        Float[Array, "batch *num_tokens num_q_heads head_dim"]
-        | tuple[Float[Array, "batch *num_tokens num_q_heads head_dim"], Float32[Array, "batch *num_tokens num_q_heads"]]
+        Float[Array, "batch *num_tokens num_q_heads value_dim"]
+        | tuple[Float[Array, "batch *num_tokens num_q_heads value_dim"], Float32[Array, "batch *num_tokens num_q_heads"]]
     ): ...
     def __call__(
         self,
         query,
         key,
-        value,
+        value=None,
         sequence_start=None,
         sequence_end=None,
         *,
+        page_table=None,
         query_lengths=None,
         key_scale=None,
         value_scale=None,
@@ -116,6 +122,8 @@ class RaggedDecodeAttention(eqx.Module):
             self.sliding_window,
             self.logits_soft_cap,
             self.sinks,
+            page_table=page_table,
+            value_columns=self.value_columns,
             query_lengths=query_lengths,
             key_scale=key_scale,
             value_scale=value_scale,

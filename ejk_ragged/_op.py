@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from . import _sharding
 from ._backend import Direction, Wanted
-from ._problem import accum_dtype, Cache, Problem, QUANTISED_DTYPES, Queries
+from ._formats import is_quantised
+from ._problem import Cache, Problem, Queries
 from ._registry import KNOWN_PLATFORMS, platform_of, registry, Request
 
 
@@ -48,8 +49,10 @@ def _primitive(name, direction: Direction, result_types) -> Primitive:
         problem = Problem.of(types[0], types[1], request.settings)
         chosen = registry.select(platform, problem, request.backend, direction, request.tuned)
 
+        operation = getattr(chosen.backend, direction)
+
         def run(*leaves):
-            return _checked(chosen, direction, results, _run(chosen, direction, *tree.unflatten(leaves), **params))
+            return _checked(chosen, direction, results, operation(chosen.problem, chosen.target, *tree.unflatten(leaves), **params))
 
         return chosen.backend.lowering(chosen.target), run
 
@@ -74,13 +77,6 @@ def _primitive(name, direction: Direction, result_types) -> Primitive:
     return primitive
 
 
-def _run(chosen, direction: Direction, queries, cache, *per_token, **params):
-    if not chosen.backend.clips_lengths:
-        start, end = (jnp.clip(x, 0, cache.key.shape[1]) for x in (queries.start, queries.end))
-        queries = dataclasses.replace(queries, start=start, end=end)
-    return getattr(chosen.backend, direction)(chosen.problem, chosen.target, queries, cache, *per_token, **params)
-
-
 def _checked(chosen, direction: Direction, types, results):
     """What a backend returns is what its contract says."""
     got, wanted = ([f"{x.dtype.name}{list(x.shape)}" for x in arrays] for arrays in (results, types))
@@ -94,15 +90,16 @@ def _checked(chosen, direction: Direction, types, results):
 def _forward_types(request, queries, cache):
     query = queries.query
     per_head = NamedSharding(query.sharding.mesh, PartitionSpec(*query.sharding.spec[:-1]))
-    out_dtype = Problem.of(queries, cache, request.settings).out_dtype
-    lse = query.update(shape=query.shape[:-1], dtype=accum_dtype(query.dtype), sharding=per_head, weak_type=False)
-    return [query.update(dtype=out_dtype, weak_type=False), lse]
+    problem = Problem.of(queries, cache, request.settings)
+    out = query.update(shape=(*query.shape[:-1], problem.value_dim), dtype=problem.out_dtype, weak_type=False)
+    return [out, query.update(shape=query.shape[:-1], dtype=problem.accum_dtype, sharding=per_head, weak_type=False)]
 
 
 def _backward_types(request, queries, cache, lse, d_out, delta, *, wanted):
     del lse, d_out, delta
     out_dtype = Problem.of(queries, cache, request.settings).out_dtype
-    return [queries.query.update(dtype=out_dtype, weak_type=False)] * wanted.query + [cache.key, cache.value] * wanted.key_value
+    d_cache = [x for x in (cache.key, cache.value) if x is not None]
+    return [queries.query.update(dtype=out_dtype, weak_type=False)] * wanted.query + d_cache * wanted.key_value
 
 
 _forward_p = _primitive("ragged_decode_forward", "forward", _forward_types)
@@ -112,34 +109,44 @@ _backward_p = _primitive("ragged_decode_backward", "backward", _backward_types)
 # ---------------------------------------------------------------------------------------------------------------------------
 # Mapped axes and many devices
 
-# Operands by the letters of their axes (see `_sharding.Layout`).
-_OPERANDS = (Queries("bthd", "bt", "bt", "bth"), Cache("bskd", "bskd", "bks", "bks"))  # pyright: ignore[reportArgumentType]
-_PER_TOKEN = ("bth", "bthd", "bth")  # of the backward operation: lse, d_out, delta
-
 
 def _forward(request: Request, *args):
-    layout = _sharding.Layout(_OPERANDS, ("bthd", "bth"))
-    part = functools.partial(_sharding.forward_part, functools.partial(_bind, _forward_p))
-    return _once(_sharding.spread(part, layout, _batched))(request, *args)
+    layout = _sharding.Layout((_sharding.QUERIES, _sharding.cache_letters(args[1])), ("bthe", "bth"))
+    part = functools.partial(_sharding.forward_part, functools.partial(_bind, _forward_p, layout))
+    return _once(_sharding.spread(part, layout, functools.partial(_batched, layout)))(request, *args)
 
 
 def _backward(request: Request, wanted: Wanted, *args):
-    layout = _sharding.Layout((*_OPERANDS, *_PER_TOKEN), ("bthd",) * wanted.query + ("bskd", "bskd") * wanted.key_value)
-    part = functools.partial(_sharding.backward_part, functools.partial(_bind, _backward_p, wanted=wanted), wanted)
-    return _once(_sharding.spread(part, layout, functools.partial(_batched, writes_cache=wanted.key_value)))(request, *args)
+    cache = _sharding.cache_letters(args[1])
+    d_cache = (cache.key, *(() if args[1].value is None else (cache.value,)))
+    layout = _sharding.Layout(
+        (_sharding.QUERIES, cache, *_sharding.PER_TOKEN), ("bthd",) * wanted.query + d_cache * wanted.key_value
+    )
+    part = functools.partial(_sharding.backward_part, functools.partial(_bind, _backward_p, layout, wanted=wanted), wanted)
+    fold = functools.partial(_batched, layout, writes_cache=wanted.key_value)
+    return _once(_sharding.spread(part, layout, fold))(request, *args)
 
 
-def _bind(primitive, request, *args, **params):
-    """The primitive, on operands with any number of axes in front: they join the batch, which on one device is no copy."""
-    *front, batch = args[1].key.shape[:-3]
+def _bind(primitive, layout, request, *args, **params):
+    """The primitive, on operands with any number of axes in front. The axes join the batch, and those of a pool its pages, which
+    on one device is no copy: the entries of the page tables move along."""
+    queries, cache = args[:2]
+    front = cache.key.shape[:-4]
+    if front and cache.page_table is not None:
+        maps = jnp.arange(math.prod(front), dtype=jnp.int32).reshape(*front, 1, 1)
+        cache = dataclasses.replace(cache, page_table=cache.pages() + maps * cache.key.shape[-4])
+    sizes = {"b": queries.query.shape[-4], "n": cache.key.shape[-4]}
 
-    def join(x):
+    def join(letters, x):
+        if x is None or not front:
+            return x
         rest = x.shape[len(front) + 1 :]
-        return jnp.broadcast_to(x, (*front, batch, *rest)).reshape(math.prod(front) * batch, *rest) if front else x
+        size = sizes[letters[0]]
+        return jnp.broadcast_to(x, (*front, size, *rest)).reshape(math.prod(front) * size, *rest)
 
-    leaves, tree = jax.tree.flatten(args)
-    results = primitive.bind(*map(join, leaves), tree=tree, request=request, **params)
-    return [x.reshape(*front, batch, *x.shape[1:]) for x in results]
+    leaves, tree = jax.tree.flatten(jax.tree.map(join, layout.operands, (queries, cache, *args[2:])))
+    results = primitive.bind(*leaves, tree=tree, request=request, **params)
+    return [x.reshape(*front, sizes["b"], *x.shape[1:]) for x in results]
 
 
 def _once(op):
@@ -156,12 +163,13 @@ def _once(op):
     return op
 
 
-def _batched(op, writes_cache=False):
+def _batched(layout, op, writes_cache=False):
     """`op` with a rule for vmap; `writes_cache` says whether results are shaped like the cache.
 
     A mapped cache is one more axis in front. Where the cache is shared, what is mapped becomes more tokens, each with bounds of its
-    own, so that the cache is read once and never copied. What remains is done one after another: a key that is mapped without its
-    value, say, or gradients of a shared cache, of which each map has its own.
+    own, so that the cache is read once and never copied; where page tables are mapped and the pool is shared, more sequences. What
+    remains is done one after another: a key that is mapped without its value, say, or gradients of a shared cache, of which each
+    map has its own.
     """
     op = jax.custom_batching.custom_vmap(op)
 
@@ -169,12 +177,13 @@ def _batched(op, writes_cache=False):
     def rule(size, mapped, request, *args):
         _, *mapped = mapped
         cache = mapped[1]
-        if cache.key and cache.value:
+        of_rows = [x for x in (cache.key, cache.value, cache.key_scale, cache.value_scale) if x is not None]
+        if cache.key and cache.value is not False:
             results = op(request, *jax.tree.map(functools.partial(_broadcast, size), tuple(mapped), args))
-        elif not any(jax.tree.leaves(cache)) and not writes_cache:
-            results = _fold_into_tokens(op, size, mapped, request, *args)
-        else:
+        elif any(of_rows) or writes_cache:
             results = _one_by_one(functools.partial(op, request), mapped, args)
+        else:
+            results = _fold("b" if cache.page_table else "t", size, mapped, layout, op, request, args)
         return results, [True] * len(results)
 
     return op
@@ -184,32 +193,30 @@ def _broadcast(size, mapped, x):
     return x if mapped else jnp.broadcast_to(x, (size, *x.shape))
 
 
-def _fold_into_tokens(op, size, mapped, request, queries, cache, *per_token):
-    num_tokens = queries.query.shape[-3]
+def _fold(into, size, mapped, layout, op, request, args):
+    """`op` where the maps join the tokens, or the sequences, `into` being the letter of their axis."""
+    own = args[0].query.shape[layout.operands[0].query.index(into) - 4]
 
-    def fold(letters, mapped, x, alike=False):
-        """[M, ..., T, ...] as [..., M * T, ...]; what is alike for all tokens may stay so."""
-        axis = letters.index("t") - len(letters)
-        if alike and not mapped and x.shape[axis] == 1:
+    def fold(letters, mapped, x):
+        """[M, ..., T, ...] as [..., M * T, ...]; what has no such axis, or is alike along the axis, may stay so."""
+        if x is None or into not in letters:
             return x
-        shape = [*x.shape[:axis], num_tokens, *x.shape[axis:][1:]]
+        axis = letters.index(into) - len(letters)
+        if not mapped and x.shape[axis] == 1 != own:
+            return x
+        shape = [*x.shape[:axis], own, *x.shape[axis:][1:]]
         x = jnp.broadcast_to(x, shape if mapped else (size, *shape))
         x = jnp.moveaxis(x, 0, axis - 1)
-        return x.reshape(*x.shape[: axis - 1], size * num_tokens, *x.shape[axis:][1:])
+        return x.reshape(*x.shape[: axis - 1], size * own, *x.shape[axis:][1:])
 
     def unfold(letters, x):
-        axis = letters.index("t") - len(letters)
-        x = x.reshape(*x.shape[:axis], size, num_tokens, *x.shape[axis:][1:])
+        axis = letters.index(into) - len(letters)
+        x = x.reshape(*x.shape[:axis], size, own, *x.shape[axis:][1:])
         return jnp.moveaxis(x, axis - 1, 0)
 
-    if mapped[0].start or mapped[0].end:
-        request = dataclasses.replace(request, settings=dataclasses.replace(request.settings, gaps=True))
-    letters = vars(_OPERANDS[0])
-    queries = Queries(
-        **{name: fold(letters[name], getattr(mapped[0], name), x, alike=name != "query") for name, x in vars(queries).items()}
-    )
-    per_token = map(fold, _PER_TOKEN, mapped[2:], per_token)
-    return list(map(unfold, ("bthd", "bth"), op(request, queries, cache, *per_token)))
+    if into == "t" and (mapped[0].start or mapped[0].end):
+        request = dataclasses.replace(request, settings=dataclasses.replace(request.settings, junk_between_tokens=True))
+    return list(map(unfold, layout.results, op(request, *jax.tree.map(fold, layout.operands, tuple(mapped), args))))
 
 
 def _one_by_one(op, mapped, args):
@@ -229,27 +236,30 @@ def _one_by_one(op, mapped, args):
 
 def decode(
     request: Request, queries: Queries, cache: Cache
-) -> tuple[Float[Array, "batch num_tokens num_q_heads head_dim"], Float[Array, "batch num_tokens num_q_heads"]]:
-    """Output and log-sum-exp of one decode step on canonical operands; differentiable in query, sink and a cache of floats.
+) -> tuple[Float[Array, "batch num_tokens num_q_heads value_dim"], Float[Array, "batch num_tokens num_q_heads"]]:
+    """Output and log-sum-exp of one decode step on canonical operands; differentiable in query, sink and a padded cache of
+    floats.
 
     Raises:
         ValueError: a named backend that cannot do it; shardings that cannot work together, where types state them; a gradient of a
-            quantised cache or its scales.
+            quantised cache, of its scales or of a pool of pages.
     """
     _typed(**vars(queries), **vars(cache))
     registry.check_named(request.backend, Problem.of(queries, cache, request.settings))
-    return _decode(request, *_sharding.align((queries, cache), _sharding.Layout(_OPERANDS, ())))
+    layout = _sharding.Layout((_sharding.QUERIES, _sharding.cache_letters(cache)), ())
+    return _decode(request, *_sharding.align((queries, cache), layout))
 
 
 def _typed(
     query: Float[Array, "batch num_tokens num_q_heads head_dim"],
-    start: Int32[Array, " batch #num_tokens"],
-    end: Int32[Array, " batch #num_tokens"],
-    sink: Float[Array, " #batch #num_tokens num_q_heads"],
-    key: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-    value: Shaped[Array, "batch seq_len num_kv_heads head_dim"],
-    key_scale: Float[Array, " #batch #num_kv_heads #seq_len"] | None,
-    value_scale: Float[Array, " #batch #num_kv_heads #seq_len"] | None,
+    start: Int32[Array, " batch #num_tokens"] | None,
+    end: Int32[Array, " batch #num_tokens"] | None,
+    sink: Float[Array, " #batch #num_tokens num_q_heads"] | None,
+    key: Shaped[Array, "pages page_size num_kv_heads row_dim"],
+    value: Shaped[Array, "pages page_size num_kv_heads value_dim"] | None,
+    key_scale: Float[Array, " #pages #num_kv_heads #page_size"] | None,
+    value_scale: Float[Array, " #pages #num_kv_heads #page_size"] | None,
+    page_table: Int32[Array, "batch pages_per_sequence"] | None,
 ):
     """Does nothing; where jaxtyping's import hook is on, as in the tests, it holds the operands to their types together."""
 
@@ -261,18 +271,23 @@ def _decode(request, queries, cache):
 
 
 def _decode_fwd(request, queries, cache):
-    wanted = Wanted(queries.query.perturbed, cache.key.perturbed or cache.value.perturbed)
-    _refuse_gradients_of_quantised(cache)
+    wanted = Wanted(queries.query.perturbed, any(x.perturbed for x in (cache.key, cache.value) if x is not None))
+    _refuse_gradients(cache)
     queries, cache = jax.tree.map(lambda x: x.value, (queries, cache))
     out, lse = _forward(request, queries, cache)
     return (out, lse), (wanted, queries, cache, out, lse)
 
 
-def _refuse_gradients_of_quantised(cache):
+def _refuse_gradients(cache):
+    what = [
+        kind
+        for kind, holds in (("quantised cache", is_quantised(cache.key.value.dtype)), ("pool of pages", cache.page_table))
+        if holds
+    ]
     for name, x in vars(cache).items():
-        if x is not None and x.perturbed and cache.key.value.dtype.name in QUANTISED_DTYPES:
+        if what and x is not None and x.perturbed:
             raise ValueError(
-                f"{name} of a quantised cache has no gradient, but one is asked for: pass jax.lax.stop_gradient({name}). Query and "
+                f"{name} of a {what[0]} has no gradient, but one is asked for: pass jax.lax.stop_gradient({name}). Query and "
                 "softmax_aux have theirs."
             )
 
@@ -285,17 +300,22 @@ def _decode_bwd(request, residuals, cotangents):
     )
     # With p_j the probability of key j: d_logit_j = p_j (d_out . v_j - delta), and the sink is a key without a value.
     delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - d_lse
-    d_sink = jnp.where(sink > -jnp.inf, -jnp.exp(sink - jnp.maximum(lse, sink)) * delta, 0)
-    alike = tuple(axis for axis, size in enumerate(sink.shape) if size == 1)
-    d_sink = jnp.sum(d_sink, axis=alike, keepdims=True)
+    d_sink = None if sink is None else _d_sink(sink, lse, delta)
     d_query = d_key = d_value = None
     if wanted.query or wanted.key_value:
         gradients = _backward(request, wanted, queries, cache, lse, d_out, delta)
         if wanted.query:
             d_query, *gradients = gradients
         if wanted.key_value:
-            d_key, d_value = gradients
+            d_key, *d_value = gradients
+            d_value = d_value[0] if d_value else None
     return Queries(d_query, None, None, d_sink), Cache(d_key, d_value)  # pyright: ignore[reportArgumentType]
+
+
+def _d_sink(sink, lse, delta):
+    d_sink = jnp.where(sink > -jnp.inf, -jnp.exp(sink - jnp.maximum(lse, sink)) * delta, 0)
+    alike = tuple(axis for axis, size in enumerate(sink.shape) if size == 1)
+    return jnp.sum(d_sink, axis=alike, keepdims=True)
 
 
 _decode.defvjp(_decode_fwd, _decode_bwd, symbolic_zeros=True)

@@ -11,14 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped
 
-
-FLOATING_DTYPES = ("float16", "bfloat16", "float32", "float64")
-QUANTISED_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
-
-
-def accum_dtype(dtype) -> np.dtype:
-    """The dtype in which sums over values of `dtype` are held: float32, or float64 for float64."""
-    return np.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+from ._formats import accum_dtype, is_quantised
 
 
 # What `jax.default_matmul_precision` may be, as one of the three levels that every platform has, never a lower one than the name
@@ -82,122 +75,161 @@ class FwdParams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """T query tokens of each of B sequences, each with the keys that it sees. What is alike along an axis may have size 1 there.
+    """T query tokens of each of B sequences, each with the rows that it sees. What is alike along an axis may have size 1 there.
 
     Attributes:
         query: [B, T, Hq, D].
-        start, end: int32 [B, T], or [B, 1] where all tokens of a sequence see the same keys: the first key of a token and the end,
-            exclusive; empty where start >= end.
-        sink: accumulation dtype [B, T, Hq], or less where alike: one logit in the softmax's denominator, -inf for none.
+        start, end: int32 [B, T], or [B, 1] where all tokens of a sequence see the same rows: the first row of a token and the end,
+            exclusive; empty where start >= end. Both are as the caller's arguments gave them, and may lie outside the cache:
+            `bounds` clips them. None: all rows from the first on, or up to the last.
+        sink: accumulation dtype [B, T, Hq], 1 for B or T where alike: one logit in the softmax's denominator, -inf for none. None:
+            no token has a sink.
     """
 
     query: Float[Array, "batch num_tokens num_q_heads head_dim"]
-    start: Int32[Array, " batch #num_tokens"]
-    end: Int32[Array, " batch #num_tokens"]
-    sink: Float[Array, " #batch #num_tokens num_q_heads"]
+    start: Int32[Array, " batch #num_tokens"] | None = None
+    end: Int32[Array, " batch #num_tokens"] | None = None
+    sink: Float[Array, " #batch #num_tokens num_q_heads"] | None = None
+
+    def bounds(self, seq_len) -> tuple[jax.Array, jax.Array]:
+        """`start` and `end` within the cache, [0, S]: int32 [B, T] or [B, 1] each, never None."""
+        batch = self.query.shape[-4]
+        start = jnp.zeros((batch, 1), jnp.int32) if self.start is None else jnp.clip(self.start, 0, seq_len)
+        end = jnp.full((batch, 1), seq_len, jnp.int32) if self.end is None else jnp.clip(self.end, 0, seq_len)
+        return start, end
 
     def hull(self, seq_len) -> tuple[jax.Array, jax.Array]:
-        """Of each sequence the first key that any token sees, and the end: int32 [B] each; (seq_len, 0) if none sees any."""
-        some = self.start < self.end
-        start, end = jnp.where(some, self.start, seq_len), jnp.where(some, self.end, 0)
+        """The first row of each sequence that any token sees, and the end: int32 [B] each; (seq_len, 0) if no token sees a row."""
+        start, end = self.bounds(seq_len)
+        some = start < end
+        start, end = jnp.where(some, start, seq_len), jnp.where(some, end, 0)
         return jnp.min(start, axis=1), jnp.max(end, axis=1)
+
+    def sinks(self) -> jax.Array:
+        """`sink`, or -inf for every head: accumulation dtype [B or 1, T or 1, Hq]."""
+        if self.sink is not None:
+            return self.sink
+        return jnp.full((1, 1, self.query.shape[-2]), -jnp.inf, accum_dtype(self.query.dtype))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The keys and values of B sequences. A quantised cache stands for `key * key_scale` and `value * value_scale`.
+    """The keys and values of B sequences of S rows: padded, or in a pool of N pages of `page_size` rows, P pages per sequence.
+
+    Row j of sequence b is row j of `key[b]`, or, with a page table, row j % page_size of page `page_table[b, j // page_size]`. Rows
+    that no token sees may hold anything, and so may entries of pages of which no token sees a row. A quantised cache stands for
+    `key * key_scale` and `value * value_scale`.
 
     Attributes:
-        key, value: [B, S, Hkv, D] in the query's dtype, or a quantised one; rows that no token sees may hold anything.
-        key_scale, value_scale: accumulation dtype [B, Hkv, S], each being 1 where all sequences, heads or rows have the same; rows
-            that no token sees may hold anything. None where there is none.
+        key: [B, S, Hkv, R] or [N, page_size, Hkv, R], in the query's dtype or a quantised one. R is D; where the value is in the
+            key's rows, R may be larger, and the key is the first D columns.
+        value: [B, S, Hkv, Dv] or [N, page_size, Hkv, Dv], in the key's dtype. None: the columns `problem.value_columns` of `key`.
+        key_scale, value_scale: accumulation dtype [B, Hkv, S] or [N, Hkv, page_size], each axis being 1 where the scale is alike
+            along the axis. None: no scale.
+        page_table: int32 [B, P], as the caller gave it: `pages` clips the entries. None: the cache is padded.
     """
 
-    key: Shaped[Array, "batch seq_len num_kv_heads head_dim"]
-    value: Shaped[Array, "batch seq_len num_kv_heads head_dim"]
-    key_scale: Float[Array, " #batch #num_kv_heads #seq_len"] | None = None
-    value_scale: Float[Array, " #batch #num_kv_heads #seq_len"] | None = None
+    key: Shaped[Array, "pages page_size num_kv_heads row_dim"]
+    value: Shaped[Array, "pages page_size num_kv_heads value_dim"] | None = None
+    key_scale: Float[Array, " #pages #num_kv_heads #page_size"] | None = None
+    value_scale: Float[Array, " #pages #num_kv_heads #page_size"] | None = None
+    page_table: Int32[Array, "batch pages_per_sequence"] | None = None
 
-
-GIVEN = frozenset({"start", "end", "sink"})
+    def pages(self) -> jax.Array:
+        """Numbers of the pages of every sequence, within the pool: int32 [B, P]. A padded cache is one page per sequence."""
+        num_pages = self.key.shape[-4]
+        if self.page_table is None:
+            return jnp.arange(num_pages, dtype=jnp.int32)[:, None]
+        return jnp.clip(self.page_table, 0, num_pages - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """The static facts of a call that are not of its shapes; they travel with the operation through every transformation.
 
+    A backend must keep to the first six. `most_keys` is for tuning alone.
+
     Attributes:
         softmax_scale: factor on the logits.
         logits_soft_cap: cap of the logits, or None.
-        fwd_params: tuning hints.
+        value_columns: (first, end) of the columns of the key's rows that are the value, where the cache has no value of its own.
         precision: how products of float32 operands are to be taken; sums are in the accumulation dtype whatever it says.
-        given: which of "start", "end" and "sink" say something; the others hold 0, seq_len and -inf, and need not be read.
-        partial: whether output and d_query go on to be merged with those of other keys, and are not rounded before.
-        gaps: whether there may be rows between the ranges of a sequence's tokens that none of them sees; they may hold anything.
+        keeps_accum_dtype: whether output and d_query stay in the accumulation dtype, for they go on to be merged or differentiated.
+        junk_between_tokens: whether there may be rows between the ranges of a sequence's tokens that no token sees. Such rows may
+            hold NaN, like the rows before the first range and after the last.
+        fwd_params: tuning hints.
         most_keys: no token sees more keys than this, as a window may say: a power of 16, so that calls with other windows share a
-            program. None where nothing but the lengths says it.
+            program. None where nothing but the lengths bounds the keys.
     """
 
     softmax_scale: float
     logits_soft_cap: float | None = None
-    fwd_params: FwdParams = FwdParams()
+    value_columns: tuple[int, int] | None = None
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
-    given: frozenset[str] = GIVEN
-    partial: bool = False
-    gaps: bool = False
+    keeps_accum_dtype: bool = False
+    junk_between_tokens: bool = False
+    fwd_params: FwdParams = FwdParams()
     most_keys: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem(Settings):
-    """One decode operation as a backend meets it: T query tokens of each of B sequences attend to ranges of a padded cache.
+    """One decode operation as a backend meets it: T query tokens of each of B sequences attend to ranges of rows of a cache.
 
-    Sizes are integers, or symbolic dimensions while a function is exported with symbolic shapes.
+    Sizes are integers, or symbolic dimensions while a function is exported with symbolic shapes. The other static facts are those
+    of `Settings`.
 
     Attributes:
         batch: sequences, B.
         num_tokens: query tokens of a sequence, T.
-        seq_len: rows of the padded cache, S.
+        num_pages: pages of the pool, N; of a padded cache B.
+        page_size: rows per page; of a padded cache S.
+        seq_len: rows of a sequence, S: of a padded cache as many as the cache has, with pages P * page_size.
         num_q_heads: query heads, Hq, a multiple of `num_kv_heads`.
         num_kv_heads: key/value heads, Hkv.
-        head_dim: head dimension, D.
+        head_dim: head dimension of query and key, D.
+        value_dim: head dimension of value and output, Dv.
+        row_dim: columns of the key's rows, R: D, or more where the value is in the key's rows.
         dtype: dtype of the query.
         cache_dtype: dtype of key and value: the query's, or a quantised one.
-        softmax_scale: factor on the logits.
-        logits_soft_cap: cap of the logits, or None.
-        fwd_params: tuning hints.
-        precision: how products of float32 operands are to be taken; sums are in the accumulation dtype whatever it says.
-        given: which of "start", "end" and "sink" say something; the others hold 0, seq_len and -inf, and need not be read.
-        partial: whether output and d_query go on to be merged with those of other keys, and are not rounded before.
-        gaps: whether there may be rows between the ranges of a sequence's tokens that none of them sees; they may hold anything.
-        most_keys: no token sees more keys than this, as a window may say: a power of 16, so that calls with other windows share a
-            program. None where nothing but the lengths says it.
+        paged: whether there is a page table.
     """
 
     batch: int
     num_tokens: int
+    num_pages: int
+    page_size: int
     seq_len: int
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int
+    row_dim: int
     dtype: np.dtype
     cache_dtype: np.dtype
+    paged: bool = False
 
     @classmethod
     def of(cls, queries: Queries, cache: Cache, settings: Settings) -> "Problem":
         """The problem of these operands, or of their shapes."""
         batch, num_tokens, num_q_heads, head_dim = queries.query.shape
-        _, seq_len, num_kv_heads, _ = cache.key.shape
+        num_pages, page_size, num_kv_heads, row_dim = cache.key.shape
+        first, end = settings.value_columns or (0, cache.value.shape[-1])  # pyright: ignore[reportOptionalMemberAccess]
         return cls(
             batch=batch,
             num_tokens=num_tokens,
-            seq_len=seq_len,
+            num_pages=num_pages,
+            page_size=page_size,
+            seq_len=page_size if cache.page_table is None else cache.page_table.shape[1] * page_size,
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
+            value_dim=end - first,
+            row_dim=row_dim,
             dtype=np.dtype(queries.query.dtype),
             cache_dtype=np.dtype(cache.key.dtype),
+            paged=cache.page_table is not None,
             **vars(settings),
         )
 
@@ -209,12 +241,17 @@ class Problem(Settings):
     @property
     def quantised(self) -> bool:
         """Whether the cache is of a narrower dtype than the query."""
-        return self.cache_dtype.name in QUANTISED_DTYPES
+        return is_quantised(self.cache_dtype)
 
     @property
     def sizes(self) -> tuple[Any, ...]:
         """Those that may be symbolic."""
-        return self.batch, self.num_tokens, self.seq_len
+        return self.batch, self.num_tokens, self.seq_len, self.num_pages
+
+    @property
+    def plain(self) -> bool:
+        """Whether key and value are two padded arrays of one width."""
+        return not self.paged and self.value_columns is None and self.value_dim == self.head_dim
 
     @property
     def accum_dtype(self) -> np.dtype:
@@ -224,13 +261,16 @@ class Problem(Settings):
     @property
     def out_dtype(self) -> np.dtype:
         """Dtype in which output and d_query are returned."""
-        return self.accum_dtype if self.partial else self.dtype
+        return self.accum_dtype if self.keeps_accum_dtype else self.dtype
 
     def __str__(self):
         tokens = "" if self.num_tokens == 1 else f"T {self.num_tokens}, "
+        pages = f" in pages of {self.page_size}" if self.paged else ""
+        value = "" if self.value_dim == self.head_dim and self.value_columns is None else f":{self.value_dim}"
+        columns = "" if self.value_columns is None else f", value in columns {self.value_columns} of rows of {self.row_dim}"
         cache = f", {self.cache_dtype.name} cache" if self.quantised else ""
         cap = "" if self.logits_soft_cap is None else f", soft cap {self.logits_soft_cap:g}"
         return (
-            f"B {self.batch}, {tokens}S {self.seq_len}, heads {self.num_q_heads}:{self.num_kv_heads}, D {self.head_dim}, "
-            f"{self.dtype.name}{cache}{cap}"
+            f"B {self.batch}, {tokens}S {self.seq_len}{pages}, heads {self.num_q_heads}:{self.num_kv_heads}, "
+            f"D {self.head_dim}{value}{columns}, {self.dtype.name}{cache}{cap}"
         )

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Shaped
 
-from ._problem import FLOATING_DTYPES, QUANTISED_DTYPES
+from ._formats import FLOATING_DTYPES, QUANTISED
 
 
 def quantize(x: Float[Array, "*rows head_dim"], dtype=jnp.int8) -> tuple[Shaped[Array, "*rows head_dim"], Float32[Array, "..."]]:
@@ -23,15 +23,15 @@ def quantize(x: Float[Array, "*rows head_dim"], dtype=jnp.int8) -> tuple[Shaped[
         ValueError: not floats, no axis, or another dtype.
     """
     x, dtype = jnp.asarray(x), jnp.dtype(dtype)
-    if dtype.name not in QUANTISED_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(QUANTISED_DTYPES)}; got {dtype.name}.")
+    if dtype.name not in QUANTISED:
+        raise ValueError(f"dtype must be one of {', '.join(QUANTISED)}; got {dtype.name}.")
     if x.dtype.name not in FLOATING_DTYPES or x.ndim == 0:
         raise ValueError(f"x must be rows [..., head_dim] of {', '.join(FLOATING_DTYPES)}; got {x.dtype.name} of shape {x.shape}.")
     x = x.astype(jnp.float32)
-    top = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
+    kind = QUANTISED[dtype.name]
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = jnp.maximum(largest / top, jnp.finfo(jnp.float32).tiny)  # what is smaller would divide by zero
-    steps = jnp.clip(x / scale, -top, top)  # the division may round upwards
-    stored = (jnp.round(steps) if dtype == jnp.int8 else steps).astype(dtype)
+    scale = jnp.maximum(largest / kind.largest, jnp.finfo(jnp.float32).tiny)  # what is smaller would divide by zero
+    steps = jnp.clip(x / scale, -kind.largest, kind.largest)  # the division may round upwards
+    stored = (jnp.round(steps) if kind.whole else steps).astype(dtype)
     scale = scale[..., 0]
     return stored, scale.swapaxes(1, 2) if x.ndim == 4 else scale

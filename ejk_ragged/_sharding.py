@@ -18,11 +18,22 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ._merge import merge_stacked
+from ._problem import Cache, Queries
 
 
-# An operation's layout has a letter for each axis of its operands and results: batch, tokens, heads of the query, sequence, kv
-# heads, head_dim. Operands are (queries, cache, ...).
-_NAMES = {"b": "batch", "t": "num_tokens", "s": "seq_len", "k": "num_kv_heads", "h": "num_q_heads", "d": "head_dim"}
+# An operation's layout has a letter for each axis of its operands and results. Operands are (queries, cache, ...).
+_NAMES = {"b": "batch", "t": "num_tokens", "h": "num_q_heads", "d": "head_dim", "s": "seq_len", "k": "num_kv_heads"}
+_NAMES |= {"n": "num_pages", "p": "page_size", "c": "pages of a sequence", "e": "the value's head_dim"}
+
+QUERIES = Queries("bthd", "bt", "bt", "bth")  # pyright: ignore[reportArgumentType]
+PER_TOKEN = ("bth", "bthe", "bth")  # of the backward operation: lse, d_out, delta
+
+
+def cache_letters(cache: Cache) -> Cache:
+    """Letters of a padded cache, or of a pool and its page table."""
+    pages, row = ("b", "s") if cache.page_table is None else ("n", "p")
+    rows, scale = f"{pages}{row}k", f"{pages}k{row}"
+    return Cache(f"{rows}d", f"{rows}e", scale, scale, "bc")  # pyright: ignore[reportArgumentType]
 
 
 class Rows(NamedTuple):
@@ -39,14 +50,33 @@ class Layout:
     operands: Any
     results: tuple[str, ...]
 
-    def specs(self, args, cache):
-        """Partition specs of operands and results, for a cache that is split by the spec `cache`, mapped axes in front.
+    def split(self, mesh, args, spec_of) -> dict[str, Any]:
+        """How each letter's axis is split, from how the arguments are, by `spec_of`. An axis of size 1 is not: it is alike for all.
 
-        An axis of size 1 is not split: it is alike for all.
+        The cache says how sequences, rows and kv heads are split. What the cache has no axis for follows the queries: sequences of
+        a pool, and query heads that share one kv head.
         """
-        mapped, sizes = cache[:-4], args[1].key.shape[-4:]
-        split = {axis: None if n == 1 else entry for axis, n, entry in zip("bskd", sizes, cache[-4:], strict=True)}
-        split |= {"h": split["k"], "t": None}
+        queries, cache = args[:2]
+        query, key = spec_of(queries.query)[-4:], spec_of(cache.key)[-4:]
+        split = {
+            axis: None if n == 1 else entry for axis, n, entry in zip(self.operands[1].key, cache.key.shape[-4:], key, strict=True)
+        }
+        used = {name for entry in spec_of(cache.key) for name in _axes(entry)}
+
+        def free(entry, size):
+            devices = math.prod(mesh.shape[name] for name in _axes(entry))
+            return None if used.intersection(_axes(entry)) or size % devices else entry
+
+        batch, _, heads, _ = queries.query.shape[-4:]
+        if "b" not in split:
+            split["b"] = free(query[0] or spec_of(cache.page_table)[-2], batch)
+            used.update(_axes(split["b"]))
+        split["h"] = split["k"] if cache.key.shape[-2] > 1 else free(query[2], heads)
+        return dict.fromkeys(_NAMES) | split
+
+    def specs(self, mesh, args, spec_of):
+        """Partition specs of operands and results, mapped axes in front."""
+        mapped, split = spec_of(args[1].key)[:-4], self.split(mesh, args, spec_of)
 
         def spec(letters, x=None):
             sizes = [0] * len(letters) if x is None else x.shape[len(mapped) :]
@@ -58,27 +88,36 @@ class Layout:
     def rule(self, args) -> tuple[str, dict[str, Any]]:
         """The same as a sharding rule for Shardy: its text, and the sizes that it needs.
 
-        Splits spread between key, value and results and nowhere else. Were the other operands tied to them, a query that is split
-        in a way of its own would leave d_key and d_value without a sharding, and they would be gathered.
+        Splits spread between key, value and results, and nowhere else where the cache is padded. Were the other operands tied to
+        them, a query that is split in a way of its own would leave d_key and d_value without a sharding, and they would be
+        gathered. A pool has no gradient, and ties sequences to the query and the page table instead.
         """
         queries, cache = args[:2]
         mapped = [f"m{i}" for i in range(cache.key.ndim - 4)]
         kv_heads = cache.key.shape[-2]
         group = queries.query.shape[-2] // kv_heads
-        tied = {axis: axis for axis in ("b", "s", "k", *mapped)}
+        of_cache, of_results = {axis: axis for axis in ("s", "k", *mapped)}, {axis: axis for axis in ("b", "s", "k", *mapped)}
         if group == 1 or kv_heads > 1:  # a factor of size 1 may not stand beside another
-            tied["h"] = "k" if group == 1 else "(k g)"
+            of_results["h"] = "k" if group == 1 else "(k g)"
+        else:
+            of_results["h"] = "h"
+        of_queries = {"h": "h"} if of_results["h"] == "h" else {}
+        of_queries |= {} if cache.page_table is None else {"b": "b"}
+        of_cache |= {"b": "b"} if cache.page_table is None else {}
 
-        def factors(number, letters, follows):
+        def factors(number, letters, tied):
             own = {axis: f"{axis}_{number}" for axis in (*mapped, *letters)}
-            return " ".join((own | tied)[axis] if follows else own[axis] for axis in own)
+            return " ".join((own | tied)[axis] for axis in own)
+
+        def tied(x):
+            if x is cache.key or x is cache.value:
+                return of_cache
+            return of_queries if x is queries.query or x is cache.page_table else {}
 
         letters = jax.tree.leaves(jax.tree.map(lambda letters, x: None if x is None else letters, self.operands, args))
         leaves = jax.tree.leaves(args)
-        operands = [
-            factors(i, axes, x is cache.key or x is cache.value) for i, (axes, x) in enumerate(zip(letters, leaves, strict=True))
-        ]
-        results = [factors(len(operands) + i, axes, True) for i, axes in enumerate(self.results)]
+        operands = [factors(i, axes, tied(x)) for i, (axes, x) in enumerate(zip(letters, leaves, strict=True))]
+        results = [factors(len(operands) + i, axes, of_results) for i, axes in enumerate(self.results)]
         rule = ", ".join(operands) + " -> " + ", ".join(results)
         return rule, {"g": group} if "(k g)" in rule else {}
 
@@ -138,13 +177,13 @@ def _vary_alike(arrays, others):
 
 
 def _explicit(part, layout: Layout):
-    """`part`, with the cache's type saying how it is split."""
+    """`part`, with the types of cache and queries saying how they are split."""
 
     def run(request, *args):
-        mesh, cache = _mesh(args), _spec(jax.typeof(args[1].key))
-        in_specs, out_specs = layout.specs(args, cache)
-        local = functools.partial(part, _rows(cache, args[1].key), request)
-        if any(cache):
+        mesh = _mesh(args)
+        in_specs, out_specs = layout.specs(mesh, args, _spec_of_type)
+        local = functools.partial(part, _rows(_spec_of_type(args[1].key), args[1]), request)
+        if any(entry for spec in (in_specs[0].query, in_specs[1].key) for entry in spec):
             # Over all axes that are to be had: all but those that `vmap` maps away. Unchecked: by its type, what is merged on every
             # device differs between them.
             local = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -158,18 +197,16 @@ def _automatic(part, layout: Layout):
 
     def partition(request, mesh, operands, results):
         del results
-        key, value = operands[1].key, operands[1].value
-        cache = _spec(key)
-        _check_cache(cache, _spec(value))
-        _check_even(mesh, cache, key)
-        specs = layout.specs(operands, cache)
+        _check_cache(operands[1], _spec)
+        _check_even(mesh, _spec(operands[1].key), operands[1].key)
+        specs = layout.specs(mesh, operands, _spec)
         in_shardings, out_shardings = jax.tree.map(
             functools.partial(NamedSharding, mesh), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
         )
 
         def local(*args):
             with wide(operands[0].query.dtype):
-                return part(_rows(cache, key), request, *args)
+                return part(_rows(_spec(operands[1].key), operands[1]), request, *args)
 
         return mesh, local, out_shardings, in_shardings
 
@@ -197,8 +234,10 @@ def forward_part(op, rows: Rows | None, request, queries, cache):
         return op(request, queries, cache)
     dtype = queries.query.dtype
     request, queries = _own_rows(rows, request, queries, cache)
-    sink = jnp.where(lax.axis_index(rows.axes) == 0, queries.sink, -jnp.inf)  # counted once
-    out, lse = op(request, dataclasses.replace(queries, sink=sink), cache)
+    if queries.sink is not None:  # counted once
+        sink = jnp.where(lax.axis_index(rows.axes) == 0, queries.sink, -jnp.inf)
+        queries = dataclasses.replace(queries, sink=sink)
+    out, lse = op(request, queries, cache)
     # One collective for both: on GPUs its latency is most of what it costs. Along an axis of its own, which is the first one:
     # JAX loses the types of explicit axes where it makes that axis itself.
     packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1)[None], rows.axes, tiled=True)
@@ -220,11 +259,10 @@ def backward_part(op, wanted, rows: Rows | None, request, queries, cache, *per_t
 
 def _own_rows(rows: Rows, request, queries, cache):
     """The request and the bounds as seen from the rows that this device holds; the last ones may be none of the cache's."""
-    settings = request.settings
-    settings = dataclasses.replace(settings, partial=True, given=settings.given | {"start", "end"})
+    settings = dataclasses.replace(request.settings, keeps_accum_dtype=True)
     own = cache.key.shape[-3]
     first = lax.axis_index(rows.axes) * own
-    start, end = (jnp.clip(jnp.clip(x, 0, rows.seq_len) - first, 0, own) for x in (queries.start, queries.end))
+    start, end = (jnp.clip(x - first, 0, own) for x in queries.bounds(rows.seq_len))
     return dataclasses.replace(request, settings=settings), dataclasses.replace(queries, start=start, end=end)
 
 
@@ -238,28 +276,39 @@ def _spec(array):
     return tuple(spec) + (None,) * (len(array.shape) - len(spec))
 
 
+def _spec_of_type(array):
+    return _spec(jax.typeof(array))
+
+
 def _axes(entry) -> tuple[str, ...]:
     """The mesh axes of one entry of a spec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _rows(cache, key) -> Rows | None:
-    """How a spec of the cache splits its rows."""
-    axes = _axes(cache[-3])
-    return Rows(axes, key.shape[-3]) if axes else None
+def _rows(key, cache) -> Rows | None:
+    """How a spec of the key splits the rows of a padded cache."""
+    axes = _axes(key[-3])
+    return Rows(axes, cache.key.shape[-3]) if axes else None
 
 
 def _named(entry):
     return " and ".join(map(repr, _axes(entry))) or "no mesh axis"
 
 
-def _check_cache(key, value):
-    if key != value:
+def _check_cache(cache, spec_of):
+    key, value = spec_of(cache.key), None if cache.value is None else spec_of(cache.value)
+    if value is not None and key != value:
         raise ValueError(f"key and value must be split alike, got {PartitionSpec(*key)} and {PartitionSpec(*value)}.")
     if key[-1] is not None:
         raise ValueError(
             f"key and value must not be split along head_dim, got {PartitionSpec(*key)}. Split them along batch, seq_len or "
             "num_kv_heads."
+        )
+    if cache.page_table is not None and (key[-4] is not None or key[-3] is not None):
+        raise ValueError(
+            f"key and value, pools of pages, must be split along num_kv_heads or not at all, got {PartitionSpec(*key)} for "
+            "[num_pages, page_size, num_kv_heads, head_dim]. For a pool that is split by pages, call inside jax.shard_map, where "
+            "each device has a page table of its own pages."
         )
 
 
@@ -275,12 +324,10 @@ def _check_even(mesh, cache, key):
 
 def _explicit_specs(layout, args):
     """Specs that the arguments should have, by their types; an axis that is not split yet may become so."""
-    query, cache = args[0].query, args[1]
-    key = _spec(jax.typeof(cache.key))
-    _check_cache(key, _spec(jax.typeof(cache.value)))
-    specs, _ = layout.specs(args, key)
+    _check_cache(args[1], _spec_of_type)
+    specs, _ = layout.specs(_mesh(args), args, _spec_of_type)
     wanted_spec = specs[0].query
-    for given, wanted, axis in zip(_spec(jax.typeof(query)), wanted_spec, layout.operands[0].query, strict=True):
+    for given, wanted, axis in zip(_spec_of_type(args[0].query), wanted_spec, layout.operands[0].query, strict=True):
         if given not in (None, wanted):
             raise ValueError(
                 f"query must be split along {_NAMES[axis]} by {_named(wanted)}, as key is, or not at all; got {_named(given)}. "

@@ -101,10 +101,9 @@ def assert_batch_invariant(call, arguments):
 
 def floats_of(arguments):
     """Names of the arguments that have a gradient."""
-    floating = (
-        ("query", "key", "value", "softmax_aux") if arguments["key"].dtype == arguments["query"].dtype else ("query", "softmax_aux")
-    )
-    return [name for name in floating if name in arguments]
+    frozen = arguments["key"].dtype != arguments["query"].dtype or "page_table" in arguments
+    floating = ("query", "softmax_aux") if frozen else ("query", "key", "value", "softmax_aux")
+    return [name for name in floating if arguments.get(name) is not None]
 
 
 def everything(call, arguments):

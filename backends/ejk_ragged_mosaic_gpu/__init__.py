@@ -27,7 +27,6 @@ class MosaicGpuBackend(Backend):
 
     name: ClassVar[str] = "mosaic_gpu"
     priority: ClassVar[int] = 90
-    clips_lengths: ClassVar[bool] = True
     version: ClassVar[str] = "1"
 
     @property
@@ -46,6 +45,8 @@ class MosaicGpuBackend(Backend):
 
         if not all(isinstance(n, int) for n in problem.sizes):
             return "its kernels need sizes known when they are lowered, not symbolic ones"
+        if not problem.plain:
+            return "its kernels read a padded key and a padded value of one width"
         if problem.quantised:
             return "its kernels have no quantised caches"
         if problem.dtype not in (jnp.bfloat16, jnp.float16):

@@ -28,8 +28,7 @@ def forward(problem, target, queries, cache, **how):
         _of_rows(problem, plan, lengths.get(f"token_{name}"), 0 if name == "end" else problem.seq_len) for name in ("start", "end")
     )
     parts, part_lse = split(problem, plan, _by_kv_head(problem, plan, queries.query), cache, own, row_bounds, **how)
-    sink = queries.sink if "sink" in problem.given else None
-    out, lse = combine(problem, target, plan, parts, part_lse, own, sink, **how)
+    out, lse = combine(problem, target, plan, parts, part_lse, own, queries.sink, **how)
     return out.reshape(queries.query.shape), lse.reshape(queries.query.shape[:3])
 
 

@@ -233,7 +233,7 @@ class _Program:
             tile[...] = values
             plgpu.commit_smem()
 
-        if not plan.direct or (sees is not None and self.problem.gaps):
+        if not plan.direct or (sees is not None and self.problem.junk_between_tokens):
             lay_out()
         elif sees is not None:
             pl.when(at_an_end)(lay_out)

@@ -21,7 +21,6 @@ class PallasTritonBackend(Backend):
 
     name: ClassVar[str] = "pallas_triton"
     priority: ClassVar[int] = 100
-    clips_lengths: ClassVar[bool] = True
     version: ClassVar[str] = "3"
 
     @property
@@ -37,6 +36,8 @@ class PallasTritonBackend(Backend):
     def supports(self, problem: Problem, target: Target) -> str | None:
         if not all(isinstance(n, int) for n in problem.sizes):
             return "its kernels need sizes known when they are lowered, not symbolic ones"
+        if not problem.plain:
+            return "its kernels read a padded key and a padded value of one width"
         if problem.dtype == jnp.float64:
             return "its kernels have no float64"
         if problem.head_dim > 256:

@@ -126,7 +126,7 @@ def _split_kernel(
             lse, delta = load(block.of_row(lse_ref, b)), load(block.of_row(delta_ref, b))
             sees = block.sees(lengths, b, keys, end)
             tiles = (k, key_scales), (v, value_scales)
-            if problem.gaps:  # 0 times what is there may be NaN
+            if problem.junk_between_tokens:  # 0 times what is there may be NaN
                 tiles = (block.cleaned(sees, *tile) for tile in tiles)
             (seen_k, k_scales), (seen_v, v_scales) = tiles
             x = logits(problem, query_dot(problem, q, seen_k.T), k_scales, key_scale)

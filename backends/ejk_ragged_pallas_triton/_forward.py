@@ -41,7 +41,7 @@ def forward(problem, target, queries, cache, *, interpret):
         interpret=interpret,
     )(queries.query.reshape(batch, rows, head_dim), cache.key, cache.value, *optional)
 
-    sinks = [queries.sink] if "sink" in problem.given else []
+    sinks = [] if queries.sink is None else [queries.sink]
     out, lse = pl.pallas_call(
         functools.partial(_combine_kernel, num_q_heads=num_q_heads, plan=plan),
         name="ragged_decode_combine",
@@ -82,7 +82,7 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, tree, problem, plan: Tiles):
         fade = jnp.exp2(high - new_high)
         p = jnp.exp2(x - new_high[:, None])
         total = total * fade[:, None] + p  # summed over keys at the end of a piece only: warps wait for each other once less
-        if problem.gaps:  # what nobody sees weighs 0, but 0 times what is there may be NaN
+        if problem.junk_between_tokens:  # what nobody sees weighs 0, but 0 times what is there may be NaN
             v, value_scales = block.cleaned(sees, v, value_scales)
         acc = acc * fade[:, None] + value_dot(problem, p, v, value_scales)
         last = schedule.is_last(program, key, end)

@@ -177,13 +177,12 @@ def length_arrays(problem, queries) -> dict[str, Any]:
     """What says which keys are seen: "start" and "end" of each sequence, [B], and "token_start" and "token_end", [B, T], where the
     tokens of a sequence differ in them. What says nothing is None: XLA then does not make it, which on a short call is a tenth of
     the time."""
-    start, end = queries.start, queries.end
-    if start.shape[1] == end.shape[1] == 1:
-        return {name: x[:, 0] if name in problem.given else None for name, x in (("start", start), ("end", end))}
-    start, end = (jnp.clip(x, 0, problem.seq_len) for x in (start, end))
-    hull = dataclasses.replace(queries, start=start, end=end).hull(problem.seq_len)
-    per_token = {name: x if x.shape[1] > 1 else None for name, x in (("token_start", start), ("token_end", end))}
-    return dict(zip(("start", "end"), hull, strict=True)) | per_token
+    given = {"start": queries.start, "end": queries.end}
+    if all(x is None or x.shape[1] == 1 for x in given.values()):
+        return {name: None if x is None else x[:, 0] for name, x in given.items()}
+    clipped = dict(zip(given, queries.bounds(problem.seq_len), strict=True))
+    per_token = {f"token_{name}": x if x.shape[1] > 1 else None for name, x in clipped.items()}
+    return dict(zip(given, queries.hull(problem.seq_len), strict=True)) | per_token
 
 
 # A strip has as many sequences as a warp has threads: one instruction sums them up, and no warp waits for another. Strips take

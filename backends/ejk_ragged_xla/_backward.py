@@ -22,9 +22,18 @@ def backward(problem, target, queries, cache, lse, d_out, delta, wanted):
         d_x = jnp.where(chunk.live, scaled(d_x, chunk.k_scale), 0)
         state = [d_q + weighted(problem, target, jnp.where(chunk.new, d_x, 0), k) for d_q in state]
         # Rows that the chunk before had get the same gradients again: cheaper than to read those back.
-        return state, [outer(problem, d_x, q), outer(problem, p, d_o)] * wanted.key_value
+        return state, of_cache(problem, outer(problem, d_x, q), outer(problem, p, d_o)) if wanted.key_value else []
 
-    written = [jnp.zeros_like(cache.key), jnp.zeros_like(cache.value)] * wanted.key_value
+    written = [jnp.zeros_like(x) for x in (cache.key, cache.value) if x is not None] if wanted.key_value else []
     per_sequence = by_kv_head(problem, target, queries.query, d_out, lse, delta)
     d_query, d_cache = walk(problem, target, queries, cache, begin, step, per_sequence, written)
     return [by_token(problem, x).astype(problem.out_dtype) for x in d_query] + d_cache
+
+
+def of_cache(problem, d_k, d_v):
+    """Gradients of keys and values [H, C, ...] as those of the arrays that hold them."""
+    if problem.value_columns is None:
+        return [d_k, d_v]
+    first, end = problem.value_columns
+    wide = (problem.row_dim - problem.head_dim, problem.row_dim - end)
+    return [jnp.pad(d_k, ((0, 0), (0, 0), (0, wide[0]))) + jnp.pad(d_v, ((0, 0), (0, 0), (first, wide[1])))]

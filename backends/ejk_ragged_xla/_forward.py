@@ -11,7 +11,11 @@ def forward(problem, target, queries, cache):
 
     def begin(q, sink):
         # A sink is a key without a value that was seen before the first chunk.
-        return sink, jnp.where(sink == -jnp.inf, 0, jnp.ones_like(sink)), jnp.zeros(q.shape, problem.accum_dtype)
+        return (
+            sink,
+            jnp.where(sink == -jnp.inf, 0, jnp.ones_like(sink)),
+            jnp.zeros((*q.shape[:-1], problem.value_dim), problem.accum_dtype),
+        )
 
     def step(arrays, state, chunk):
         q, _ = arrays
@@ -26,7 +30,7 @@ def forward(problem, target, queries, cache):
         values = values * kept[..., None] + weighted(problem, target, scaled(p, chunk.v_scale), v)
         return (new_top, total * kept + jnp.sum(p, axis=2), values), []
 
-    per_sequence = by_kv_head(problem, target, queries.query, queries.sink)
+    per_sequence = by_kv_head(problem, target, queries.query, queries.sinks())
     (top, total, values), _ = walk(problem, target, queries, cache, begin, step, per_sequence)
     out = values / jnp.where(total == 0, 1, total)[..., None]
     return by_token(problem, out).astype(problem.out_dtype), by_token(problem, top + jnp.log(total))

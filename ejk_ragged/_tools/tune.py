@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from ejk_ragged import _hints, explain, FwdParams
-from ejk_ragged._problem import QUANTISED_DTYPES
+from ejk_ragged._formats import QUANTISED
 from ejk_ragged._registry import registry
 from ejk_ragged.testing import Case
 
@@ -28,7 +28,7 @@ GAIN = 0.98  # of the default's time; whatever is slower than this is no gain bu
 
 PROBLEM = "B,S,Hq:Hkv,D,DTYPE[,CACHE][,T4][,cap]"
 _PATTERN = re.compile(
-    rf"(\d+),(\d+),(\d+):(\d+),(\d+),(float32|bfloat16|float16)(?:,({'|'.join(QUANTISED_DTYPES)}))?(?:,T([1-9]\d*))?(?:,(cap))?"
+    rf"(\d+),(\d+),(\d+):(\d+),(\d+),(float32|bfloat16|float16)(?:,({'|'.join(QUANTISED)}))?(?:,T([1-9]\d*))?(?:,(cap))?"
 )
 
 

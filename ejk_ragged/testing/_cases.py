@@ -29,6 +29,12 @@ class Case:
         cache_dtype: the name of a quantised cache's dtype, or None for a cache in `dtype`.
         scales: of a quantised cache, by their axes: "number", "head", "sequence" (and head), "row" (and sequence and head), or
             None.
+        page_size: rows per page, or None for a padded cache. Pages are in random order, some are shared between sequences, the table
+            has an entry too many, and entries that no token needs are junk. `scales` may not be "sequence" then, and "row" means
+            one scale per row of the pool.
+        value_dim: head dimension of the value where the value has its own, or None.
+        value_columns: which columns of the key's rows are the value, for a cache without a value, or None.
+        row_dim: columns of the key's rows, or None for head_dim.
         integers: the name of the lengths' dtype. A length beyond the dtype becomes the nearest end of the dtype.
     """
 
@@ -49,6 +55,19 @@ class Case:
     cache_dtype: str | None = None
     scales: str | None = None
     integers: str = "int32"
+    page_size: int | None = None
+    value_dim: int | None = None
+    value_columns: tuple[int, int] | None = None
+    row_dim: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a sequence that a call may name, S: `seq_len`, or those of all entries of the page table."""
+        return self.seq_len if self.page_size is None else self._pages * self.page_size
+
+    @property
+    def _pages(self):
+        return -(-self.seq_len // self.page_size) + 1  # pyright: ignore[reportOperatorIssue]
 
     def ranges(self, seed: int = 0):
         """sequence_start and sequence_end, integers [B] or None."""
@@ -60,7 +79,7 @@ class Case:
                 return None, self._integers(rng.integers(low, high + 1, self.batch))
             case ("skew", low, high):
                 end = rng.integers(low, high + 1, self.batch)
-                end[0] = self.seq_len
+                end[0] = self.rows
                 return None, self._integers(end)
             case ("ranges", *pairs):
                 start, end = zip(*self._in_turn(pairs), strict=True)
@@ -76,17 +95,20 @@ class Case:
         dtype = np.dtype(jnp.dtype(self.dtype))
         tokens = () if self.num_tokens is None else (self.num_tokens,)
         query = _normal(rng, (self.batch, *tokens, self.num_q_heads, self.head_dim), dtype)
-        cache = (self.batch, self.seq_len, self.num_kv_heads, self.head_dim)
+        table = self._page_table(rng, seed)
+        pool = self.batch if table is None else self.batch * self._pages + 2
+        rows = pool, self.rows if self.page_size is None else self.page_size
         held = dtype if self.cache_dtype is None else np.dtype(jnp.dtype(self.cache_dtype))
-        key, value = _normal(rng, cache, held), _normal(rng, cache, held)
-        key_scale, value_scale = self._scale(rng), self._scale(rng)
+        widths = self.row_dim or self.head_dim, *[self.value_dim or self.head_dim] * (self.value_columns is None)
+        cache = [_normal(rng, (*rows, self.num_kv_heads, width), held) for width in widths]
+        key_scale, value_scale = self._scale(rng, rows), self._scale(rng, rows) if self.value_columns is None else None
         if poison:
-            for b in range(self.batch):
-                dead = np.delete(np.arange(self.seq_len), self._seen(b, seed))
-                for rows in (key[b], value[b]):
-                    rows[dead] = rng.choice(_junk(held), (len(dead), *rows.shape[1:]))
-                for scale in (key_scale, value_scale) if self.scales == "row" else ():
-                    scale[b][:, dead] = rng.choice(_junk(scale.dtype), (self.num_kv_heads, len(dead)))
+            dead = ~self._seen_places(rows, table, seed)
+            for array in cache:
+                array[dead] = rng.choice(_junk(held), array[dead].shape)
+            for scale in (key_scale, value_scale) if self.scales == "row" else ():
+                if scale is not None:
+                    scale.swapaxes(1, 2)[dead] = rng.choice(_junk(scale.dtype), (int(dead.sum()), self.num_kv_heads))
         aux = None
         if self.sinks is not None:
             kind, count = self.sinks
@@ -96,19 +118,22 @@ class Case:
         start, end = self.ranges(seed)
         arguments = {
             "query": query,
-            "key": key,
-            "value": value,
+            "key": cache[0],
+            "value": cache[1] if self.value_columns is None else None,
             "sequence_start": start,
             "sequence_end": end,
-            "softmax_scale": self.softmax_scale,
+            "softmax_scale": self.head_dim**-0.5 if self.value_columns and self.softmax_scale is None else self.softmax_scale,
             "sliding_window": self.sliding_window,
             "logits_soft_cap": self.logits_soft_cap,
             "softmax_aux": aux,
+            "page_table": table,
+            "value_columns": self.value_columns,
             "query_lengths": self._query_lengths,
             "key_scale": key_scale,
             "value_scale": value_scale,
         }
-        return {name: value for name, value in arguments.items() if value is not None}
+        needed = ("value",) if self.value_columns else ()
+        return {name: value for name, value in arguments.items() if value is not None or name in needed}
 
     def _in_turn(self, values):
         return [values[b % len(values)] for b in range(self.batch)]
@@ -121,12 +146,12 @@ class Case:
     def _query_lengths(self):
         return None if self.query_lengths is None else self._integers(self._in_turn(self.query_lengths))
 
-    def _scale(self, rng) -> Any:
+    def _scale(self, rng, rows) -> Any:
         """Such that an int8 cache, drawn with steps of a 32nd, stands for values of about 1."""
         shapes = {
             "head": (self.num_kv_heads,),
             "sequence": (self.batch, self.num_kv_heads),
-            "row": (self.batch, self.num_kv_heads, self.seq_len),
+            "row": (rows[0], self.num_kv_heads, rows[1]),
         }
         if self.scales is None:
             return None
@@ -135,9 +160,32 @@ class Case:
             return size
         return (size * rng.uniform(0.5, 1.5, shapes[self.scales])).astype(np.float32)
 
+    def _page_table(self, rng, seed):
+        """Random pages, the first ones of some sequences shared with the first sequence, and junk where no token sees a row."""
+        if self.page_size is None:
+            return None
+        pool = self.batch * self._pages + 2
+        table = rng.permutation(pool)[: self.batch * self._pages].reshape(self.batch, self._pages).astype(np.int32)
+        junk = np.array([0, -1, pool, -(2**31), 2**31 - 1], np.int32)
+        for b in range(1, self.batch):
+            shared = rng.integers(0, self._pages + 1) // 2
+            table[b, :shared] = table[0, :shared]
+        for b in range(self.batch):
+            unseen = np.delete(np.arange(self._pages), np.unique(self._seen(b, seed) // self.page_size))
+            table[b, unseen] = rng.choice(junk, len(unseen))
+        return table
+
+    def _seen_places(self, rows, table, seed):
+        """Which rows of the cache any token sees, bool [B, S], or [N, page_size] of a pool."""
+        seen = np.zeros(rows, bool)
+        for b in range(self.batch):
+            j = self._seen(b, seed)
+            seen[(b, j) if table is None else (table[b, j // self.page_size], j % self.page_size)] = True
+        return seen
+
     def _seen(self, b, seed):
         return seen_rows(
-            b, self.seq_len, *self.ranges(seed), self.sliding_window, self._query_lengths, num_tokens=self.num_tokens or 1
+            b, self.rows, *self.ranges(seed), self.sliding_window, self._query_lengths, num_tokens=self.num_tokens or 1
         )
 
     def live_tokens(self, seed: int = 0) -> int:
@@ -147,8 +195,12 @@ class Case:
     def live_bytes(self, seed: int = 0) -> int:
         """Bytes of the K and V rows that any token sees, and of their scales: what a decode step has to read."""
         itemsize = jnp.dtype(self.cache_dtype or self.dtype).itemsize
-        row = self.head_dim * itemsize + (4 if self.scales == "row" else 0)
-        return self.live_tokens(seed) * 2 * self.num_kv_heads * row
+        if self.value_columns is None:
+            columns, scales = self.head_dim + (self.value_dim or self.head_dim), 2
+        else:
+            columns, scales = len({*range(self.head_dim), *range(*self.value_columns)}), 1
+        row = columns * itemsize + (4 * scales if self.scales == "row" else 0)
+        return self.live_tokens(seed) * self.num_kv_heads * row
 
 
 _POOL = 4_194_301  # a prime, so that the rows of a larger cache don't repeat in step
@@ -204,6 +256,45 @@ CHECKS = (
     Case("int8-heads", 3, 67, 4, 2, 32, "bfloat16", ("uniform", 1, 67), cache_dtype="int8", scales="head"),
     Case("e4m3", 6, 67, 4, 2, 32, "bfloat16", _EDGES, cache_dtype="float8_e4m3fn", scales="sequence"),
     Case("e5m2", 2, 67, 4, 2, 32, "float16", ("uniform", 1, 67), cache_dtype="float8_e5m2"),
+    Case("pages", 6, 67, 4, 2, 32, lengths=_EDGES, page_size=16),
+    Case("pages-of-one", 3, 20, 4, 2, 16, lengths=("uniform", 1, 20), page_size=1),
+    Case(
+        "pages-int8",
+        6,
+        67,
+        4,
+        2,
+        32,
+        lengths=_SHORT,
+        sliding_window=(20, 0),
+        num_tokens=3,
+        cache_dtype="int8",
+        scales="row",
+        page_size=7,
+    ),
+    Case("narrow-value", 6, 67, 4, 2, 48, lengths=_EDGES, value_dim=32),
+    Case("value-in-rows", 3, 67, 6, 1, 36, lengths=("uniform", 1, 67), softmax_scale=0.2, value_columns=(0, 32), row_dim=40),
+    Case("fused", 3, 67, 4, 2, 16, lengths=("uniform", 1, 67), softmax_scale=0.2, value_columns=(16, 32), row_dim=32, page_size=16),
+    Case(
+        "mla-e4m3",
+        3,
+        67,
+        6,
+        1,
+        36,
+        "bfloat16",
+        _SHORT,
+        0.2,
+        (30, 0),
+        None,
+        None,
+        3,
+        None,
+        "float8_e4m3fn",
+        "row",
+        value_columns=(0, 32),
+        page_size=32,
+    ),
     Case("all", 6, 67, 10, 2, 80, "bfloat16", _EDGES, 0.2, (20, -1), 1.5, ("query", 2)),
     Case("all-int8", 6, 67, 10, 2, 80, "bfloat16", _SHORT, 0.2, (20, -1), 1.5, ("query", 2), 4, (4, 1, 3, 0), "int8", "row"),
 )

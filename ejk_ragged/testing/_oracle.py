@@ -9,7 +9,8 @@ import numpy as np
 
 
 class Gradients(NamedTuple):
-    """Gradients in float64, shaped like what they belong to; None where there is none: of a quantised cache, of absent sinks.
+    """Gradients in float64, shaped like what they belong to; None where there is none: of a quantised cache, of a pool of pages, of
+    absent sinks, of an absent value.
 
     `size` says, by name, how large the products are that each gradient sums (their root sum square, one number a gradient): what
     rounding errors are relative to where the sum itself cancels, such as d_query of a range of one key.
@@ -33,15 +34,20 @@ def oracle(
     logits_soft_cap=None,
     softmax_aux=None,
     *,
+    page_table=None,
+    value_columns=None,
     query_lengths=None,
     key_scale=None,
     value_scale=None,
 ):
-    """Output, shaped like the query, and lse, without the last axis, in float64; arguments as in `ragged_decode_attention`."""
-    tokens, key, value, sinks = _operands(query, key, value, softmax_aux, key_scale, value_scale)
+    """Output, shaped like the query but for the last axis, which is the value's, and lse, without the last axis, in float64.
+
+    Arguments are those of `ragged_decode_attention`.
+    """
+    tokens, key, value, sinks = _operands(query, key, value, softmax_aux, page_table, value_columns, key_scale, value_scale)
     lengths = sequence_start, sequence_end, sliding_window, query_lengths
     batch, num_tokens, num_q_heads, _ = tokens.shape
-    out = np.zeros(tokens.shape)
+    out = np.zeros((*tokens.shape[:3], value.shape[-1]))
     lse = np.zeros(tokens.shape[:3])
     for b in range(batch):
         for t in range(num_tokens):
@@ -52,7 +58,7 @@ def oracle(
                 lse[b, t, h] = _logsumexp(np.concatenate([x, sinks[h]]))
                 if len(x):
                     out[b, t, h] = np.exp(x - lse[b, t, h]) @ value[b, live, kv]
-    return out.reshape(np.shape(query)), lse.reshape(np.shape(query)[:-1])
+    return out.reshape(*np.shape(query)[:-1], value.shape[-1]), lse.reshape(np.shape(query)[:-1])
 
 
 def oracle_gradients(
@@ -66,6 +72,8 @@ def oracle_gradients(
     logits_soft_cap=None,
     softmax_aux=None,
     *,
+    page_table=None,
+    value_columns=None,
     query_lengths=None,
     key_scale=None,
     value_scale=None,
@@ -78,10 +86,14 @@ def oracle_gradients(
     delta = d_out . out - d_lse; through the cap, d_tanh = 1 - tanh^2. An empty range has no gradients but that of its lse,
     logsumexp(sinks), to the sinks.
     """
-    aux, quantised = softmax_aux, np.asarray(query).dtype != np.asarray(key).dtype
-    tokens, key, value, sinks = _operands(query, key, value, aux, key_scale, value_scale)
+    aux, frozen = softmax_aux, page_table is not None or np.asarray(query).dtype != np.asarray(key).dtype
+    row_dim = np.shape(key)[-1]
+    tokens, key, value, sinks = _operands(query, key, value, aux, page_table, value_columns, key_scale, value_scale)
     lengths = sequence_start, sequence_end, sliding_window, query_lengths
-    d_out, d_lse = np.asarray(d_out, np.float64).reshape(tokens.shape), np.asarray(d_lse, np.float64).reshape(tokens.shape[:3])
+    d_out, d_lse = (
+        np.asarray(d_out, np.float64).reshape(*tokens.shape[:3], -1),
+        np.asarray(d_lse, np.float64).reshape(tokens.shape[:3]),
+    )
     batch, num_tokens, num_q_heads, head_dim = tokens.shape
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     d_query, d_key, d_value, d_sinks = (np.zeros(x.shape) for x in (tokens, key, value, sinks))
@@ -109,8 +121,14 @@ def oracle_gradients(
         squares["key"] += np.sum(x_squared) * (q @ q)
         squares["value"] += (p @ p) * (d_o @ d_o)
         squares["softmax_aux"] += (s @ s) * delta_squared
+    if value_columns is not None:  # the rows have a gradient by both uses
+        d_rows = np.zeros((*d_key.shape[:-1], row_dim))
+        d_rows[..., :head_dim] += d_key
+        d_rows[..., slice(*value_columns)] += d_value
+        d_key, d_value = d_rows, None
+        squares["key"] += squares["value"]
     size = {name: x**0.5 for name, x in squares.items()}
-    d_cache = (None, None) if quantised else (d_key, d_value)
+    d_cache = (None, None) if frozen else (d_key, d_value)
     return Gradients(d_query.reshape(np.shape(query)), *d_cache, _like_aux(d_sinks, aux), size)
 
 
@@ -137,24 +155,38 @@ def seen_rows(b, seq_len, *lengths, num_tokens=1):
     return np.unique(np.concatenate(seen))
 
 
-def _operands(query, key, value, softmax_aux, key_scale, value_scale):
-    """In float64: the query as [B, T, Hq, D], what the cache stands for, and the sinks as one row a query head."""
-    query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
+def _operands(query, key, value, softmax_aux, page_table, value_columns, key_scale, value_scale):
+    """In float64: the query as [B, T, Hq, D], what the cache stands for as [B, S, Hkv, ...], and the sinks of each query head."""
+    query, key = (np.asarray(x).astype(np.float64) for x in (query, key))
+    head_dim, heads = query.shape[-1], query.shape[-2]
+    if value_columns is None:
+        value = np.asarray(value).astype(np.float64)
+    else:
+        value = key[..., slice(*value_columns)]
+        value_scale = key_scale if value_scale is None else value_scale
+    key = key[..., :head_dim]
     with np.errstate(invalid="ignore"):  # rows that nobody sees may hold anything
         key, value = (x if scale is None else x * _scale(scale) for x, scale in ((key, key_scale), (value, value_scale)))
+    if page_table is not None:
+        key, value = (_by_sequence(x, page_table) for x in (key, value))
     tokens = query[:, None] if query.ndim == 3 else query
-    heads = query.shape[-2]
     if softmax_aux is None:
         sinks = np.zeros((heads, 0))
     else:
         aux = np.asarray(softmax_aux).astype(np.float64)
-        rows = aux[None] if aux.ndim == 1 else aux
-        sinks = np.stack([rows[h * len(rows) // heads] for h in range(heads)])
+        aux = aux[None] if aux.ndim == 1 else aux
+        sinks = np.stack([aux[h * len(aux) // heads] for h in range(heads)])
     return tokens, key, value, sinks
 
 
+def _by_sequence(pool, page_table):
+    """A pool [N, page_size, ...] as [B, P * page_size, ...]; entries outside the pool are clipped."""
+    sequences = [[pool[min(max(int(entry), 0), len(pool) - 1)] for entry in entries] for entries in np.asarray(page_table)]
+    return np.stack([np.concatenate(pages) for pages in sequences])
+
+
 def _scale(scale):
-    """A scale as something to multiply [B, S, Hkv, D] by."""
+    """A scale as something to multiply [B, S, Hkv, D] by, or a pool."""
     scale = np.asarray(scale).astype(np.float64)
     match scale.ndim:
         case 0:

@@ -13,8 +13,8 @@ from ejk_ragged._backend import Backend
 class TextbookBackend(Backend):
     """For tests: of what surrounds a backend, which then compile quickly, and of tests, by subclasses with a fault on purpose.
 
-    It takes the problem at its word, as kernels do: what is not `given` it does not read, and where there are no `gaps` it clears
-    nothing between a sequence's tokens.
+    It takes the problem at its word, as kernels do: where there is no `junk_between_tokens` it clears nothing between the ranges of
+    a sequence's tokens. A cache in pages is gathered first.
     """
 
     name: ClassVar[str] = "textbook"
@@ -24,9 +24,8 @@ class TextbookBackend(Backend):
 
     def forward(self, problem, target, queries, cache):
         del target
-        queries = self.given(problem, queries)
         x, _ = self.logits(problem, queries, cache)
-        sink = self.by_kv_head(problem, queries.sink)[..., None]
+        sink = self.by_kv_head(problem, queries.sinks())[..., None]
         top = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), sink)
         top = jnp.where(top > -jnp.inf, top, 0)
         weights = self.weights(jnp.exp(x - top))
@@ -36,7 +35,6 @@ class TextbookBackend(Backend):
 
     def backward(self, problem, target, queries, cache, lse, d_out, delta, *, wanted):
         del target
-        queries = self.given(problem, queries)
         accum = problem.accum_dtype
         split = functools.partial(self.by_kv_head, problem)
         x, slope = self.logits(problem, queries, cache)
@@ -51,21 +49,16 @@ class TextbookBackend(Backend):
         if wanted.key_value:
             d_key = _dot("bthgs,bthgd->bshd", d_x, split(queries.query).astype(accum))
             d_value = _dot("bthgs,bthgd->bshd", p, d_out)
-            gradients += [d_key.astype(cache.key.dtype), d_value.astype(cache.value.dtype)]
+            gradients += [x.astype(cache.key.dtype) for x in self.d_cache(problem, d_key, d_value)]
         return gradients
-
-    def given(self, problem, queries):
-        """The queries, with nothing said by what need not be read."""
-        silent = {"start": 0, "end": problem.seq_len, "sink": -jnp.inf}
-        unread = {name: jnp.full_like(getattr(queries, name), x) for name, x in silent.items() if name not in problem.given}
-        return dataclasses.replace(queries, **unread)
 
     # What a faulty one may get wrong.
 
     def live(self, problem, queries):
         """Which rows each token sees, [B, T, S]."""
         rows = jnp.arange(problem.seq_len, dtype=jnp.int32)[None, None]
-        return (rows >= queries.start[..., None]) & (rows < queries.end[..., None])
+        start, end = queries.bounds(problem.seq_len)
+        return (rows >= start[..., None]) & (rows < end[..., None])
 
     def logits(self, problem, queries, cache):
         """Logits [B, T, Hkv, G, S], masked, and their slope by the products q . k."""
@@ -85,19 +78,33 @@ class TextbookBackend(Backend):
 
     def keys(self, problem, queries, cache):
         """What the cache stands for, [B, S, Hkv, D], and 0 at rows that no token sees."""
-        return self.seen(problem, queries, cache.key, cache.key_scale)
+        return self.seen(problem, queries, cache, cache.key[..., : problem.head_dim], cache.key_scale)
 
     def values(self, problem, queries, cache):
-        return self.seen(problem, queries, cache.value, cache.value_scale)
+        """Likewise, [B, S, Hkv, Dv]."""
+        value = cache.key[..., slice(*problem.value_columns)] if problem.value_columns else cache.value
+        return self.seen(problem, queries, cache, value, cache.value_scale)
 
-    def seen(self, problem, queries, rows, scale):
+    def seen(self, problem, queries, cache, rows, scale):
         rows = rows.astype(problem.accum_dtype)
         if scale is not None:
             rows = rows * scale.swapaxes(1, 2)[..., None]
-        if not problem.gaps:
+        rows = rows[self.pages(cache)]
+        rows = rows.reshape(problem.batch, problem.seq_len, *rows.shape[3:])
+        if not problem.junk_between_tokens:
             start, end = (x[:, None] for x in queries.hull(problem.seq_len))
             queries = dataclasses.replace(queries, start=start, end=end)
         return jnp.where(jnp.any(self.live(problem, queries), axis=1)[..., None, None], rows, 0)
+
+    def pages(self, cache):
+        return cache.pages()
+
+    def d_cache(self, problem, d_key, d_value):
+        """Gradients of the arrays that the cache has."""
+        if problem.value_columns is None:
+            return [d_key, d_value]
+        d_rows = jnp.zeros((*d_key.shape[:-1], problem.row_dim), d_key.dtype).at[..., : problem.head_dim].add(d_key)
+        return [d_rows.at[..., slice(*problem.value_columns)].add(d_value)]
 
     def weights(self, weights):
         return weights

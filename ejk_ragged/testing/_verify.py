@@ -32,14 +32,15 @@ def verify(call: Callable, arguments: dict[str, Any], gradients: bool = True, se
     Args:
         call: `ragged_decode_attention`, perhaps with a `backend`, or something with its meaning.
         arguments: what `Case.draw` gives.
-        gradients: also compare the gradients: to query and sinks, and to the cache unless it is quantised.
+        gradients: also compare the gradients: to query and sinks, and to the cache unless it is quantised or in pages.
         seed: of the cotangents.
     """
     exact = {name: np.asarray(x) if isinstance(x, jax.Array) else x for name, x in arguments.items()}
     arguments = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
     query, key = arguments["query"], arguments["key"]
-    floating = ("query", "key", "value") if key.dtype == query.dtype else ("query",)
-    names = [name for name in (*floating, "softmax_aux") if name in arguments]
+    frozen = key.dtype != query.dtype or arguments.get("page_table") is not None
+    floating = ("query",) if frozen else ("query", "key", "value")
+    names = [name for name in (*floating, "softmax_aux") if arguments.get(name) is not None]
 
     def function(*differentiated):
         return call(**arguments | dict(zip(names, differentiated, strict=True)), return_lse=True)

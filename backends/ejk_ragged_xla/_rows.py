@@ -1,0 +1,91 @@
+"""Where the rows of a sequence are: the cache is read in chunks of rows, each a slice of one page or several whole pages.
+
+A padded cache is one page per sequence. So there is one way to find a row, and one way to go from chunk to chunk.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import min_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Reads chunks of `rows` rows of a sequence.
+
+    Attributes:
+        problem: the static facts.
+        pages: int32 [B, P], numbers of the pages of every sequence.
+        rows: rows of a chunk: no more than a page has, or those of several whole pages.
+    """
+
+    problem: Any
+    pages: jax.Array
+    rows: Any
+
+    @classmethod
+    def of(cls, problem, pages, rows) -> "Reader":
+        """For chunks of about `rows` rows."""
+        whole = problem.paged and problem.page_size < rows
+        return cls(problem, pages, rows // problem.page_size * problem.page_size if whole else min_dim(rows, problem.page_size))
+
+    @property
+    def whole_pages(self) -> bool:
+        """Whether a chunk has several pages, which are whole."""
+        return self.problem.paged and self.rows > self.problem.page_size
+
+    def first(self, row):
+        """Where the first chunk begins that holds `row`, the first live row."""
+        return row // self.problem.page_size * self.problem.page_size if self.whole_pages else row
+
+    def next(self, row):
+        """Where the chunk after the one at `row` begins."""
+        if self.whole_pages or not self.problem.paged:
+            return row + self.rows
+        return jnp.minimum(row + self.rows, (row // self.problem.page_size + 1) * self.problem.page_size)
+
+    def place(self, row):
+        """Where the chunk at `row` is read from: further back where the page ends before the chunk does."""
+        if self.whole_pages:
+            return row
+        last = self.problem.page_size - self.rows
+        if not self.problem.paged:
+            return jnp.clip(row, 0, last)  # as slices and their updates clip it themselves
+        in_page = row % self.problem.page_size
+        return row - in_page + jnp.minimum(in_page, last)
+
+    def slices(self, array, b, place, heads, axis):
+        """The chunk at `place` of an array [N, ...] that has rows along `axis` and kv heads along the other of axes 1 and 2: as
+        [...] without the first axis. An axis of size 1 is alike for all and stays."""
+        heads_axis = 3 - axis
+        if self.whole_pages and array.shape[0] > 1:
+            return self._whole_pages(array, b, place, heads, axis)
+        alike = [size == 1 for size in array.shape]
+        page, row = self._page(b, place)
+        at, sizes = [jnp.int32(0)] * array.ndim, list(array.shape)
+        at[0], sizes[0] = page, 1
+        at[axis], sizes[axis] = row, self.problem.page_size if self.whole_pages else self.rows
+        at[heads_axis], sizes[heads_axis] = jnp.int32(heads.start), len(heads)
+        for i in range(3):
+            if alike[i]:
+                at[i], sizes[i] = jnp.int32(0), 1
+        return lax.dynamic_slice(array, at, sizes)[0]
+
+    def _page(self, b, place):
+        """Number of the page of a row, and the row in it."""
+        if not self.problem.paged:
+            return b, place
+        return self.pages[b, place // self.problem.page_size], place % self.problem.page_size
+
+    def _whole_pages(self, array, b, place, heads, axis):
+        size = self.problem.page_size
+        numbers = place // size + jnp.arange(self.rows // size, dtype=jnp.int32)
+        pages = self.pages[b, jnp.minimum(numbers, self.pages.shape[1] - 1)]  # rows beyond the last page are not live
+        if array.shape[3 - axis] > 1:
+            array = lax.slice_in_dim(array, heads.start, heads.stop, axis=3 - axis)
+        chunk = jnp.moveaxis(array[pages], axis, 1)  # [pages, rows of a page, ...]
+        chunk = jnp.broadcast_to(chunk, (chunk.shape[0], size, *chunk.shape[2:])).reshape(self.rows, *chunk.shape[2:])
+        return jnp.moveaxis(chunk, 0, axis - 1)
