@@ -119,7 +119,8 @@ def ragged_decode_attention(
         query: [batch, num_q_heads, head_dim], one token per sequence, or [batch, num_tokens, num_q_heads, head_dim]; float16,
             bfloat16, float32 or float64.
         key: [batch, seq_len, num_kv_heads, head_dim], the cache, in the query's dtype, or quantised: int8, float8_e4m3fn or
-            float8_e5m2; num_q_heads is a multiple of num_kv_heads. With a page table [num_pages, page_size, num_kv_heads, head_dim].
+            float8_e5m2; num_q_heads is a multiple of num_kv_heads. With a page table
+            [num_pages, page_size, num_kv_heads, head_dim].
         value: like `key`, with a head dimension of its own. None where the value is in the key's rows: see `value_columns`.
         sequence_start: integers [batch], the first valid row; None is 0.
         sequence_end: integers [batch], one past the last valid row, which is the newest token's; None is seq_len.

@@ -88,8 +88,8 @@ def check_columns(columns, value, key, softmax_scale) -> tuple[int, int] | None:
         return None
     if value is not None:
         raise ValueError(
-            f"value_columns must be None for a cache with a value of its own, got {columns!r} and value {value.shape}. Pass value=None "
-            "if the value is in the key's rows."
+            f"value_columns must be None for a cache with a value of its own, got {columns!r} and value {value.shape}. Pass "
+            "value=None if the value is in the key's rows."
         )
     try:
         first, end = map(operator.index, columns)
@@ -97,13 +97,13 @@ def check_columns(columns, value, key, softmax_scale) -> tuple[int, int] | None:
         raise ValueError(f"value_columns must be two integers (first, end) or None, got {columns!r}.") from None
     if len(key.shape) == 4 and not 0 <= first < end <= key.shape[3]:
         raise ValueError(
-            f"value_columns must be (first, end) with 0 <= first < end <= {key.shape[3]}, the columns of key's rows; got {columns!r} "
-            f"beside key {key.shape}."
+            f"value_columns must be (first, end) with 0 <= first < end <= {key.shape[3]}, the columns of key's rows; got "
+            f"{columns!r} beside key {key.shape}."
         )
     if softmax_scale is None:
         raise ValueError(
-            "softmax_scale must be given where the value is in the key's rows (value=None), got None. The default, head_dim ** -0.5, "
-            "is wrong for MLA: there the scale comes from the head dimension before absorption."
+            "softmax_scale must be given where the value is in the key's rows (value=None), got None. The default, head_dim "
+            "** -0.5, is wrong for MLA: there the scale comes from the head dimension before absorption."
         )
     return first, end
 
@@ -140,8 +140,8 @@ def check_cache(query, key, value, page_table=None):
         raise ValueError(f"query and key must have the same head_dim, got query {query.shape} and key {key.shape}.")
     if value is None and query.shape[-1] > key.shape[3]:
         raise ValueError(
-            f"query must have no more columns than key's rows, of which the first head_dim are the key; got query {query.shape} and "
-            f"key {key.shape}."
+            f"query must have no more columns than key's rows, of which the first head_dim are the key; got query {query.shape} "
+            f"and key {key.shape}."
         )
     for name, array in (("query", query), *arrays):
         if 0 in array.shape:
@@ -159,8 +159,8 @@ def check_page_table(page_table, batch):
     shape, dtype = page_table.shape, page_table.dtype
     if len(shape) != 2 or shape[0] != batch or 0 in shape or not np.issubdtype(dtype, np.integer):
         raise ValueError(
-            f"page_table must be integers of shape ({batch}, pages), the pages of each sequence in order, or None for a padded cache; "
-            f"got {dtype.name} of shape {shape}."
+            f"page_table must be integers of shape ({batch}, pages), the pages of each sequence in order, or None for a padded "
+            f"cache; got {dtype.name} of shape {shape}."
         )
 
 
@@ -193,8 +193,8 @@ def check_scales(key, page_table, key_scale, value_scale):
         if scale.shape not in ((), *shapes.values()) or scale.dtype.name not in FLOATING_DTYPES:
             accepted = [f"{axes} {shape}" for axes, shape in shapes.items()]
             raise ValueError(
-                f"{name} must be a number, or floats of shape {', '.join(accepted[:-1])} or {accepted[-1]}; got {scale.dtype.name} of "
-                f"shape {scale.shape}."
+                f"{name} must be a number, or floats of shape {', '.join(accepted[:-1])} or {accepted[-1]}; got {scale.dtype.name} "
+                f"of shape {scale.shape}."
             )
 
 

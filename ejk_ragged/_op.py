@@ -279,15 +279,16 @@ def _decode_fwd(request, queries, cache):
 
 
 def _refuse_gradients(cache):
-    what = [
-        kind
-        for kind, holds in (("quantised cache", is_quantised(cache.key.value.dtype)), ("pool of pages", cache.page_table))
-        if holds
-    ]
+    if is_quantised(cache.key.value.dtype):
+        what = "quantised cache"
+    elif cache.page_table is not None:
+        what = "pool of pages"
+    else:
+        return
     for name, x in vars(cache).items():
-        if what and x is not None and x.perturbed:
+        if x is not None and x.perturbed:
             raise ValueError(
-                f"{name} of a {what[0]} has no gradient, but one is asked for: pass jax.lax.stop_gradient({name}). Query and "
+                f"{name} of a {what} has no gradient, but one is asked for: pass jax.lax.stop_gradient({name}). Query and "
                 "softmax_aux have theirs."
             )
 

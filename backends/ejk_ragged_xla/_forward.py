@@ -11,11 +11,8 @@ def forward(problem, target, queries, cache):
 
     def begin(q, sink):
         # A sink is a key without a value that was seen before the first chunk.
-        return (
-            sink,
-            jnp.where(sink == -jnp.inf, 0, jnp.ones_like(sink)),
-            jnp.zeros((*q.shape[:-1], problem.value_dim), problem.accum_dtype),
-        )
+        values = jnp.zeros((*q.shape[:-1], problem.value_dim), problem.accum_dtype)
+        return sink, jnp.where(sink == -jnp.inf, 0, jnp.ones_like(sink)), values
 
     def step(arrays, state, chunk):
         q, _ = arrays

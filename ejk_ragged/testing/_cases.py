@@ -29,9 +29,9 @@ class Case:
         cache_dtype: the name of a quantised cache's dtype, or None for a cache in `dtype`.
         scales: of a quantised cache, by their axes: "number", "head", "sequence" (and head), "row" (and sequence and head), or
             None.
-        page_size: rows per page, or None for a padded cache. Pages are in random order, some are shared between sequences, the table
-            has an entry too many, and entries that no token needs are junk. `scales` may not be "sequence" then, and "row" means
-            one scale per row of the pool.
+        page_size: rows per page, or None for a padded cache. Pages are in random order, some are shared between sequences, the
+            table has an entry too many, and entries that no token needs are junk. `scales` may not be "sequence" then, and "row"
+            means one scale per row of the pool.
         value_dim: head dimension of the value where the value has its own, or None.
         value_columns: which columns of the key's rows are the value, for a cache without a value, or None.
         row_dim: columns of the key's rows, or None for head_dim.
