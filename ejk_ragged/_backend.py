@@ -39,7 +39,8 @@ class Wanted:
 
 
 class Backend(abc.ABC):
-    """One implementation of the decode operation. Instances are hashable and hold no arrays.
+    """One implementation of the decode operation. Instances hold no arrays, and are equal where class and fields are, so that calls
+    with equal ones share what was compiled.
 
     Operands come folded: windows, causality and padding are each token's own bounds, sinks are one logit a head, scales have an
     axis for each of sequence, kv head and row.
@@ -57,6 +58,14 @@ class Backend(abc.ABC):
     priority: ClassVar[int] = 0
     clips_lengths: ClassVar[bool] = False
     version: ClassVar[str] = "1"
+
+    def __eq__(self, other):
+        if type(self) is not type(other):
+            return NotImplemented
+        return self is other or vars(self) == vars(other)
+
+    def __hash__(self):
+        return hash((type(self), frozenset(vars(self))))  # not of values, which may change or have no hash
 
     def unavailable(self) -> str | None:
         """Why it cannot run in this installation at all, or None."""

@@ -120,13 +120,14 @@ _PER_TOKEN = ("bth", "bthd", "bth")  # of the backward operation: lse, d_out, de
 def _forward(request: Request, *args):
     layout = _sharding.Layout(_OPERANDS, ("bthd", "bth"))
     part = functools.partial(_sharding.forward_part, functools.partial(_bind, _forward_p))
-    return _once(_sharding.spread(part, layout, _batched))(request, *args)
+    return _once(_sharding.spread(_forward_p.name, part, layout, _batched))(request, *args)
 
 
 def _backward(request: Request, wanted: Wanted, *args):
     layout = _sharding.Layout((*_OPERANDS, *_PER_TOKEN), ("bthd",) * wanted.query + ("bskd", "bskd") * wanted.key_value)
     part = functools.partial(_sharding.backward_part, functools.partial(_bind, _backward_p, wanted=wanted), wanted)
-    return _once(_sharding.spread(part, layout, functools.partial(_batched, writes_cache=wanted.key_value)))(request, *args)
+    fold = functools.partial(_batched, writes_cache=wanted.key_value)
+    return _once(_sharding.spread(_backward_p.name, part, layout, fold))(request, *args)
 
 
 def _bind(primitive, request, *args, **params):
