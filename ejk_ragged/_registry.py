@@ -3,6 +3,7 @@
 Distributions announce backends in the entry-point group `ejk_ragged.backends`; nothing here knows one by name.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -171,7 +172,9 @@ class Registry:
             platforms, broken = None, _reason(backend) if isinstance(backend, Exception) else None
             if isinstance(backend, Backend):
                 try:
-                    platforms, broken = self._ask(backend, "platforms"), self._ask(backend, "unavailable")
+                    platforms = self._platforms(backend)
+                    with self._asking(backend, "unavailable"):
+                        broken = backend.unavailable()
                 except BackendFailed as failure:
                     broken = str(failure)
             infos.append(BackendInfo(name, _distribution(entry), platforms, broken))
@@ -212,19 +215,15 @@ class Registry:
             self._warned.add(key)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
-    def _ask(self, backend: Backend, what: str, *args, passes: tuple[type[Exception], ...] = ()) -> Any:
-        """What a backend's attribute or method `what` says.
+    @contextlib.contextmanager
+    def _asking(self, backend: Backend, what: str, passes: tuple[type[Exception], ...] = ()):
+        """Around a question to a backend's attribute or method `what`.
 
         Raises:
             BackendFailed: it raised, something else than what `passes`.
         """
         try:
-            answer = getattr(backend, what)
-            answer = answer(*args) if callable(answer) else answer
-            if what == "lowering":
-                with answer:  # what cannot be entered is no answer
-                    pass
-            return answer
+            yield
         except passes:
             raise
         except Exception as error:  # whatever a plug-in raises
@@ -245,11 +244,20 @@ class Registry:
         Raises:
             BackendFailed: it raised when asked.
         """
-        platforms = self._ask(backend, "platforms")
+        platforms = self._platforms(backend)
         if platforms is not None and target.platform not in platforms:
             return f"it runs on {', '.join(sorted(platforms))}, not on {target.platform}"
-        ask = "supports" if direction == "forward" else "supports_backward"
-        return self._ask(backend, "unavailable") or self._ask(backend, ask, problem, target)
+        with self._asking(backend, "unavailable"):
+            reason = backend.unavailable()
+        if reason:
+            return reason
+        method = "supports" if direction == "forward" else "supports_backward"
+        with self._asking(backend, method):
+            return getattr(backend, method)(problem, target)
+
+    def _platforms(self, backend: Backend) -> frozenset[str] | None:
+        with self._asking(backend, "platforms"):
+            return None if backend.platforms is None else frozenset(backend.platforms)
 
     def select(
         self,
@@ -275,7 +283,8 @@ class Registry:
                 reason = self.refusal(candidate, problem, target, direction)
                 if reason is None:
                     hints, hints_from, not_for = self._hints(candidate, problem, target, direction, named, tuned)
-                    self._ask(candidate, "lowering", target)
+                    with self._asking(candidate, "lowering"), candidate.lowering(target):
+                        pass  # it can be entered
                     problem = dataclasses.replace(problem, fwd_params=hints)
                     return Selection(candidate, problem, target, tuple(passed_over), hints_from, not_for)
             except BackendFailed as failure:
@@ -302,15 +311,17 @@ class Registry:
         not_for = tuple(name for name, value in vars(problem.fwd_params).items() if value != getattr(given, name))
         problem = dataclasses.replace(problem, fwd_params=given)
         if given != FwdParams():
-            return self._ask(backend, "fwd_params", problem, target, passes=(ValueError,)), "given", not_for
+            with self._asking(backend, "fwd_params", passes=(ValueError,)):
+                return backend.fwd_params(problem, target), "given", not_for
         best = tuned and direction == "forward" and tuned.best(backend, problem, target)
         if best:
             try:
-                of_best = dataclasses.replace(problem, fwd_params=best)
-                return self._ask(backend, "fwd_params", of_best, target, passes=(ValueError,)), "tuned", not_for
+                with self._asking(backend, "fwd_params", passes=(ValueError,)):
+                    return backend.fwd_params(dataclasses.replace(problem, fwd_params=best), target), "tuned", not_for
             except ValueError as error:  # of another device of the same name, or edited by hand
                 self._warn_once(str(error), f"Tuned hints are ignored: {error}")
-        return self._ask(backend, "fwd_params", problem, target), "default", not_for
+        with self._asking(backend, "fwd_params"):
+            return backend.fwd_params(problem, target), "default", not_for
 
     def _given_for(self, backend, problem, target, direction, named) -> FwdParams:
         """The caller's hints, as far as they are for `backend`. They are for the backend of the forward operation; `num_key_splits`
@@ -334,7 +345,7 @@ class Registry:
         """
         if backend is None:
             return
-        targets = [Target.of(platform) for platform in sorted(self._ask(backend, "platforms") or KNOWN_PLATFORMS)]
+        targets = [Target.of(platform) for platform in sorted(self._platforms(backend) or KNOWN_PLATFORMS)]
         reasons = []
         failures = []
         for target in targets:
