@@ -39,7 +39,8 @@ class Wanted:
 
 
 class Backend(abc.ABC):
-    """One implementation of the decode operation. Instances are hashable and hold no arrays.
+    """One implementation of the decode operation. Instances hold no arrays, and are equal where class and fields are, so that calls
+    with equal ones share what was compiled.
 
     Operands come folded: windows, causality and padding are bounds of each token, sinks are one logit per head, scales have an
     axis for each of sequence (or page), kv head and row. What the caller did not say is None. `Queries`, `Cache` and `Settings`
@@ -56,6 +57,14 @@ class Backend(abc.ABC):
     platforms: ClassVar[frozenset[str] | None] = None
     priority: ClassVar[int] = 0
     version: ClassVar[str] = "1"
+
+    def __eq__(self, other):
+        if type(self) is not type(other):
+            return NotImplemented
+        return self is other or vars(self) == vars(other)
+
+    def __hash__(self):
+        return hash((type(self), frozenset(vars(self))))  # not of values, which may change or have no hash
 
     def unavailable(self) -> str | None:
         """Why it cannot run in this installation at all, or None."""

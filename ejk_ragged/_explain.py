@@ -9,7 +9,7 @@ import jax
 from ._api import ragged_decode_attention
 from ._canonical import canonical, checked
 from ._problem import FwdParams, Problem
-from ._registry import HintsFrom, KNOWN_PLATFORMS, registry
+from ._registry import BackendFailed, HintsFrom, KNOWN_PLATFORMS, registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Choice:
         hints_from: where they come from: "given" by the caller, "tuned" by `python -m ejk_ragged tune`, or the backend's "default".
         passed_over: reasons by backend, for those asked before the chosen one and for gradients.
         error: what a call there would raise, or its gradient, or None.
+        not_for_backward: names of the given hints that are for the backend of the forward, and not for another of the gradients.
     """
 
     platform: str
@@ -33,6 +34,7 @@ class Choice:
     passed_over: dict[str, str]
     error: str | None = None
     hints_from: HintsFrom = "default"
+    not_for_backward: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Explanation:
                 continue
             gradients = "" if choice.backward == choice.forward else f"; gradients by {choice.backward or 'none'}"
             lines.append(f"  {choice.platform:<5} {choice.forward}{gradients}{_show_hints(choice)}")
+            if choice.not_for_backward:
+                lines.append(f"        hints that are not for {choice.backward}: {', '.join(choice.not_for_backward)}")
             lines += [f"        not {name}: {reason}" for name, reason in choice.passed_over.items()]
         return "\n".join(lines)
 
@@ -85,13 +89,18 @@ def _show_hints(choice) -> str:
 def _choose(platform, problem, request) -> Choice:
     try:
         forward = registry.select(platform, problem, request.backend, "forward", request.tuned)
-    except ValueError as error:
+    except (ValueError, BackendFailed) as error:
         return Choice(platform, None, None, problem.fwd_params, {}, str(error))
     choice = Choice(platform, forward.backend.name, None, forward.problem.fwd_params, dict(forward.passed_over))
     choice = dataclasses.replace(choice, hints_from=forward.hints_from)
     try:
         backward = registry.select(platform, problem, request.backend, "backward")
-    except ValueError as error:
+    except (ValueError, BackendFailed) as error:
         return dataclasses.replace(choice, error=str(error))
     gradients = {name: f"for gradients, {why}" for name, why in backward.passed_over}
-    return dataclasses.replace(choice, backward=backward.backend.name, passed_over=gradients | choice.passed_over)
+    return dataclasses.replace(
+        choice,
+        backward=backward.backend.name,
+        passed_over=gradients | choice.passed_over,
+        not_for_backward=backward.not_for,
+    )

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -62,6 +63,7 @@ def key_of(backend: Backend, problem: Problem, target: Target) -> str | None:
 
 _NOT_GIVEN = object()
 _given: contextvars.ContextVar[Any] = contextvars.ContextVar("ejk_ragged_tuned_hints", default=_NOT_GIVEN)
+_reading = threading.Lock()
 _read: dict[pathlib.Path, tuple[Any, Tuned | None]] = {}  # by path: what stat said of the file, and what was in it
 
 
@@ -96,9 +98,10 @@ def current() -> Tuned | None:
     except OSError:  # nothing was tuned
         return None
     stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-    if path not in _read or _read[path][0] != stamp:
-        _read[path] = (stamp, _load(path))
-    return _read[path][1]
+    with _reading:  # by one of several threads, which also warns
+        if path not in _read or _read[path][0] != stamp:
+            _read[path] = (stamp, _load(path))
+        return _read[path][1]
 
 
 @functools.cache

@@ -113,7 +113,7 @@ _backward_p = _primitive("ragged_decode_backward", "backward", _backward_types)
 def _forward(request: Request, *args):
     layout = _sharding.Layout((_sharding.QUERIES, _sharding.cache_letters(args[1])), ("bthe", "bth"))
     part = functools.partial(_sharding.forward_part, functools.partial(_bind, _forward_p, layout))
-    return _once(_sharding.spread(part, layout, functools.partial(_batched, layout)))(request, *args)
+    return _once(_sharding.spread(_forward_p.name, part, layout, functools.partial(_batched, layout)))(request, *args)
 
 
 def _backward(request: Request, wanted: Wanted, *args):
@@ -124,7 +124,7 @@ def _backward(request: Request, wanted: Wanted, *args):
     )
     part = functools.partial(_sharding.backward_part, functools.partial(_bind, _backward_p, layout, wanted=wanted), wanted)
     fold = functools.partial(_batched, layout, writes_cache=wanted.key_value)
-    return _once(_sharding.spread(part, layout, fold))(request, *args)
+    return _once(_sharding.spread(_backward_p.name, part, layout, fold))(request, *args)
 
 
 def _bind(primitive, layout, request, *args, **params):

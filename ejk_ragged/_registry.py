@@ -3,8 +3,12 @@
 Distributions announce backends in the entry-point group `ejk_ragged.backends`; nothing here knows one by name.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
+import sys
+import threading
 import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -12,6 +16,7 @@ from typing import Any, Literal
 import jax
 
 from ._backend import Backend, Direction, Target
+from ._fingerprint import fingerprint
 from ._hints import Tuned
 from ._problem import FwdParams, Problem, Settings
 
@@ -41,6 +46,7 @@ class Selection:
         target: where.
         passed_over: names of the backends that were asked before, with their reasons.
         hints_from: whether the tuning hints are the caller's ("given"), the tuner's ("tuned") or the backend's own ("default").
+        not_for: names of the caller's hints that were for the backend of the forward operation, and not for this one.
     """
 
     backend: Backend
@@ -48,6 +54,11 @@ class Selection:
     target: Target
     passed_over: tuple[tuple[str, str], ...] = ()
     hints_from: HintsFrom = "default"
+    not_for: tuple[str, ...] = ()
+
+
+class BackendFailed(RuntimeError):
+    """A backend raised where the registry asked it something; chained to what it raised."""
 
 
 @jax.tree_util.register_static
@@ -67,20 +78,27 @@ class Request:
 
 
 class Registry:
-    """Backends by name. Entry points come as an argument, so that tests can make them up."""
+    """Backends by name. Entry points come as an argument, so that tests can make them up. Any number of threads may ask at once."""
 
     def __init__(self, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None):
         self._given = entry_points
+        self._lock = threading.RLock()  # reentrant: a plug-in may ask the registry while the registry imports the plug-in
         self.clear()
 
     def clear(self):
         """Forget what was found and loaded; the next question looks again."""
-        self._entries: dict[str, importlib.metadata.EntryPoint] | None = None
-        self._loaded: dict[str, Backend | Exception] = {}
-        self._warned: set[str] = set()
+        with self._lock:
+            self._entries: dict[str, importlib.metadata.EntryPoint] | None = None
+            self._loaded: dict[str, Backend | Exception] = {}
+            self._installed: list[Any] | None = None
+            self._warned: set[str] = set()
 
     def entries(self) -> dict[str, importlib.metadata.EntryPoint]:
         """Entry points by name, nothing imported."""
+        with self._lock:
+            return self._find_entries()
+
+    def _find_entries(self):
         if self._entries is None:
             found = importlib.metadata.entry_points(group=GROUP) if self._given is None else self._given
             entries: dict[str, importlib.metadata.EntryPoint] = {}
@@ -98,6 +116,10 @@ class Registry:
         return tuple(self.entries())
 
     def _load(self, name: str) -> Backend | Exception:
+        with self._lock:
+            return self._load_once(name)
+
+    def _load_once(self, name):
         if name not in self._loaded:
             try:
                 backend = self.entries()[name].load()
@@ -107,6 +129,8 @@ class Registry:
                     raise TypeError(f"its entry point is {backend!r}, not an ejk_ragged.Backend")
                 if backend.name != name:
                     raise ValueError(f"its entry point is named {name!r} but the backend calls itself {backend.name!r}")
+                if not isinstance(backend.priority, int | float):
+                    raise TypeError(f"its priority must be a number, got {backend.priority!r}")
                 self._loaded[name] = backend
             except Exception as error:  # whatever a plug-in raises, the others go on
                 self._loaded[name] = error
@@ -145,35 +169,95 @@ class Registry:
         infos = []
         for name, entry in self.entries().items():
             backend = self._load(name)
-            if isinstance(backend, Exception):
-                infos.append(BackendInfo(name, _distribution(entry), None, _reason(backend)))
-            else:
-                infos.append(BackendInfo(name, _distribution(entry), backend.platforms, backend.unavailable()))
+            platforms, broken = None, _reason(backend) if isinstance(backend, Exception) else None
+            if isinstance(backend, Backend):
+                try:
+                    platforms = self._platforms(backend)
+                    with self._asking(backend, "unavailable"):
+                        broken = backend.unavailable()
+                except BackendFailed as failure:
+                    broken = str(failure)
+            infos.append(BackendInfo(name, _distribution(entry), platforms, broken))
         return tuple(infos)
 
     def automatic(self) -> list[Backend]:
         """The backends that load, highest priority first. One that doesn't is warned about once."""
         loaded = []
-        for name in self.names():
+        for name, entry in self.entries().items():
             backend = self._load(name)
             if isinstance(backend, Backend):
                 loaded.append(backend)
-            elif name not in self._warned:
-                self._warned.add(name)
-                distribution = _distribution(self.entries()[name])
-                warnings.warn(
-                    f"The backend {name!r} of {distribution} cannot be loaded and is passed over: {_reason(backend)}.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            else:
+                what = f"The backend {name!r} of {_distribution(entry)} cannot be loaded and is passed over: {_reason(backend)}."
+                self._warn_once(name, what)
         return sorted(loaded, key=lambda backend: (-backend.priority, backend.name))
 
+    def fingerprint(self, request: "Request") -> str:
+        """A name for all that decides what `select` answers to `request` on a given device. It is the same in every process, unless
+        something cannot be named; then it is another in each."""
+        with self._lock:
+            if self._installed is None:
+                # A plug-in without a distribution, or with made-up metadata, has no version.
+                described = [(entry, self._load(name)) for name, entry in self.entries().items()]
+                self._installed = [
+                    (entry.name, entry.value, _distribution(entry), getattr(entry.dist, "version", None), _described(backend))
+                    for entry, backend in described
+                ]
+            installed = self._installed
+        settings, tuned = request.settings, request.tuned
+        facts = (sys.modules[__package__].__version__, jax.__version__, settings, tuned, _described(request.backend), installed)
+        return hashlib.sha256(fingerprint(facts).encode()).hexdigest()[:32]
+
+    def _warn_once(self, key: str, message: str):
+        with self._lock:
+            if key in self._warned:
+                return
+            self._warned.add(key)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+    @contextlib.contextmanager
+    def _asking(self, backend: Backend, what: str, passes: tuple[type[Exception], ...] = ()):
+        """Around a question to a backend's attribute or method `what`.
+
+        Raises:
+            BackendFailed: it raised, something else than what `passes`.
+        """
+        try:
+            yield
+        except passes:
+            raise
+        except Exception as error:  # whatever a plug-in raises
+            raise BackendFailed(
+                f"The backend {backend.name!r} of {self._origin(backend)} raised in `{what}`: {_reason(error)}."
+            ) from error
+
+    def _origin(self, backend: Backend) -> str:
+        """The distribution that registers the backend's class, or else where the class is."""
+        entry = self.entries().get(backend.name)
+        if entry is not None and type(self._load(backend.name)) is type(backend):
+            return _distribution(entry)
+        return f"{type(backend).__module__}.{type(backend).__qualname__}"
+
     def refusal(self, backend: Backend, problem: Problem, target: Target, direction: Direction = "forward") -> str | None:
-        """Why `backend` cannot do it, or None."""
-        if backend.platforms is not None and target.platform not in backend.platforms:
-            return f"it runs on {', '.join(sorted(backend.platforms))}, not on {target.platform}"
-        ask = backend.supports if direction == "forward" else backend.supports_backward
-        return backend.unavailable() or ask(problem, target)
+        """Why `backend` cannot do it, or None.
+
+        Raises:
+            BackendFailed: it raised when asked.
+        """
+        platforms = self._platforms(backend)
+        if platforms is not None and target.platform not in platforms:
+            return f"it runs on {', '.join(sorted(platforms))}, not on {target.platform}"
+        with self._asking(backend, "unavailable"):
+            reason = backend.unavailable()
+        if reason:
+            return reason
+        method = "supports" if direction == "forward" else "supports_backward"
+        with self._asking(backend, method):
+            return getattr(backend, method)(problem, target)
+
+    def _platforms(self, backend: Backend) -> frozenset[str] | None:
+        with self._asking(backend, "platforms"):
+            return None if backend.platforms is None else frozenset(backend.platforms)
 
     def select(
         self,
@@ -185,58 +269,109 @@ class Registry:
     ) -> Selection:
         """The backend that does `problem` on `platform`: the named one, or the first that gives no reason against it.
 
+        One that raises when asked counts as one that gives a reason, with a warning; unless it is the named one.
+
         Raises:
             ValueError: an unknown name, a named backend that cannot do it, or hints that cannot work.
+            BackendFailed: the named backend raised when asked.
         """
         target = Target.of(platform)
         named = self.resolve(backend)
         passed_over = []
         for candidate in ([named] if named else []) + self.automatic() * (named is None or direction == "backward"):
-            reason = self.refusal(candidate, problem, target, direction)
-            if reason is None:
-                hints, hints_from = self._hints(candidate, problem, target, direction, tuned)
-                problem = dataclasses.replace(problem, fwd_params=hints)
-                return Selection(candidate, problem, target, tuple(passed_over), hints_from)
+            try:
+                reason = self.refusal(candidate, problem, target, direction)
+                if reason is None:
+                    hints, hints_from, not_for = self._hints(candidate, problem, target, direction, named, tuned)
+                    with self._asking(candidate, "lowering"), candidate.lowering(target):
+                        pass  # it can be entered
+                    problem = dataclasses.replace(problem, fwd_params=hints)
+                    return Selection(candidate, problem, target, tuple(passed_over), hints_from, not_for)
+            except BackendFailed as failure:
+                if candidate is named:
+                    raise
+                reason = self._passed_over(candidate, failure)
             passed_over.append((candidate.name, reason))
         if named is None:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over) or "none is installed"
             raise ValueError(f"No backend can do {_asked(direction)} ({problem}) on {platform}: {reasons}.")
         raise self._refused(named, passed_over[0][1], problem, target, direction)
 
-    def _hints(self, backend, problem, target, direction, tuned) -> tuple[FwdParams, HintsFrom]:
-        """The hints for a call and where they come from: given, or else tuned (for the forward operation, which is what the tuner
-        times), or else the backend's own. Given ones stand alone: what was tuned was tuned together."""
-        if problem.fwd_params != FwdParams():
-            return backend.fwd_params(problem, target), "given"
+    def _passed_over(self, backend, failure) -> str:
+        self._warn_once(f"{backend.name} failed", f"{failure} It is passed over.")
+        return str(failure).removesuffix(".")
+
+    def _hints(self, backend, problem, target, direction, named, tuned) -> tuple[FwdParams, HintsFrom, tuple[str, ...]]:
+        """The hints for a call, where they come from, and the names of those that were for another backend.
+
+        They are given, or else tuned (for the forward operation, which is what the tuner times), or else the backend's own. Given
+        ones stand alone: what was tuned was tuned together.
+        """
+        given = self._given_for(backend, problem, target, direction, named)
+        not_for = tuple(name for name, value in vars(problem.fwd_params).items() if value != getattr(given, name))
+        problem = dataclasses.replace(problem, fwd_params=given)
+        if given != FwdParams():
+            with self._asking(backend, "fwd_params", passes=(ValueError,)):
+                return backend.fwd_params(problem, target), "given", not_for
         best = tuned and direction == "forward" and tuned.best(backend, problem, target)
         if best:
             try:
-                return backend.fwd_params(dataclasses.replace(problem, fwd_params=best), target), "tuned"
+                with self._asking(backend, "fwd_params", passes=(ValueError,)):
+                    return backend.fwd_params(dataclasses.replace(problem, fwd_params=best), target), "tuned", not_for
             except ValueError as error:  # of another device of the same name, or edited by hand
-                if str(error) not in self._warned:
-                    self._warned.add(str(error))
-                    warnings.warn(f"Tuned hints are ignored: {error}", RuntimeWarning, stacklevel=2)
-        return backend.fwd_params(problem, target), "default"
+                self._warn_once(str(error), f"Tuned hints are ignored: {error}")
+        with self._asking(backend, "fwd_params"):
+            return backend.fwd_params(problem, target), "default", not_for
+
+    def _given_for(self, backend, problem, target, direction, named) -> FwdParams:
+        """The caller's hints, as far as they are for `backend`. They are for the backend of the forward operation; `num_key_splits`
+        asks for batch invariance, and is for all."""
+        given = problem.fwd_params
+        for_all = FwdParams(num_key_splits=given.num_key_splits)
+        if direction == "forward" or given == for_all:
+            return given
+        try:
+            forward = named or self.select(target.platform, problem).backend
+        except ValueError:  # no forward operation, or none with such hints
+            return for_all
+        return given if backend == forward else for_all
 
     def check_named(self, backend: Backend | None, problem: Problem):
         """A named backend that cannot do `problem` on any of its platforms is refused before anything is lowered.
 
         Raises:
             ValueError: with its reason, and who can.
+            BackendFailed: it raised when asked, and no platform is left where it may do it.
         """
         if backend is None:
             return
-        targets = [Target.of(platform) for platform in sorted(backend.platforms or KNOWN_PLATFORMS)]
-        reasons = [self.refusal(backend, problem, target) for target in targets]
-        if all(reasons):
-            raise self._refused(backend, reasons[0], problem, targets[0], "forward")
+        targets = [Target.of(platform) for platform in sorted(self._platforms(backend) or KNOWN_PLATFORMS)]
+        reasons = []
+        failures = []
+        for target in targets:
+            try:
+                reasons.append(self.refusal(backend, problem, target))
+            except BackendFailed as failure:
+                failures.append(failure)
+        if not all(reasons):
+            return
+        if failures:
+            raise failures[0]
+        raise self._refused(backend, reasons[0], problem, targets[0], "forward")
 
     def _refused(self, backend, reason, problem, target, direction):
-        able = [other.name for other in self.automatic() if self.refusal(other, problem, target, direction) is None]
+        able = [other.name for other in self.automatic() if self._can(other, problem, target, direction)]
         return ValueError(
             f"backend {backend.name!r} cannot do {_asked(direction)} ({problem}) on {target.platform}: {reason}. "
             f"Backends that can: {', '.join(able) or 'none of those installed'}."
         )
+
+    def _can(self, backend, problem, target, direction) -> bool:
+        try:
+            return self.refusal(backend, problem, target, direction) is None
+        except BackendFailed as failure:
+            self._passed_over(backend, failure)
+            return False
 
 
 def _asked(direction: Direction) -> str:
@@ -245,6 +380,13 @@ def _asked(direction: Direction) -> str:
 
 def _distribution(entry) -> str:
     return entry.dist.name if entry.dist is not None else "an unknown distribution"
+
+
+def _described(backend) -> Any:
+    """What makes one backend, or what came in its place, another than the next."""
+    if isinstance(backend, Backend):
+        return type(backend), backend.name, backend.version, vars(backend)
+    return backend and type(backend)
 
 
 def _reason(error: Exception) -> str:

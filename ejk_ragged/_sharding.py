@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ._merge import merge_stacked
 from ._problem import Cache, Queries
+from ._registry import registry
 
 
 # An operation's layout has a letter for each axis of its operands and results. Operands are (queries, cache, ...).
@@ -134,10 +135,11 @@ def align(args, layout: Layout):
     return _vary_alike(args, args)
 
 
-def spread(part, layout: Layout, fold):
+def spread(name, part, layout: Layout, fold):
     """A function of a request and arguments as `align` returns them: `part(rows, request, *args)` on each device of the mesh.
 
     Args:
+        name: of the operation.
         part: what one device does; `rows` says how the cache's rows are split, or is None.
         layout: of its arguments and results.
         fold: makes such a function one that `vmap` may map, by adding axes in front of all arguments.
@@ -150,7 +152,7 @@ def spread(part, layout: Layout, fold):
             return _vary_alike(results, args)  # cotangents come as callers of vjp made them
         if AxisType.Manual in mesh.axis_types:
             return fold(functools.partial(part, None))(request, *args)
-        return fold(_automatic(part, layout))(request, *args)
+        return fold(_automatic(name, part, layout))(request, *args)
 
     return run
 
@@ -192,7 +194,7 @@ def _explicit(part, layout: Layout):
     return run
 
 
-def _automatic(part, layout: Layout):
+def _automatic(name, part, layout: Layout):
     """`part`, with the partitioner deciding how the cache is split."""
 
     def partition(request, mesh, operands, results):
@@ -210,11 +212,23 @@ def _automatic(part, layout: Layout):
 
         return mesh, local, out_shardings, in_shardings
 
+    def infer(mesh, operands, results):  # for XLA's older partitioner, which knows no rules
+        del results
+        _, specs = layout.specs(mesh, operands, _spec)
+        return [NamedSharding(mesh, spec) for spec in specs]
+
     def run(request, *args):
         op = custom_partitioning(functools.partial(part, None, request))
         rule, sizes = layout.rule(args)
-        op.def_partition(functools.partial(partition, request), sharding_rule=rule, **sizes)
-        return op(*args)
+        op.def_partition(functools.partial(partition, request), infer, sharding_rule=rule, **sizes)
+
+        def named(*args):
+            return op(*args)
+
+        # What the partitioner puts there it learns from a callback, of which the program has no more than an address. So that a
+        # program which is kept on disk is not taken for that of another request, the name says which request it is.
+        named.__name__ = f"{name}_{registry.fingerprint(request)}"
+        return jax.jit(named)(*args)
 
     return run
 

@@ -5,6 +5,7 @@ import os
 import hypothesis
 import jax
 import pytest
+from made_up import entries
 from meshes import make_mesh
 from support import subject
 
@@ -108,3 +109,15 @@ def on_a_cpu():
 def file(tmp_path):
     """Where tuned hints are kept."""
     return tmp_path / "tuned.json"
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Puts made-up backends in the place of the installed ones."""
+
+    def install(*classes):
+        monkeypatch.setattr(registry, "_given", entries(*classes))
+        registry.clear()
+
+    yield install
+    registry.clear()

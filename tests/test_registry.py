@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import re
-import types
 import warnings
 from typing import Any
 
@@ -11,53 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_up import backend, entries, Entry, PROBLEM
 from support import draw
 
 import ejk_ragged
-from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Target
-from ejk_ragged._registry import Backend, Registry, registry
+from ejk_ragged import explain, FwdParams, ragged_decode_attention
+from ejk_ragged._registry import Backend, Registry
 from ejk_ragged.testing import Case, TextbookBackend
-
-
-FLOAT = np.dtype("float32")
-PROBLEM = Problem(
-    batch=2, num_tokens=1, seq_len=12, num_q_heads=4, num_kv_heads=2, head_dim=8, dtype=FLOAT, cache_dtype=FLOAT, softmax_scale=1.0
-)
-CPU = Target("cpu")
-
-
-@dataclasses.dataclass
-class Entry:
-    """What importlib.metadata says of an entry point, made up. An exception for `thing` is raised on loading."""
-
-    name: str
-    thing: Any
-    distribution: str | None = "made-up"
-    loads: int = 0
-
-    @property
-    def value(self):
-        return f"made_up:{self.thing}"
-
-    @property
-    def dist(self):
-        return self.distribution and types.SimpleNamespace(name=self.distribution)
-
-    def load(self):
-        self.loads += 1
-        if isinstance(self.thing, Exception):
-            raise self.thing
-        return self.thing
-
-
-def backend(name, priority=0, platforms=None, why=None, **methods) -> Any:
-    """A Backend class. It refuses everything if there is a reason why."""
-    members = {"name": name, "priority": priority, "platforms": platforms, "supports": lambda self, problem, target: why}
-    return type(name.title(), (TextbookBackend,), members | methods)
-
-
-def entries(*classes) -> list[Any]:
-    return [Entry(one.name, one) for one in classes]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -253,18 +212,6 @@ def test_hints_are_resolved_by_the_chosen():
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Through the public functions
-
-
-@pytest.fixture
-def install(monkeypatch):
-    """Puts made-up backends in the place of the installed ones."""
-
-    def install(*classes):
-        monkeypatch.setattr(registry, "_given", entries(*classes))
-        registry.clear()
-
-    yield install
-    registry.clear()
 
 
 def test_call_and_explanation(install):

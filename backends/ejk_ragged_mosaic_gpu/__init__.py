@@ -1,4 +1,4 @@
-"""The Mosaic GPU backend: NVIDIA GPUs of the Hopper family. Nothing of Pallas is imported before a call is lowered for one."""
+"""The Mosaic GPU backend: NVIDIA GPUs of the Hopper family. Nothing of Pallas is imported before such a GPU is asked for."""
 
 import dataclasses
 import importlib.util
@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ejk_ragged import Backend, FwdParams, Problem, Target
+
+
+LANGUAGE = "jax.experimental.pallas.mosaic_gpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +39,14 @@ class MosaicGpuBackend(Backend):
     def unavailable(self) -> str | None:
         # Before 0.11 its kernels cannot be interpreted, so that nothing of them can be checked without a GPU, and importing
         # it takes a package that JAX does not depend on.
-        if jax.__version_info__ < (0, 11) or importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is None:
-            return f"it needs the Mosaic GPU backend of JAX 0.11 or newer, not {jax.__version__}"
-        return None
+        needs = f"it needs the Mosaic GPU backend of JAX 0.11 or newer, not {jax.__version__}"
+        if jax.__version_info__ < (0, 11):
+            return needs
+        try:
+            found = importlib.util.find_spec(LANGUAGE) and importlib.import_module(LANGUAGE)
+        except Exception as error:  # no Pallas at all, or what Mosaic GPU's part of Pallas needs
+            return f"{needs}, in which {LANGUAGE} is missing ({type(error).__name__}: {error})"
+        return None if found else needs
 
     def supports(self, problem: Problem, target: Target) -> str | None:
         from ._tuning import does_not_fit

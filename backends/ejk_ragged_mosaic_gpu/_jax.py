@@ -1,12 +1,13 @@
 """How kernels are launched by JAX's Mosaic GPU backend, or interpreted; and what all of them use."""
 
 import threading
-import warnings
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu
+
+from ejk_ragged_schedule.warning_filters import ignore_warning
 
 
 plgpu = cast(Any, mosaic_gpu)  # types are checked with the oldest JAX, in which it is another
@@ -85,8 +86,8 @@ def _interpreted(call, results):
     call = _without_64_bits(jax.jit(call))
 
     def on_host(*operands):
-        with _one_at_a_time, jax.default_device(jax.local_devices(backend="cpu")[0]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "invalid value encountered in matmul", RuntimeWarning)  # keys that nobody sees
+        ignore_warning("invalid value encountered in matmul", RuntimeWarning)  # of keys that nobody sees
+        with _one_at_a_time, jax.default_device(jax.local_devices(backend="cpu")[0]):
             return jax.block_until_ready(call(*operands))
 
     return lambda *operands: jax.pure_callback(on_host, results, *operands)

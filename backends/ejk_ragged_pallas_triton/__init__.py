@@ -1,4 +1,4 @@
-"""The Pallas-Triton backend: NVIDIA GPUs. Nothing of Pallas is imported before a call is lowered for one."""
+"""The Pallas-Triton backend: NVIDIA GPUs. Nothing of Pallas is imported before a GPU is asked for."""
 
 import dataclasses
 import importlib.util
@@ -7,6 +7,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from ejk_ragged import Backend, FwdParams, Problem, Target
+
+
+LANGUAGE = "jax.experimental.pallas.triton"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +32,11 @@ class PallasTritonBackend(Backend):
 
     def unavailable(self) -> str | None:
         # JAX has deprecated its Triton backend; the day it goes, this backend goes with it.
-        if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
-            return "this JAX has no jax.experimental.pallas.triton"
-        return None
+        try:
+            found = importlib.util.find_spec(LANGUAGE) and importlib.import_module(LANGUAGE)
+        except Exception as error:  # no Pallas at all, or what Triton's part of Pallas needs
+            return f"this JAX has no {LANGUAGE} ({type(error).__name__}: {error})"
+        return None if found else f"this JAX has no {LANGUAGE}"
 
     def supports(self, problem: Problem, target: Target) -> str | None:
         if not all(isinstance(n, int) for n in problem.sizes):

@@ -1,20 +1,20 @@
 """What JAX's Pallas-Triton backend needs handled with care, in one place."""
 
 import contextlib
-import warnings
 
 import jax
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, ManualAxisType
 
+from ejk_ragged_schedule.warning_filters import ignore_warning
+
 
 @contextlib.contextmanager
 def lowering(target):
     """Around every lowering of a kernel for `target`."""
+    # JAX 0.11 deprecates this lowering with a warning at each call. Users can do nothing about it.
+    ignore_warning("The Pallas Triton backend is deprecated", DeprecationWarning)
     with contextlib.ExitStack() as stack:
-        # JAX 0.11 deprecates this lowering with a warning at each call. Users can do nothing about it.
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         if target.device is None:
             # Lowering for cuda without a GPU (export): Pallas asks for a device. What it learns of it, the compute
             # capability, does not enter the kernel's code, which is compiled for the real device when it is loaded.

@@ -1,0 +1,51 @@
+"""Backends and their entry points, made up: a `Registry` takes them in the place of the installed ones."""
+
+import dataclasses
+import types
+from typing import Any
+
+import numpy as np
+
+from ejk_ragged import Problem, Target
+from ejk_ragged.testing import TextbookBackend
+
+
+FLOAT = np.dtype("float32")
+PROBLEM = Problem(
+    batch=2, num_tokens=1, seq_len=12, num_q_heads=4, num_kv_heads=2, head_dim=8, dtype=FLOAT, cache_dtype=FLOAT, softmax_scale=1.0
+)
+CPU = Target("cpu")
+
+
+@dataclasses.dataclass
+class Entry:
+    """What importlib.metadata says of an entry point, made up. An exception for `thing` is raised on loading."""
+
+    name: str
+    thing: Any
+    distribution: str | None = "made-up"
+    loads: int = 0
+
+    @property
+    def value(self):
+        return f"made_up:{self.thing}"
+
+    @property
+    def dist(self):
+        return self.distribution and types.SimpleNamespace(name=self.distribution)
+
+    def load(self):
+        self.loads += 1
+        if isinstance(self.thing, Exception):
+            raise self.thing
+        return self.thing
+
+
+def backend(name, priority=0, platforms=None, why=None, **methods) -> Any:
+    """A Backend class. It refuses everything if there is a reason why."""
+    members = {"name": name, "priority": priority, "platforms": platforms, "supports": lambda self, problem, target: why}
+    return type(name.title(), (TextbookBackend,), members | methods)
+
+
+def entries(*classes) -> list[Any]:
+    return [Entry(one.name, one) for one in classes]
