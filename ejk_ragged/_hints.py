@@ -45,7 +45,7 @@ def key_of(backend: Backend, problem: Problem, target: Target) -> str | None:
     kind = getattr(target.device, "device_kind", None)
     if kind is None or not all(isinstance(n, int) for n in problem.sizes):
         return None
-    batch, num_tokens, seq_len, _ = (1 << max(n - 1, 0).bit_length() for n in problem.sizes)
+    batch, num_tokens, seq_len = (1 << max(n - 1, 0).bit_length() for n in problem.sizes[:3])
     cache = f", {problem.cache_dtype.name} cache" if problem.quantised else ""
     value = "" if problem.value_dim == problem.head_dim else f":{problem.value_dim}"
     value += "" if problem.value_columns is None else " in rows"

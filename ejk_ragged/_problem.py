@@ -93,9 +93,9 @@ class Queries:
 
     def bounds(self, seq_len) -> tuple[jax.Array, jax.Array]:
         """`start` and `end` within the cache, [0, S]: int32 [B, T] or [B, 1] each, never None."""
-        batch = self.query.shape[-4]
-        start = jnp.zeros((batch, 1), jnp.int32) if self.start is None else jnp.clip(self.start, 0, seq_len)
-        end = jnp.full((batch, 1), seq_len, jnp.int32) if self.end is None else jnp.clip(self.end, 0, seq_len)
+        sequences = (*self.query.shape[:-3], 1)  # mapped axes may stand in front
+        start = jnp.zeros(sequences, jnp.int32) if self.start is None else jnp.clip(self.start, 0, seq_len)
+        end = jnp.full(sequences, seq_len, jnp.int32) if self.end is None else jnp.clip(self.end, 0, seq_len)
         return start, end
 
     def hull(self, seq_len) -> tuple[jax.Array, jax.Array]:
@@ -103,7 +103,7 @@ class Queries:
         start, end = self.bounds(seq_len)
         some = start < end
         start, end = jnp.where(some, start, seq_len), jnp.where(some, end, 0)
-        return jnp.min(start, axis=1), jnp.max(end, axis=1)
+        return jnp.min(start, axis=-1), jnp.max(end, axis=-1)
 
     def sinks(self) -> jax.Array:
         """`sink`, or -inf for every head: accumulation dtype [B or 1, T or 1, Hq]."""
@@ -183,53 +183,56 @@ class Problem(Settings):
     Attributes:
         batch: sequences, B.
         num_tokens: query tokens of a sequence, T.
-        num_pages: pages of the pool, N; of a padded cache B.
-        page_size: rows per page; of a padded cache S.
         seq_len: rows of a sequence, S: of a padded cache as many as the cache has, with pages P * page_size.
         num_q_heads: query heads, Hq, a multiple of `num_kv_heads`.
         num_kv_heads: key/value heads, Hkv.
         head_dim: head dimension of query and key, D.
-        value_dim: head dimension of value and output, Dv.
-        row_dim: columns of the key's rows, R: D, or more where the value is in the key's rows.
         dtype: dtype of the query.
         cache_dtype: dtype of key and value: the query's, or a quantised one.
-        paged: whether there is a page table.
+        value_dim: head dimension of value and output, Dv; None stands for D.
+        row_dim: columns of the key's rows, R; None stands for D. R is D, or more where the value is in the key's rows.
+        num_pages: pages of the pool, N; None for a padded cache.
+        page_size: rows per page; None for a padded cache.
     """
 
     batch: int
     num_tokens: int
-    num_pages: int
-    page_size: int
     seq_len: int
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
-    value_dim: int
-    row_dim: int
     dtype: np.dtype
     cache_dtype: np.dtype
-    paged: bool = False
+    value_dim: Any = None
+    row_dim: Any = None
+    num_pages: int | None = None
+    page_size: int | None = None
+
+    def __post_init__(self):
+        for name in ("value_dim", "row_dim"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.head_dim)
 
     @classmethod
     def of(cls, queries: Queries, cache: Cache, settings: Settings) -> "Problem":
         """The problem of these operands, or of their shapes."""
         batch, num_tokens, num_q_heads, head_dim = queries.query.shape
         num_pages, page_size, num_kv_heads, row_dim = cache.key.shape
+        paged = cache.page_table is not None
         first, end = settings.value_columns or (0, cache.value.shape[-1])  # pyright: ignore[reportOptionalMemberAccess]
         return cls(
             batch=batch,
             num_tokens=num_tokens,
-            num_pages=num_pages,
-            page_size=page_size,
-            seq_len=page_size if cache.page_table is None else cache.page_table.shape[1] * page_size,
+            seq_len=cache.page_table.shape[1] * page_size if paged else page_size,  # pyright: ignore[reportOptionalMemberAccess]
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            value_dim=end - first,
-            row_dim=row_dim,
             dtype=np.dtype(queries.query.dtype),
             cache_dtype=np.dtype(cache.key.dtype),
-            paged=cache.page_table is not None,
+            value_dim=end - first,
+            row_dim=row_dim,
+            num_pages=num_pages if paged else None,
+            page_size=page_size if paged else None,
             **vars(settings),
         )
 
@@ -246,7 +249,12 @@ class Problem(Settings):
     @property
     def sizes(self) -> tuple[Any, ...]:
         """Those that may be symbolic."""
-        return self.batch, self.num_tokens, self.seq_len, self.num_pages
+        return self.batch, self.num_tokens, self.seq_len, *([self.num_pages] if self.paged else [])
+
+    @property
+    def paged(self) -> bool:
+        """Whether the cache is a pool of pages."""
+        return self.page_size is not None
 
     @property
     def plain(self) -> bool:

@@ -47,12 +47,12 @@ ERRORS = {
     "key and value lengths": (
         {"value": aval(B, S + 1, HKV, D)},
         ValueError,
-        "key and value must have the same shape, got key (2, 12, 2, 8) and value (2, 13, 2, 8).",
+        "key and value must have the same shape but for the last axis, got key (2, 12, 2, 8) and value (2, 13, 2, 8).",
     ),
-    "key and value head dims": (
-        {"value": aval(B, S, HKV, 2 * D)},
+    "key and value heads": (
+        {"value": aval(B, S, 2 * HKV, D)},
         ValueError,
-        "key and value must have the same shape, got key (2, 12, 2, 8) and value (2, 12, 2, 16).",
+        "key and value must have the same shape but for the last axis, got key (2, 12, 2, 8) and value (2, 12, 4, 8).",
     ),
     "batch": (
         {"query": aval(3, HQ, D)},
@@ -105,8 +105,8 @@ ERRORS = {
     "one of two quantised": (
         {"key": aval(B, S, HKV, D, dtype="float8_e4m3fn")},
         ValueError,
-        "query, key and value must have the same dtype, got query float32, key float8_e4m3fn, value float32. Of a quantised cache, "
-        "key and value have one of int8, float8_e4m3fn, float8_e5m2, both the same.",
+        "query, key and value must have the same dtype, got query float32, key float8_e4m3fn, value float32. Key and value of a "
+        "quantised cache have one of int8, float8_e4m3fn, float8_e5m2, both the same.",
     ),
     "quantised query": ({"query": aval(B, HQ, D, dtype="int8")}, ValueError, "query must have one of the dtypes float16,"),
     "int4": ({"key": aval(B, S, HKV, D, dtype="int4")}, ValueError, "key must have one of the dtypes float16, bfloat16, float32, "),
@@ -143,8 +143,8 @@ ERRORS = {
     "lengths of one token": (
         {"query_lengths": aval(B, dtype="int32")},
         ValueError,
-        "query_lengths must be None for a query of one token a sequence, [batch, num_q_heads, head_dim]; got query (2, 4, 8). For "
-        "several tokens it is [batch, num_tokens, num_q_heads, head_dim].",
+        "query_lengths must be None for a query of one token per sequence, [batch, num_q_heads, head_dim]; got query (2, 4, 8). "
+        "For several tokens the query is [batch, num_tokens, num_q_heads, head_dim].",
     ),
     "lengths of tokens": (
         {"query": aval(B, 3, HQ, D), "query_lengths": aval(3, dtype="int32")},

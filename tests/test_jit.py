@@ -89,7 +89,7 @@ def test_shapes_are_checked_inside(field):
     arrays, _ = draw(CASE)
     lengths, sink = jnp.zeros((3, 1), jnp.int32), jnp.zeros((1, 1, 4))
     operands = {"query": arrays["query"][:, None], "start": lengths, "end": lengths, "sink": sink}
-    cache = {"key": arrays["key"], "value": arrays["value"], "key_scale": None, "value_scale": None}
+    cache = {"key": arrays["key"], "value": arrays["value"], "key_scale": None, "value_scale": None, "page_table": None}
     _op._typed(**operands, **cache)
     wrong = {"start": jnp.zeros((2, 1), jnp.int32), "sink": jnp.zeros((1, 2, 4)), "key_scale": jnp.zeros((3, 2, 39))}
     operands, cache = ({name: wrong[name] if name == field else x for name, x in group.items()} for group in (operands, cache))

@@ -159,7 +159,7 @@ def bounds(change):
     """Tokens with the bounds that `change(start, end)` makes of all those of a sequence, [B, T]; what was empty stays so."""
 
     def live(self, problem, queries):
-        start, end = jnp.broadcast_arrays(queries.start, queries.end)
+        start, end = jnp.broadcast_arrays(*queries.bounds(problem.seq_len))
         wrong_start, wrong_end = change(start, end)
         empty = start >= end
         queries = Queries(queries.query, jnp.where(empty, 0, wrong_start), jnp.where(empty, 0, wrong_end), queries.sink)
@@ -170,10 +170,11 @@ def bounds(change):
 
 def padding_attends(self, problem, queries):
     """As the sequence's last token does."""
-    last = jnp.argmax(queries.end, axis=1, keepdims=True)
-    start, end = (jnp.take_along_axis(jnp.broadcast_to(x, queries.end.shape), last, axis=1) for x in (queries.start, queries.end))
-    empty = queries.start >= queries.end
-    start, end = jnp.where(empty, start, queries.start), jnp.where(empty, end, queries.end)
+    starts, ends = queries.bounds(problem.seq_len)
+    last = jnp.argmax(ends, axis=1, keepdims=True)
+    start, end = (jnp.take_along_axis(jnp.broadcast_to(x, ends.shape), last, axis=1) for x in (starts, ends))
+    empty = starts >= ends
+    start, end = jnp.where(empty, start, starts), jnp.where(empty, end, ends)
     return TextbookBackend.live(self, problem, Queries(queries.query, start, end, queries.sink))
 
 
@@ -183,11 +184,47 @@ def of_all(reduce, x):
 
 def sinks_of_the_first_token(self, problem, target, queries, cache):
     first = (jnp.arange(problem.num_tokens) == 0)[None, :, None]
-    queries = dataclasses.replace(queries, sink=jnp.where(first, queries.sink, -jnp.inf))
+    queries = dataclasses.replace(queries, sink=jnp.where(first, queries.sinks(), -jnp.inf))
     return TextbookBackend.forward(self, problem, target, queries, cache)
 
 
+def row_of_the_page_off_by_one(self, problem, cache, x):
+    rows = 1 if x is None or x.ndim == 4 else 2
+    return TextbookBackend.gathered(self, problem, cache, None if x is None else jnp.roll(x, 1, axis=rows))
+
+
+def scales_by_sequence(self, problem, cache, x):
+    """As if page b were sequence b."""
+    if x is None or x.ndim == 4:
+        return TextbookBackend.gathered(self, problem, cache, x)
+    return jnp.broadcast_to(x[: problem.batch, :, :1], (problem.batch, x.shape[1], problem.seq_len))
+
+
+def value_at_the_start_of_the_rows(self, problem, queries, cache):
+    first, end = problem.value_columns
+    problem = dataclasses.replace(problem, value_columns=(0, end - first))
+    return TextbookBackend.values(self, problem, queries, cache)
+
+
+def value_as_wide_as_the_key(self, problem, queries, cache):
+    """Read as far as the key goes, and cut."""
+    flat = cache.value.reshape(*cache.value.shape[:2], -1)
+    wide = jnp.pad(flat, ((0, 0), (0, 0), (0, problem.num_kv_heads * problem.head_dim - flat.shape[-1])))
+    wide = wide.reshape(*cache.value.shape[:3], problem.head_dim)[..., : problem.value_dim]
+    return TextbookBackend.values(self, problem, queries, dataclasses.replace(cache, value=wide))
+
+
 MUTATIONS = {
+    # pages and widths
+    "the page of the next entry": ("pages", fault(pages=lambda self, cache: jnp.roll(cache.pages(), -1, axis=1))),
+    "the table of the first sequence for all": (
+        "pages",
+        fault(pages=lambda self, cache: jnp.broadcast_to(cache.pages()[:1], cache.page_table.shape)),
+    ),
+    "a page's row is off by one": ("pages", fault(gathered=row_of_the_page_off_by_one)),
+    "scales by sequence in place of pages": ("pages-int8", fault(gathered=scales_by_sequence)),
+    "the value's columns are taken from the key's start": ("fused", fault(values=value_at_the_start_of_the_rows)),
+    "the value is as wide as the key": ("narrow-value", fault(values=value_as_wide_as_the_key)),
     # valid keys
     "start is ignored": ("edges", arguments_changed(sequence_start=lambda kw: None)),
     "start is exclusive": ("edges", arguments_changed(sequence_start=start(1))),

@@ -66,7 +66,9 @@ def live(token, **lengths):
         ({"sequence_end": [6]}, [range(4), range(5), range(6)]),
         ({"sequence_start": [4], "sequence_end": [6]}, [[], [4], [4, 5]]),  # the first stands before the start
         ({"sequence_end": [2]}, [[], [0], [0, 1]]),  # more tokens than rows
-        ({"sequence_end": [99], "sequence_start": [-5]}, [range(8), range(9), range(10)]),
+        ({"sequence_end": [99], "sequence_start": [-5]}, [range(10), range(10), range(10)]),  # far beyond the cache
+        ({"sequence_end": [11], "sequence_start": [-5]}, [range(9), range(10), range(10)]),
+        ({"sequence_end": [11], "sliding_window": (1, 0)}, [[7, 8], [8, 9], [9]]),
         ({"sequence_end": [6], "sliding_window": (1, 0)}, [[2, 3], [3, 4], [4, 5]]),
         ({"sequence_end": [6], "sliding_window": (1, 9)}, [[2, 3], [3, 4], [4, 5]]),
         ({"sequence_end": [6], "query_lengths": [2]}, [range(5), range(6), []]),
@@ -110,7 +112,9 @@ def test_gradients_by_finite_differences(case):
         out, lse = oracle(**arguments | changed)
         return np.sum(out * d_out) + np.sum(np.where(np.isfinite(lse), lse, 0) * d_lse)
 
-    assert (gradients.key is None) == (gradients.value is None) == (case.cache_dtype is not None)
+    frozen = case.cache_dtype is not None or case.page_size is not None
+    assert (gradients.key is None) == frozen
+    assert (gradients.value is None) == (frozen or case.value_columns is not None)
     for name in {"query", "key", "value", "softmax_aux"} & set(arguments):
         if getattr(gradients, name) is None:
             continue
@@ -142,10 +146,33 @@ def test_cases_are_sound(case):
     assert case.num_q_heads % case.num_kv_heads == 0
     assert 0 < case.live_tokens() <= case.batch * case.seq_len
     itemsize = 1 if case.cache_dtype else 4 if case.dtype == "float32" else 2
-    row = case.head_dim * itemsize + 4 * (case.scales == "row")
-    assert case.live_bytes() == case.live_tokens() * 2 * case.num_kv_heads * row
+    key, value = case.head_dim, case.head_dim if case.value_dim is None else case.value_dim
+    if case.value_columns is not None:  # read with the key, but for what lies beyond
+        value = max(case.value_columns[1] - max(case.value_columns[0], key), 0)
+    scales = 4 * (case.scales == "row") * (1 if case.value_columns else 2)
+    assert case.live_bytes() == case.live_tokens() * case.num_kv_heads * ((key + value) * itemsize + scales)
     group = CHECKS if case in CHECKS else ROWS
     assert [other.name for other in group].count(case.name) == (case is not CPU_STEP)
+
+
+def test_pages_by_hand():
+    """Two sequences of three rows in pages of two; the second page of one is the first page of the other, and one entry is junk."""
+    rng = np.random.default_rng(0)
+    key, value, query = rng.standard_normal((3, 2, 1, 4)), rng.standard_normal((3, 2, 1, 3)), rng.standard_normal((2, 2, 4))
+    want = oracle(query, *(np.stack([[x[2, 0], x[2, 1], x[0, 0]], [x[0, 0], x[0, 1], x[1, 0]]]) for x in (key, value)))
+    got = oracle(query, key, value, sequence_end=[3, 3], page_table=np.array([[2, 0, -7], [0, 1, 99]]))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y)
+    assert got[0].shape == (2, 2, 3)
+
+
+def test_value_in_the_rows_by_hand():
+    rng = np.random.default_rng(0)
+    rows, query = rng.standard_normal((2, 5, 1, 7)), rng.standard_normal((2, 2, 4))
+    want = oracle(query, rows[..., :4], rows[..., 2:7], softmax_scale=0.3)
+    got = oracle(query, rows, None, softmax_scale=0.3, value_columns=(2, 7))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y)
 
 
 @pytest.mark.parametrize("name", ["edges", "tokens-padded", "int8"])

@@ -218,7 +218,7 @@ def test_mapped_queries_share_one_operation():
     """Mapped queries become more heads of one operation on the cache as it is, not a loop over them."""
     function, arrays = mapped_call(["query"])
     text = str(jax.make_jaxpr(function)(**arrays))
-    assert text.count("ragged_decode_forward") == 1
+    assert text.count("= ragged_decode_forward[") == 1
     assert "scan" not in text
     out, _ = function(**arrays)
     np.testing.assert_array_equal(out, np.stack([out[0]] * NUM_MAPPED))

@@ -6,7 +6,6 @@ A padded cache is one page per sequence. So there is one way to find a row, and 
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import min_dim
@@ -18,19 +17,23 @@ class Reader:
 
     Attributes:
         problem: the static facts.
-        pages: int32 [B, P], numbers of the pages of every sequence.
+        pages: int32 [B, P], numbers of the pages of every sequence; None for a padded cache.
         rows: rows of a chunk: no more than a page has, or those of several whole pages.
     """
 
     problem: Any
-    pages: jax.Array
+    pages: Any
     rows: Any
 
     @classmethod
     def of(cls, problem, pages, rows) -> "Reader":
         """For chunks of about `rows` rows."""
         whole = problem.paged and problem.page_size < rows
-        return cls(problem, pages, rows // problem.page_size * problem.page_size if whole else min_dim(rows, problem.page_size))
+        return cls(
+            problem,
+            pages,
+            rows // problem.page_size * problem.page_size if whole else min_dim(rows, problem.page_size or problem.seq_len),
+        )
 
     @property
     def whole_pages(self) -> bool:
@@ -51,11 +54,10 @@ class Reader:
         """Where the chunk at `row` is read from: further back where the page ends before the chunk does."""
         if self.whole_pages:
             return row
-        last = self.problem.page_size - self.rows
         if not self.problem.paged:
-            return jnp.clip(row, 0, last)  # as slices and their updates clip it themselves
+            return jnp.clip(row, 0, self.problem.seq_len - self.rows)  # as slices and their updates clip it themselves
         in_page = row % self.problem.page_size
-        return row - in_page + jnp.minimum(in_page, last)
+        return row - in_page + jnp.minimum(in_page, self.problem.page_size - self.rows)
 
     def slices(self, array, b, place, heads, axis):
         """The chunk at `place` of an array [N, ...] that has rows along `axis` and kv heads along the other of axes 1 and 2: as

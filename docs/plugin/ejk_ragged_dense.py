@@ -15,13 +15,16 @@ class DenseBackend(Backend):
     def supports(self, problem: Problem, target: Target) -> str | None:
         if problem.quantised:
             return f"it takes no quantised caches, such as {problem.cache_dtype.name}"
+        if not problem.plain:
+            return "it takes a padded key and a padded value of one width"
         if not isinstance(problem.seq_len, int) or problem.seq_len > 512:
             return f"it is for caches of up to 512 rows, not {problem.seq_len}"
         return None
 
     def forward(self, problem, target, queries, cache):
         rows = jnp.arange(problem.seq_len, dtype=jnp.int32)[None, None]
-        live = (rows >= queries.start[..., None]) & (rows < queries.end[..., None])  # [B, T or 1, S]
+        start, end = queries.bounds(problem.seq_len)
+        live = (rows >= start[..., None]) & (rows < end[..., None])  # [B, T or 1, S]
         # A masked probability is 0, but 0 times what a dead row holds may be NaN.
         seen = live.any(axis=1)[:, :, None, None]
         key, value = (jnp.where(seen, x, 0).astype(problem.accum_dtype) for x in (cache.key, cache.value))
@@ -33,7 +36,8 @@ class DenseBackend(Backend):
             x = problem.logits_soft_cap * jnp.tanh(x / problem.logits_soft_cap)
         x = jnp.where(live[:, :, None, None], x, -jnp.inf)
 
-        sink = queries.sink.reshape(*queries.sink.shape[:2], *grouped[2:])
+        sink = queries.sinks()
+        sink = sink.reshape(*sink.shape[:2], *grouped[2:])
         top = jnp.maximum(x.max(axis=-1), sink)
         top = jnp.where(top > -jnp.inf, top, 0)  # neither a key nor a sink
         weights = jnp.exp(x - top[..., None])

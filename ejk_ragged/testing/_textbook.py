@@ -78,26 +78,35 @@ class TextbookBackend(Backend):
 
     def keys(self, problem, queries, cache):
         """What the cache stands for, [B, S, Hkv, D], and 0 at rows that no token sees."""
-        return self.seen(problem, queries, cache, cache.key[..., : problem.head_dim], cache.key_scale)
+        rows, scale = (self.gathered(problem, cache, x) for x in (cache.key[..., : problem.head_dim], cache.key_scale))
+        return self.seen(problem, queries, rows, scale)
 
     def values(self, problem, queries, cache):
         """Likewise, [B, S, Hkv, Dv]."""
         value = cache.key[..., slice(*problem.value_columns)] if problem.value_columns else cache.value
-        return self.seen(problem, queries, cache, value, cache.value_scale)
+        rows, scale = (self.gathered(problem, cache, x) for x in (value, cache.value_scale))
+        return self.seen(problem, queries, rows, scale)
 
-    def seen(self, problem, queries, cache, rows, scale):
+    def gathered(self, problem, cache, x):
+        """What a pool, or the scales of one, holds for every sequence: [B, S, Hkv, ...], or [B, Hkv or 1, S] of scales."""
+        if x is None or not problem.paged:
+            return x
+        x = x if x.ndim == 4 else x.swapaxes(1, 2)
+        x = jnp.broadcast_to(x, (problem.num_pages, problem.page_size, *x.shape[2:]))[self.pages(cache)]
+        x = x.reshape(problem.batch, problem.seq_len, *x.shape[3:])
+        return x if x.ndim == 4 else x.swapaxes(1, 2)
+
+    def pages(self, cache):
+        return cache.pages()
+
+    def seen(self, problem, queries, rows, scale):
         rows = rows.astype(problem.accum_dtype)
         if scale is not None:
             rows = rows * scale.swapaxes(1, 2)[..., None]
-        rows = rows[self.pages(cache)]
-        rows = rows.reshape(problem.batch, problem.seq_len, *rows.shape[3:])
         if not problem.junk_between_tokens:
             start, end = (x[:, None] for x in queries.hull(problem.seq_len))
             queries = dataclasses.replace(queries, start=start, end=end)
         return jnp.where(jnp.any(self.live(problem, queries), axis=1)[..., None, None], rows, 0)
-
-    def pages(self, cache):
-        return cache.pages()
 
     def d_cache(self, problem, d_key, d_value):
         """Gradients of the arrays that the cache has."""
