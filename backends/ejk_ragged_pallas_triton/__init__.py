@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -41,13 +42,13 @@ class PallasTritonBackend(Backend):
     def supports(self, problem: Problem, target: Target) -> str | None:
         if not all(isinstance(n, int) for n in problem.sizes):
             return "its kernels need sizes known when they are lowered, not symbolic ones"
-        if not problem.plain:
-            return "its kernels read a padded key and a padded value of one width"
         if problem.dtype == jnp.float64:
             return "its kernels have no float64"
-        if problem.head_dim > 256:
-            return f"its kernels hold a head_dim of up to 256, not {problem.head_dim}"
-        elements = problem.batch * problem.seq_len * problem.num_kv_heads * problem.head_dim
+        if problem.head_dim > 640 or problem.value_dim > 512:
+            dims = f"{problem.head_dim} and {problem.value_dim}"
+            return f"its kernels hold a head_dim of up to 640 and a value's of up to 512, not {dims}"
+        pages = (problem.num_pages, problem.page_size) if problem.paged else (problem.batch, problem.seq_len)
+        elements = math.prod(pages) * problem.num_kv_heads * max(problem.row_dim, problem.value_dim)
         if problem.quantised and 2**31 < elements <= 2**32:
             # JAX's lowering goes over to 64-bit offsets, which count elements, only where an array has more than 2**32 bytes.
             return f"JAX addresses a cache of {elements} bytes with 32 bits, of which one is the sign"
@@ -57,6 +58,11 @@ class PallasTritonBackend(Backend):
         if capability is not None and float(capability) < least:
             return f"it needs a GPU of compute capability {least} or newer{what}, not {capability}"
         return None
+
+    def supports_backward(self, problem: Problem, target: Target) -> str | None:
+        if problem.value_columns is not None and not (problem.paged or problem.quantised):
+            return "its kernels write no gradient of rows that are both key and value"
+        return self.supports(problem, target)
 
     def fwd_params(self, problem: Problem, target: Target) -> FwdParams:
         from ._tuning import resolve

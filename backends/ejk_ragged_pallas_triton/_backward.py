@@ -23,15 +23,17 @@ from ._blocks import (
     key_dot,
     line_of,
     load,
+    load_tile,
     LOG2_E,
     logits,
     logits_slope,
-    query_dot,
+    products,
     store,
     store_pieces,
     WHOLE,
 )
 from ._jax import array, compiler_params
+from ._rows import Rows
 from ._tuning import backward_tiles, SMALL_BLOCK, Tiles
 
 
@@ -46,32 +48,26 @@ def backward(problem, target, queries, cache, lse, d_out, delta, *, wanted, inte
     schedule = plan.schedule
     batch, num_tokens, num_q_heads, head_dim = queries.query.shape
     rows = num_tokens * num_q_heads
-    query, d_out = (x.reshape(batch, rows, head_dim) for x in (queries.query, d_out))
+    query, d_out = queries.query.reshape(batch, rows, head_dim), d_out.reshape(batch, rows, problem.value_dim)
     lse, delta = (x.reshape(batch, rows) for x in (lse, delta))
     lengths = length_arrays(problem, queries)
     # The rows before each live range and those after it, twice as many ranges, shared out among all programs alike.
     idle = Schedule(2 * batch, problem.seq_len, schedule.programs, schedule.block_keys, by_sequence=False)
-    start = jnp.zeros(batch, jnp.int32) if lengths["start"] is None else jnp.clip(lengths["start"], 0, problem.seq_len)
-    end = jnp.full(batch, problem.seq_len) if lengths["end"] is None else jnp.clip(lengths["end"], 0, problem.seq_len)
-    idle_lengths = {
-        "start": jnp.concatenate([jnp.zeros_like(start), jnp.maximum(start, end)]),
-        "end": jnp.concatenate([start, jnp.full_like(start, problem.seq_len)]),
-    }
-    optional = lengths, cache.key_scale, cache.value_scale, idle_lengths if wanted.key_value else None
-    optional, tree = jax.tree.flatten(optional)
+    idle_lengths = _idle_lengths(problem, lengths) if wanted.key_value else None
+    operands, tree = jax.tree.flatten((query, cache, lse, d_out, delta, lengths, idle_lengths))
 
     partial_shapes = [array((schedule.slots, rows, head_dim), problem.accum_dtype), array((2, batch), jnp.int32)]
-    cache_shapes = [array(cache.key.shape, cache.key.dtype)] * 2
+    cache_shapes = [array(x.shape, x.dtype) for x in (cache.key, cache.value) if x is not None]
     results = pl.pallas_call(
         functools.partial(_split_kernel, tree=tree, problem=problem, plan=plan, idle=idle, wanted=wanted),
         name="ragged_decode_backward",
         grid=(problem.num_kv_heads * (plan.row_blocks if wanted.query else 1), schedule.programs),
-        in_specs=[WHOLE] * (6 + len(optional)),
-        out_specs=[WHOLE] * (2 * wanted.query + 2 * wanted.key_value),
+        in_specs=[WHOLE] * len(operands),
+        out_specs=[WHOLE] * (2 * wanted.query + len(cache_shapes) * wanted.key_value),
         out_shape=partial_shapes * wanted.query + cache_shapes * wanted.key_value,
         compiler_params=compiler_params(plan.num_warps, plan.num_stages),
         interpret=interpret,
-    )(query, cache.key, cache.value, lse, d_out, delta, *optional)
+    )(*operands)
 
     if not wanted.query:
         return results
@@ -89,85 +85,99 @@ def backward(problem, target, queries, cache, lse, d_out, delta, *, wanted, inte
     return [d_query.reshape(queries.query.shape), *d_key_value]
 
 
-def _split_kernel(
-    q_ref, k_ref, v_ref, lse_ref, d_out_ref, delta_ref, *refs, tree, problem, plan: Tiles, idle: Schedule, wanted: Wanted
-):
+def _idle_lengths(problem, lengths):
+    """The rows before each live range and those after it, as ranges of 2 * B sequences."""
+    start = jnp.zeros(problem.batch, jnp.int32) if lengths["start"] is None else jnp.clip(lengths["start"], 0, problem.seq_len)
+    end = jnp.full(problem.batch, problem.seq_len) if lengths["end"] is None else jnp.clip(lengths["end"], 0, problem.seq_len)
+    return {
+        "start": jnp.concatenate([jnp.zeros_like(start), jnp.maximum(start, end)]),
+        "end": jnp.concatenate([start, jnp.full_like(start, problem.seq_len)]),
+    }
+
+
+def _split_kernel(*refs, tree, problem, plan: Tiles, idle: Schedule, wanted: Wanted):
     """One program: its tiles of the live ranges, for the rows of queries of a kv head, all of them or, for d_query, a block; then
     its share of the cache's rows that stay zero."""
-    optional_refs, out_refs = refs[: tree.num_leaves], refs[tree.num_leaves :]
-    lengths, key_scale_ref, value_scale_ref, idle_lengths = tree.unflatten(optional_refs)
+    operand_refs, out_refs = refs[: tree.num_leaves], refs[tree.num_leaves :]
+    q_ref, cache, lse_ref, d_out_ref, delta_ref, lengths, idle_lengths = tree.unflatten(operand_refs)
     parts_ref, pieces_ref, *out_refs = out_refs if wanted.query else (None, None, *out_refs)
     schedule = plan.schedule
     row_blocks = plan.row_blocks if wanted.query else 1
     kv_head = pl.program_id(0) // row_blocks
     block = Block.of(kv_head, pl.program_id(0) % row_blocks, problem, plan)
     program = pl.program_id(1)
-    line = line_of(schedule, program, lengths["start"], lengths["end"])
+    rows = Rows.of(problem, schedule.block_keys, cache.page_table, lengths["start"])
+    line = line_of(schedule, program, lengths["start"], lengths["end"], rows.align)
     num_tiles, tile_at = schedule.tiles(line)
-    rows_late = problem.quantised and plan.block_rows * plan.block_dim > SMALL_BLOCK
+    rows_late = problem.quantised and plan.block_rows * plan.key_width > SMALL_BLOCK
 
     def tile(i, carry):
-        d_q, fresh, b, key, end = carry
+        d_q, fresh, b, key, end, found = carry
         keys = key + jnp.arange(schedule.block_keys, dtype=jnp.int32)
-        live = keys < end
+        live = rows.live(keys, end, found)
 
         def rows_of(block):
-            """Query and cotangent of a block."""
-            return load(block.of_query(q_ref, b)), load(block.of_query(d_out_ref, b))
+            """Query and cotangent of a block, in parts."""
+            q = [load(block.of_query(q_ref, b, part)) for part in plan.key_parts]
+            return q, [load(block.of_query(d_out_ref, b, part)) for part in plan.value_parts]
 
+        place = rows.place(b, key, found)
         loaded = () if rows_late else rows_of(block)
-        k, v = load(block.of_cache(k_ref, b, keys, live)), load(block.of_cache(v_ref, b, keys, live))
+        k, v = load_tile(problem, plan, block, cache, place, live)
         q, d_out = loaded or rows_of(block)
-        key_scales, value_scales = (block.scales(ref, b, keys, live) for ref in (key_scale_ref, value_scale_ref))
-        key_scale, value_scale = (block.common_scale(ref, b) for ref in (key_scale_ref, value_scale_ref))
+        key_scale, value_scale = (block.common_scale(problem, ref, b) for ref in (cache.key_scale, cache.value_scale))
 
         def gradients(block, q, d_out):
             """For a block: probabilities, gradients of the products q . k; and keys with their scales."""
             lse, delta = load(block.of_row(lse_ref, b)), load(block.of_row(delta_ref, b))
-            sees = block.sees(lengths, b, keys, end)
-            tiles = (k, key_scales), (v, value_scales)
-            if problem.junk_between_tokens:  # 0 times what is there may be NaN
-                tiles = (block.cleaned(sees, *tile) for tile in tiles)
-            (seen_k, k_scales), (seen_v, v_scales) = tiles
-            x = logits(problem, query_dot(problem, q, seen_k.T), k_scales, key_scale)
+            sees = block.sees(lengths, b, keys, live)
+            seen_k, seen_v = (tile.cleaned(sees) for tile in (k, v)) if problem.junk_between_tokens else (k, v)  # 0 times NaN
+            x = logits(problem, products(problem, q, seen_k.parts), seen_k.scales, key_scale)
             p = jnp.where(sees & block.ok[:, None], jnp.exp2(x - lse[:, None] * LOG2_E), 0.0)
-            d_p = query_dot(problem, d_out, seen_v.T) * (value_scale if v_scales is None else v_scales[None, :])
+            d_p = products(problem, d_out, seen_v.parts) * (value_scale if seen_v.scales is None else seen_v.scales[None, :])
             d_x = p * (d_p - delta[:, None]) * logits_slope(problem, x) * key_scale
-            return p, d_x, seen_k, k_scales
+            return p, d_x, seen_k
 
-        p, d_x, seen_k, k_scales = gradients(block, q, d_out)
+        p, d_x, seen_k = gradients(block, q, d_out)
         if wanted.key_value:
 
-            def products(p, d_x, q, d_out):
+            def outer_products(p, d_x, q, d_out):
                 """Of d_key and d_value, one after the other: where there is one block only, the first is on its way to memory while
                 the second is computed. Both before d_query, whose store is a branch."""
-                yield dot(problem, d_x.astype(k.dtype).T, q)
-                yield dot(problem, p.astype(v.dtype).T, d_out)
+                for weights, rows in ((d_x, q), (p, d_out)):
+                    yield from (dot(problem, weights.astype(part.dtype).T, part) for part in rows)
 
             def add(row_block, sums):
                 other = Block.of(kv_head, row_block, problem, plan)
                 q, d_out = rows_of(other)
-                p, d_x, *_ = gradients(other, q, d_out)
-                return tuple(x + more for x, more in zip(sums, products(p, d_x, q, d_out), strict=True))
+                p, d_x, _ = gradients(other, q, d_out)
+                return tuple(x + more for x, more in zip(sums, outer_products(p, d_x, q, d_out), strict=True))
 
-            sums = products(p, d_x, q, d_out)
+            sums = outer_products(p, d_x, q, d_out)
             if plan.row_blocks > 1:
                 sums = jax.lax.fori_loop(1, plan.row_blocks, add, tuple(sums))
-            for ref, values in zip(out_refs, sums, strict=True):
-                store(block.of_cache(ref, b, keys, live), values)
+            for (ref, part), values in zip(_parts_of(out_refs, plan), sums, strict=True):
+                store(block.of_cache(ref, place, live, part), values)
 
         last = schedule.is_last(program, key, end)
         if wanted.query:
-            d_q = jnp.where(fresh, 0.0, d_q) + key_dot(problem, d_x, seen_k, k_scales)
+            more = [key_dot(problem, d_x, part, seen_k.scales) for part in seen_k.parts]
+            d_q = tuple(jnp.where(fresh, 0.0, x) + y for x, y in zip(d_q, more, strict=True))
 
             @pl.when(last)
             def _():
-                store(block.of_query(parts_ref, schedule.slot(program, b)), d_q)
+                for part, x in zip(plan.key_parts, d_q, strict=True):
+                    store(block.of_query(parts_ref, schedule.slot(program, b), part), x)
 
-        return d_q, last, *tile_at(i + 1)
+        return d_q, last, *next_tile(i + 1)
 
-    zeros = jnp.zeros((plan.block_rows, plan.block_dim), jnp.float32)
-    jax.lax.fori_loop(0, num_tiles, tile, (zeros, jnp.asarray(True), *tile_at(0)))
+    def next_tile(i):
+        """Of tile i: sequence, first row, end of the piece, and what is looked up for it."""
+        b, key, end = tile_at(i)
+        return b, key, end, rows.look_up(b, key)
+
+    zeros = tuple(jnp.zeros((plan.block_rows, part.size), jnp.float32) for part in plan.key_parts)
+    jax.lax.fori_loop(0, num_tiles, tile, (zeros, jnp.asarray(True), *next_tile(0)))
     if wanted.query:
         pl.when(pl.program_id(0) == 0)(lambda: store_pieces(schedule, line, pieces_ref))
 
@@ -177,27 +187,36 @@ def _split_kernel(
         def clear(i, _):
             which, key, end = idle_at(i)
             keys = key + jnp.arange(idle.block_keys, dtype=jnp.int32)
-            for ref in out_refs:
-                zeros = jnp.zeros((idle.block_keys, plan.block_dim), ref.dtype)
-                store(block.of_cache(ref, which % schedule.batch, keys, keys < end), zeros)
+            for ref, part in _parts_of(out_refs, plan):
+                zeros = jnp.zeros((idle.block_keys, part.size), ref.dtype)
+                store(block.of_cache(ref, (which % schedule.batch, keys), keys < end, part), zeros)
 
         jax.lax.fori_loop(0, num_idle, clear, None)
 
 
+def _parts_of(cache_refs, plan):
+    """Arrays like key and value, each with the parts of its dimensions."""
+    return [(ref, part) for ref, parts in zip(cache_refs, (plan.key_parts, plan.value_parts), strict=True) for part in parts]
+
+
 def _sum_kernel(parts_ref, pieces_ref, d_query_ref, *, plan: Tiles):
     """One program: d_query of some rows of one sequence, the sum of its pieces."""
-    num_rows, head_dim = d_query_ref.shape[1:]
     b = pl.program_id(0)
     rows = pl.program_id(1) * plan.merge_rows + jnp.arange(plan.merge_rows, dtype=jnp.int32)
-    dims = jnp.arange(plan.block_dim, dtype=jnp.int32)
-    mask = (rows < num_rows)[:, None] & (dims < head_dim)[None, :]
     first, count = pieces_ref[0, b], pieces_ref[1, b]
+    masks = [part.masked(rows < d_query_ref.shape[1]) for part in plan.key_parts]
 
-    def add(i, total):
+    def add(i, totals):
         piece = i * plan.merge_slots + jnp.arange(plan.merge_slots, dtype=jnp.int32)
-        place = parts_ref.at[(first + piece)[:, None, None], rows[None, :, None], dims[None, None, :]]
-        return total + jnp.sum(load((place, (piece < count)[:, None, None] & mask[None])), axis=0)
+        there = (piece < count)[:, None, None]
+        parts = [of_pieces(piece, there, *x) for x in zip(plan.key_parts, masks, strict=True)]
+        return tuple(total + jnp.sum(part, axis=0) for total, part in zip(totals, parts, strict=True))
 
-    total = jnp.zeros((plan.merge_rows, plan.block_dim), jnp.float32)
-    total = jax.lax.fori_loop(0, cdiv(count, plan.merge_slots), add, total)
-    store((d_query_ref.at[b, rows[:, None], dims[None, :]], mask), total)
+    def of_pieces(piece, there, part, mask):
+        place = parts_ref.at[(first + piece)[:, None, None], rows[None, :, None], part.dims[None, None, :]]
+        return load((place, there & mask[None]))
+
+    totals = tuple(jnp.zeros((plan.merge_rows, part.size), jnp.float32) for part in plan.key_parts)
+    totals = jax.lax.fori_loop(0, cdiv(count, plan.merge_slots), add, totals)
+    for part, mask, total in zip(plan.key_parts, masks, totals, strict=True):
+        store((d_query_ref.at[b, rows[:, None], part.dims[None, :]], mask), total)

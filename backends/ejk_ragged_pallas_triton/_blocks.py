@@ -17,90 +17,123 @@ WHOLE = pl.BlockSpec(memory_space=pl.ANY)  # arrays stay where they are; kernels
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The rows of queries that a program works on, each a token and a head of one kv head, and the dimensions of a head; with masks
-    for the padding. Arrays with a row for each token and head have one axis for both here, [B, T * Hq, ...].
+    """The query rows that a program works on, each a token and a head of one kv head, with a mask for the padding. Arrays with a
+    query row for each token and head have one axis for both here, [B, T * Hq, ...].
 
     Attributes:
         kv_head: number of the kv head.
         tokens: numbers of the tokens, [block_rows]; 0 where there is one only.
-        places, ok: where the rows stand among all T * Hq, [block_rows].
-        dims, dims_ok: numbers of the dimensions, [block_dim].
-        padded: whether `dims` goes beyond head_dim.
+        places, ok: where the query rows stand among all T * Hq, [block_rows].
     """
 
     kv_head: Any
     tokens: Any
     places: Any
     ok: Any
-    dims: Any
-    dims_ok: Any
-    padded: bool
 
     @classmethod
     def of(cls, kv_head, row_block, problem, tiles) -> "Block":
         rows = row_block * tiles.block_rows + jnp.arange(tiles.block_rows, dtype=jnp.int32)
         ok = rows < problem.num_tokens * problem.group
         tokens, in_group = (0, rows) if problem.num_tokens == 1 else (rows // problem.group, rows % problem.group)
-        dims = jnp.arange(tiles.block_dim, dtype=jnp.int32)
         places = tokens * problem.num_q_heads + kv_head * problem.group + in_group
-        return cls(kv_head, tokens, places, ok, dims, dims < problem.head_dim, tiles.block_dim > problem.head_dim)
+        return cls(kv_head, tokens, places, ok)
 
-    def of_query(self, ref, b):
-        """Where an array like the query holds this block of sequence `b`, and the mask; [block_rows, block_dim]."""
-        return ref.at[b, self.places[:, None], self.dims[None, :]], self.ok[:, None] & self.dims_ok[None, :]
+    def of_query(self, ref, b, part):
+        """Where an array like the query holds a part of this block of sequence `b`, and the mask; [block_rows, part.size]."""
+        return ref.at[b, self.places[:, None], part.dims[None, :]], part.masked(self.ok)
 
     def of_row(self, ref, b):
         """Where an array of one number a row holds this block of sequence `b`, and the mask; [block_rows]."""
         return ref.at[b, self.places], self.ok
 
-    def of_cache(self, ref, b, keys, live):
-        """Where an array like the cache holds `keys` of sequence `b`, and the mask; [keys, block_dim].
+    def of_cache(self, ref, place, live, part, column=0):
+        """Where an array like the cache holds a part of the rows at `place` (`Rows.place`), and the mask; [keys, part.size].
 
-        Keys that are not live are masked, so that they are not even read, and what they hold can't matter.
+        Rows that are not live are masked, so that they are not even read, and what they hold can't matter.
         """
-        mask = live[:, None] & self.dims_ok[None, :] if self.padded else live[:, None]
-        return ref.at[b, keys[:, None], self.kv_head, self.dims[None, :]], mask
+        page, rows = place
+        page = page[:, None] if getattr(page, "ndim", 0) else page
+        return ref.at[page, rows[:, None], self.kv_head, column + part.dims[None, :]], part.masked(live)
 
-    def scales(self, ref, b, keys, live):
-        """The scales of `keys` of sequence `b`, [keys]; None without a ref, or where all keys have the same."""
-        if ref is None or ref.shape[2] == 1:
+    def scales(self, problem, ref, place, live):
+        """The scales of the rows at `place`, [keys]; None where all rows of a sequence have the same, or without a ref."""
+        if ref is None or alike(problem, ref):
             return None
-        return load((ref.at[*self._of_scale(ref, b), keys], live))
+        sizes = zip((place[0], self.kv_head, place[1]), ref.shape, strict=True)
+        return load((ref.at[*(number if size > 1 else jnp.zeros_like(number) for number, size in sizes)], live))
 
-    def common_scale(self, ref, b):
-        """The scale that all keys of sequence `b` have; 1 where there is no such thing."""
-        if ref is None or ref.shape[2] > 1:
+    def common_scale(self, problem, ref, b):
+        """The scale that all rows of sequence `b` have; 1 where there is no such thing."""
+        if ref is None or not alike(problem, ref):
             return 1.0
-        return ref[*self._of_scale(ref, b), 0]
+        return ref[*(number if size > 1 else 0 for number, size in zip((b, self.kv_head), ref.shape[:2], strict=True)), 0]
 
-    def _of_scale(self, ref, b):
-        """Whose scale: the sequence and the head, 0 where all have the same."""
-        return [number if size > 1 else 0 for number, size in zip((b, self.kv_head), ref.shape[:2], strict=True)]
-
-    def sees(self, lengths, b, keys, end):
-        """Which keys of a piece that ends at `end` each row sees, [block_rows, keys], or [1, keys] where all see the same."""
-        if (ref := lengths.get("token_end")) is None:
-            mask = keys[None, :] < end
-        else:
-            mask = keys[None, :] < jnp.minimum(load((ref.at[b, self.tokens], self.ok)), end)[:, None]
+    def sees(self, lengths, b, keys, live):
+        """Which of the keys that are live each query row sees, [block_rows, keys], or [1, keys] where all see the same."""
+        mask = live[None, :]
+        if (ref := lengths.get("token_end")) is not None:
+            mask = mask & (keys[None, :] < load((ref.at[b, self.tokens], self.ok))[:, None])
         if (ref := lengths.get("token_start")) is not None:
             mask = mask & (keys[None, :] >= load((ref.at[b, self.tokens], self.ok))[:, None])
         return mask
 
-    @staticmethod
-    def cleaned(sees, tile, scale=None):
-        """A tile of the cache and its scales, 0 at keys that no row sees."""
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A tile of keys or of values: its dimensions in parts, each [keys, size], and one scale per row, or None."""
+
+    parts: Any
+    scales: Any
+
+    def cleaned(self, sees):
+        """0 at rows that no query row sees."""
         seen = jnp.max(sees.astype(jnp.int32), axis=0) > 0
-        tile = jnp.where(seen[:, None], tile, jnp.zeros((), tile.dtype))
-        return tile, scale if scale is None else jnp.where(seen, scale, 0.0)
+        parts = [jnp.where(seen[:, None], part, jnp.zeros((), part.dtype)) for part in self.parts]
+        return Tile(parts, self.scales if self.scales is None else jnp.where(seen, self.scales, 0.0))
 
 
-def line_of(schedule, program, start_ref, end_ref):
-    """The line on which `program` works, in strips; a ref of lengths may be None."""
+def load_tile(problem, plan, block, cache, place, live) -> tuple[Tile, Tile]:
+    """The keys and the values of the rows at `place`. Where both are in the key's rows, what is a part of both is loaded once."""
+    keys = [load(block.of_cache(cache.key, place, live, part)) for part in plan.key_parts]
+    if problem.value_columns is None:
+        values = [load(block.of_cache(cache.value, place, live, part)) for part in plan.value_parts]
+    else:
+        column, _ = problem.value_columns
+        loaded = {(part.first, part.size): tile for part, tile in zip(plan.key_parts, keys, strict=True)}
+        values = [
+            loaded.get((column + part.first, part.size))
+            if part.first + part.size <= part.limit and column + part.first + part.size <= problem.head_dim
+            else None
+            for part in plan.value_parts
+        ]
+        values = [
+            load(block.of_cache(cache.key, place, live, part, column)) if value is None else value
+            for part, value in zip(plan.value_parts, values, strict=True)
+        ]
+    scales = (block.scales(problem, ref, place, live) for ref in (cache.key_scale, cache.value_scale))
+    return tuple(Tile(parts, of_rows) for parts, of_rows in zip((keys, values), scales, strict=True))  # pyright: ignore[reportReturnType]
+
+
+def products(problem, q, tiles):
+    """The products of query rows, or of cotangents, with the rows of a tile, [block_rows, keys]; both in parts."""
+    return sum(query_dot(problem, x, tile.T) for x, tile in zip(q, tiles, strict=True))
+
+
+def alike(problem, scale_ref):
+    """Whether all rows of a sequence have one scale; in pages only if all pages have."""
+    return scale_ref.shape[2] == 1 and (scale_ref.shape[0] == 1 or not problem.paged)
+
+
+def line_of(schedule, program, start_ref, end_ref, align=1):
+    """The line on which `program` works, in strips; a ref of lengths may be None. Ranges begin at multiples of `align`."""
 
     def lengths(number):
         there = number < schedule.batch
-        return number, *(None if ref is None else load((ref.at[number], there)) for ref in (start_ref, end_ref))
+        start, end = (None if ref is None else load((ref.at[number], there)) for ref in (start_ref, end_ref))
+        if start is not None and align > 1:
+            start = jnp.maximum(start, 0) // align * align
+        return number, start, end
 
     return schedule.line(program, [lengths(number) for number in schedule.sequences(program)])
 

@@ -12,8 +12,22 @@ from jax.experimental.pallas import triton as plgpu
 
 from ejk_ragged_schedule import cdiv, length_arrays
 
-from ._blocks import Block, line_of, load, LOG2_E, logits, LOWEST, query_dot, store, store_pieces, value_dot, WHOLE
+from ._blocks import (
+    Block,
+    line_of,
+    load,
+    load_tile,
+    LOG2_E,
+    logits,
+    LOWEST,
+    products,
+    store,
+    store_pieces,
+    value_dot,
+    WHOLE,
+)
 from ._jax import array, compiler_params
+from ._rows import Rows
 from ._tuning import forward_tiles, Tiles
 
 
@@ -24,22 +38,22 @@ def forward(problem, target, queries, cache, *, interpret):
     accum = problem.accum_dtype
     batch, num_tokens, num_q_heads, head_dim = queries.query.shape
     rows = num_tokens * num_q_heads
-    optional, tree = jax.tree.flatten((length_arrays(problem, queries), cache.key_scale, cache.value_scale))
+    operands, tree = jax.tree.flatten((queries.query.reshape(batch, rows, head_dim), cache, length_arrays(problem, queries)))
 
     parts, part_lse, pieces = pl.pallas_call(
         functools.partial(_split_kernel, tree=tree, problem=problem, plan=plan),
         name="ragged_decode_split",
         grid=(problem.num_kv_heads * plan.row_blocks, schedule.programs),
-        in_specs=[WHOLE] * (3 + len(optional)),
+        in_specs=[WHOLE] * len(operands),
         out_specs=[WHOLE] * 3,
         out_shape=[
-            array((schedule.slots, rows, head_dim), accum),
+            array((schedule.slots, rows, problem.value_dim), accum),
             array((schedule.slots, rows), accum),
             array((2, batch), jnp.int32),
         ],
         compiler_params=compiler_params(plan.num_warps, plan.num_stages),
         interpret=interpret,
-    )(queries.query.reshape(batch, rows, head_dim), cache.key, cache.value, *optional)
+    )(*operands)
 
     sinks = [] if queries.sink is None else [queries.sink]
     out, lse = pl.pallas_call(
@@ -48,32 +62,32 @@ def forward(problem, target, queries, cache, *, interpret):
         grid=(batch, pl.cdiv(rows, plan.merge_rows)),
         in_specs=[WHOLE] * (3 + len(sinks)),
         out_specs=[WHOLE] * 2,
-        out_shape=[array((batch, rows, head_dim), problem.out_dtype), array((batch, rows), accum)],
+        out_shape=[array((batch, rows, problem.value_dim), problem.out_dtype), array((batch, rows), accum)],
         compiler_params=compiler_params(plan.merge_warps, 1),
         interpret=interpret,
     )(parts, part_lse, pieces, *sinks)
-    return out.reshape(queries.query.shape), lse.reshape(queries.query.shape[:3])
+    return out.reshape(batch, num_tokens, num_q_heads, problem.value_dim), lse.reshape(batch, num_tokens, num_q_heads)
 
 
-def _split_kernel(q_ref, k_ref, v_ref, *refs, tree, problem, plan: Tiles):
-    """One program: its tiles, for one block of the rows of queries of a kv head. `tree` says which optional refs there are."""
-    *optional_refs, parts_ref, part_lse_ref, pieces_ref = refs
-    lengths, key_scale_ref, value_scale_ref = tree.unflatten(optional_refs)
+def _split_kernel(*refs, tree, problem, plan: Tiles):
+    """One program: its tiles, for one block of the query rows of a kv head."""
+    *operand_refs, parts_ref, part_lse_ref, pieces_ref = refs
+    q_ref, cache, lengths = tree.unflatten(operand_refs)
     schedule = plan.schedule
     block = Block.of(pl.program_id(0) // plan.row_blocks, pl.program_id(0) % plan.row_blocks, problem, plan)
     program = pl.program_id(1)
-    line = line_of(schedule, program, lengths["start"], lengths["end"])
+    rows = Rows.of(problem, schedule.block_keys, cache.page_table, lengths["start"])
+    line = line_of(schedule, program, lengths["start"], lengths["end"], rows.align)
     num_tiles, tile_at = schedule.tiles(line)
 
     def tile(i, carry):
-        acc, high, total, fresh, b, key, end = carry
+        acc, high, total, fresh, b, key, end, found = carry
         keys = key + jnp.arange(schedule.block_keys, dtype=jnp.int32)
-        live = keys < end
-        q = load(block.of_query(q_ref, b))
-        k, v = load(block.of_cache(k_ref, b, keys, live)), load(block.of_cache(v_ref, b, keys, live))
-        key_scales, value_scales = (block.scales(ref, b, keys, live) for ref in (key_scale_ref, value_scale_ref))
-        sees = block.sees(lengths, b, keys, end)
-        x = logits(problem, query_dot(problem, q, k.T), key_scales, block.common_scale(key_scale_ref, b))
+        live = rows.live(keys, end, found)
+        q = [load(block.of_query(q_ref, b, part)) for part in plan.key_parts]
+        k, v = load_tile(problem, plan, block, cache, rows.place(b, key, found), live)
+        sees = block.sees(lengths, b, keys, live)
+        x = logits(problem, products(problem, q, k.parts), k.scales, block.common_scale(problem, cache.key_scale, b))
         x = jnp.where(sees, x, -jnp.inf)
         # The first tile of a piece forgets the piece before. This is arithmetic and no branch, and so are the look-ups of the
         # next tile: Triton keeps loads in flight only where their addresses come without one.
@@ -83,8 +97,8 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, tree, problem, plan: Tiles):
         p = jnp.exp2(x - new_high[:, None])
         total = total * fade[:, None] + p  # summed over keys at the end of a piece only: warps wait for each other once less
         if problem.junk_between_tokens:  # what nobody sees weighs 0, but 0 times what is there may be NaN
-            v, value_scales = block.cleaned(sees, v, value_scales)
-        acc = acc * fade[:, None] + value_dot(problem, p, v, value_scales)
+            v = v.cleaned(sees)
+        acc = tuple(x * fade[:, None] + value_dot(problem, p, tile, v.scales) for x, tile in zip(acc, v.parts, strict=True))
         last = schedule.is_last(program, key, end)
 
         @pl.when(last)
@@ -93,17 +107,24 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, tree, problem, plan: Tiles):
             sum_p = jnp.sum(total, axis=1)
             denominator = jnp.where(sum_p > 0, sum_p, 1.0)
             lse = jnp.where(sum_p > 0, new_high / LOG2_E + jnp.log(denominator), -jnp.inf)
-            store(block.of_query(parts_ref, slot), acc * (block.common_scale(value_scale_ref, b) / denominator)[:, None])
+            factor = (block.common_scale(problem, cache.value_scale, b) / denominator)[:, None]
+            for part, x in zip(plan.value_parts, acc, strict=True):
+                store(block.of_query(parts_ref, slot, part), x * factor)
             store(block.of_row(part_lse_ref, slot), lse)
 
-        return acc, new_high, total, last, *tile_at(i + 1)
+        return acc, new_high, total, last, *next_tile(i + 1)
+
+    def next_tile(i):
+        """Of tile i: sequence, first row, end of the piece, and what is looked up for it."""
+        b, key, end = tile_at(i)
+        return b, key, end, rows.look_up(b, key)
 
     init = (
-        jnp.zeros((plan.block_rows, plan.block_dim), jnp.float32),
+        tuple(jnp.zeros((plan.block_rows, part.size), jnp.float32) for part in plan.value_parts),
         jnp.full(plan.block_rows, -jnp.inf, jnp.float32),
         jnp.zeros((plan.block_rows, schedule.block_keys), jnp.float32),
         jnp.asarray(True),
-        *tile_at(0),
+        *next_tile(0),
     )
     jax.lax.fori_loop(0, num_tiles, tile, init)
     pl.when(pl.program_id(0) == 0)(lambda: store_pieces(schedule, line, pieces_ref))
@@ -112,13 +133,15 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, tree, problem, plan: Tiles):
 def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, *refs, num_q_heads, plan: Tiles):
     """One program: some rows of one sequence. Weights its partial outputs by their softmax denominators, the sink's too."""
     *sink_refs, out_ref, lse_ref = refs
-    num_rows, head_dim = out_ref.shape[1:]
     b = pl.program_id(0)
     rows = pl.program_id(1) * plan.merge_rows + jnp.arange(plan.merge_rows, dtype=jnp.int32)
-    ok = rows < num_rows
-    dims = jnp.arange(plan.block_dim, dtype=jnp.int32)
-    dims_ok = dims < head_dim
+    ok = rows < out_ref.shape[1]
     first, count = pieces_ref[0, b], pieces_ref[1, b]
+
+    def masked(part, mask):
+        """[pieces, rows] with an axis of dimensions more."""
+        beyond = part.first + part.size > part.limit
+        return mask[:, :, None] & (part.dims < part.limit)[None, None, :] if beyond else mask[:, :, None]
 
     def merge(i, carry):
         acc, high, total = carry
@@ -126,17 +149,15 @@ def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, *refs, num_q_heads, pla
         mask = (piece < count)[:, None] & ok[None, :]
         slots = first + piece
         lse = plgpu.load(part_lse_ref.at[slots[:, None], rows[None, :]], mask=mask, other=-jnp.inf)
-        part = load(
-            (
-                parts_ref.at[slots[:, None, None], rows[None, :, None], dims[None, None, :]],
-                mask[:, :, None] & dims_ok[None, None, :],
-            )
-        )
+        outs = [
+            load((parts_ref.at[slots[:, None, None], rows[None, :, None], part.dims[None, None, :]], masked(part, mask)))
+            for part in plan.value_parts
+        ]
         new_high = jnp.maximum(high, jnp.max(lse, axis=0))
         weight = jnp.exp(lse - new_high[None, :])
         fade = jnp.exp(high - new_high)
         total = total * fade + jnp.sum(weight, axis=0)
-        acc = acc * fade[:, None] + jnp.sum(part * weight[:, :, None], axis=0)
+        acc = tuple(x * fade[:, None] + jnp.sum(out * weight[:, :, None], axis=0) for x, out in zip(acc, outs, strict=True))
         return acc, new_high, total
 
     sink = jnp.full(plan.merge_rows, -jnp.inf, jnp.float32)
@@ -145,13 +166,14 @@ def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, *refs, num_q_heads, pla
         place = ref.at[b if batch > 1 else 0, rows // num_q_heads if num_tokens > 1 else 0, rows % num_q_heads]
         sink = plgpu.load(place, mask=ok, other=-jnp.inf)
     init = (
-        jnp.zeros((plan.merge_rows, plan.block_dim), jnp.float32),
+        tuple(jnp.zeros((plan.merge_rows, part.size), jnp.float32) for part in plan.value_parts),
         jnp.maximum(sink, LOWEST),
         jnp.where(sink > -jnp.inf, 1.0, 0.0),
     )
     acc, high, total = jax.lax.fori_loop(0, cdiv(count, plan.merge_slots), merge, init)
     empty = total == 0
-    out = acc / jnp.where(empty, 1.0, total)[:, None]
     lse = jnp.where(empty, -jnp.inf, high + jnp.log(jnp.where(empty, 1.0, total)))
-    store((out_ref.at[b, rows[:, None], dims[None, :]], ok[:, None] & dims_ok[None, :]), out)
+    for part, x in zip(plan.value_parts, acc, strict=True):
+        out = x / jnp.where(empty, 1.0, total)[:, None]
+        store((out_ref.at[b, rows[:, None], part.dims[None, :]], part.masked(ok)), out)
     store((lse_ref.at[b, rows], ok), lse)

@@ -6,15 +6,17 @@ import functools
 from ejk_ragged import FwdParams, Problem, Target
 from ejk_ragged_schedule import Schedule
 
+from ._parts import Part
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """The static shape of the work.
 
     Attributes:
-        block_rows: rows of queries of one kv head in a program; a power of two, 16 at least (the tensor cores' smallest).
-        row_blocks: such blocks a kv head.
-        block_dim: head_dim, padded to a power of two.
+        block_rows: query rows of one kv head in a program; a power of two, 16 at least (the tensor cores' smallest).
+        row_blocks: such blocks per kv head.
+        key_parts, value_parts: the dimensions of keys and values, in parts that are powers of two.
         num_warps, num_stages: of the kernel that walks through the cache.
         merge_rows, merge_slots, merge_warps: rows of a program that merges partials, partials at a time, and its warps.
         schedule: who works on which keys.
@@ -22,13 +24,19 @@ class Tiles:
 
     block_rows: int
     row_blocks: int
-    block_dim: int
+    key_parts: tuple[Part, ...]
+    value_parts: tuple[Part, ...]
     num_warps: int
     num_stages: int
     merge_rows: int
     merge_slots: int
     merge_warps: int
     schedule: Schedule
+
+    @property
+    def key_width(self) -> int:
+        """Dimensions of a key, with the padding of the last part."""
+        return width_of(self.key_parts)
 
 
 # The defaults, measured on an H100; docs/performance has the log.
@@ -162,12 +170,19 @@ def tile_keys(problem: Problem) -> int:
     itemsize = max(problem.cache_dtype.itemsize, 4 if problem.dtype.itemsize == 4 else 1)
     most = MOST_QUANTISED_KEYS if problem.quantised else MOST_KEYS
     if problem.cache_dtype.name.startswith("float8"):
-        most = min(most, max(block_dim(problem), FEW_QUANTISED_KEYS))
-    return min(max(TILE_BYTES // (block_dim(problem) * itemsize), 16), most)
+        most = min(most, max(power_of_two(problem.head_dim), FEW_QUANTISED_KEYS))
+    keys = 2 * TILE_BYTES // (row_width(problem) * itemsize)
+    return min(max(1 << (max(keys, 1).bit_length() - 1), 16), most)
 
 
-def block_dim(problem: Problem) -> int:
-    return max(power_of_two(problem.head_dim), 16)
+def row_width(problem: Problem) -> int:
+    """Columns that are loaded per row, of key and value, with padding."""
+    key, value = (width_of(Part.of(dim)) for dim in (problem.head_dim, problem.value_dim))
+    return key + value if problem.value_columns is None else max(key, problem.value_columns[1])
+
+
+def width_of(parts) -> int:
+    return sum(part.size for part in parts)
 
 
 def power_of_two(n: int) -> int:
@@ -187,12 +202,14 @@ def _tiles(problem, target, block_rows, block_keys, num_warps, num_stages, needs
 
     # Merging is short: as many programs as run at once, each with a few rows. The shape of that work sets the order of the sums,
     # so with splits given it must not depend on the batch.
-    dim = block_dim(problem)
+    key_parts, value_parts = Part.of(problem.head_dim), Part.of(problem.value_dim)
+    dim = max(map(width_of, (key_parts, value_parts)))
     rows_each = 1 if splits else power_of_two(problem.batch * rows // (4 * multiprocessors))
     merge_rows = min(rows_each, 4, max(512 // dim, 1))
     merge_slots = min(max(power_of_two(schedule.slots // problem.batch), 8), MOST_MERGED)
-    merge_warps = min(max(merge_rows * merge_slots * dim // 4096, 1), 8)
-    return Tiles(block_rows, row_blocks, dim, num_warps, num_stages, merge_rows, merge_slots, merge_warps, schedule)
+    merge_warps = min(max(power_of_two(merge_rows * merge_slots * dim // 4096), 1), 8)
+    merge = merge_rows, merge_slots, merge_warps
+    return Tiles(block_rows, row_blocks, key_parts, value_parts, num_warps, num_stages, *merge, schedule)
 
 
 def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
@@ -201,11 +218,12 @@ def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
     A stage holds a tile of keys and one of values, and the blocks of rows that are loaded beside them. The last stage is at work
     in registers, and beside the others there are sums over rows, and tiles [rows, keys] that change their layout.
     """
-    rows, dim = max(block_rows, 16), block_dim(problem)
+    rows, width = max(block_rows, 16), row_width(problem)
+    dim = max(width_of(Part.of(problem.head_dim)), width_of(Part.of(problem.value_dim)))
     whole = rows >= WHOLE_STAGES_FROM
     blocks, layouts = (2, 3) if backward else (1, 1)
     queries = blocks * rows * dim * problem.dtype.itemsize
-    stage = 2 * block_keys * dim * problem.cache_dtype.itemsize + queries
+    stage = block_keys * width * problem.cache_dtype.itemsize + queries
     weights = 4 if backward and problem.quantised else problem.dtype.itemsize
     # A tile that float32 operands come from is widened on its way.
     widened = block_keys * dim * 4 if problem.quantised and problem.dtype.itemsize == 4 else 0
