@@ -130,7 +130,8 @@ def _split_kernel(
                 tiles = (block.cleaned(sees, *tile) for tile in tiles)
             (seen_k, k_scales), (seen_v, v_scales) = tiles
             x = logits(problem, query_dot(problem, q, seen_k.T), k_scales, key_scale)
-            p = jnp.where(sees & block.ok[:, None], jnp.exp2(x - lse[:, None] * LOG2_E), 0.0)
+            # No probability is above 1, but beside large logits lse has lost its low bits.
+            p = jnp.where(sees & block.ok[:, None], jnp.exp2(jnp.minimum(x - lse[:, None] * LOG2_E, 0.0)), 0.0)
             d_p = query_dot(problem, d_out, seen_v.T) * (value_scale if v_scales is None else v_scales[None, :])
             d_x = p * (d_p - delta[:, None]) * logits_slope(problem, x) * key_scale
             return p, d_x, seen_k, k_scales

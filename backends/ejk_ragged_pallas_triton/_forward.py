@@ -1,6 +1,9 @@
 """The forward operation in two kernels: `split` works through pieces of the live ranges, `combine` merges each sequence's pieces.
 
 Inside `split` logits are in base 2: `exp2` is one instruction, and the factor log2(e) rides on the scale. Outside all is natural.
+
+A piece leaves sums that are not divided yet, and the largest logit apart from the sum of the weights: in one number, their
+log-sum-exp, the sum would be lost beside a large logit.
 """
 
 import functools
@@ -26,7 +29,7 @@ def forward(problem, target, queries, cache, *, interpret):
     rows = num_tokens * num_q_heads
     optional, tree = jax.tree.flatten((length_arrays(problem, queries), cache.key_scale, cache.value_scale))
 
-    parts, part_lse, pieces = pl.pallas_call(
+    parts, part_stats, pieces = pl.pallas_call(
         functools.partial(_split_kernel, tree=tree, problem=problem, plan=plan),
         name="ragged_decode_split",
         grid=(problem.num_kv_heads * plan.row_blocks, schedule.programs),
@@ -34,7 +37,7 @@ def forward(problem, target, queries, cache, *, interpret):
         out_specs=[WHOLE] * 3,
         out_shape=[
             array((schedule.slots, rows, head_dim), accum),
-            array((schedule.slots, rows), accum),
+            array((schedule.slots, rows, 2), accum),
             array((2, batch), jnp.int32),
         ],
         compiler_params=compiler_params(plan.num_warps, plan.num_stages),
@@ -51,13 +54,13 @@ def forward(problem, target, queries, cache, *, interpret):
         out_shape=[array((batch, rows, head_dim), problem.out_dtype), array((batch, rows), accum)],
         compiler_params=compiler_params(plan.merge_warps, 1),
         interpret=interpret,
-    )(parts, part_lse, pieces, *sinks)
+    )(parts, part_stats, pieces, *sinks)
     return out.reshape(queries.query.shape), lse.reshape(queries.query.shape[:3])
 
 
 def _split_kernel(q_ref, k_ref, v_ref, *refs, tree, problem, plan: Tiles):
     """One program: its tiles, for one block of the rows of queries of a kv head. `tree` says which optional refs there are."""
-    *optional_refs, parts_ref, part_lse_ref, pieces_ref = refs
+    *optional_refs, parts_ref, part_stats_ref, pieces_ref = refs
     lengths, key_scale_ref, value_scale_ref = tree.unflatten(optional_refs)
     schedule = plan.schedule
     block = Block.of(pl.program_id(0) // plan.row_blocks, pl.program_id(0) % plan.row_blocks, problem, plan)
@@ -90,11 +93,9 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, tree, problem, plan: Tiles):
         @pl.when(last)
         def _():
             slot = schedule.slot(program, b)
-            sum_p = jnp.sum(total, axis=1)
-            denominator = jnp.where(sum_p > 0, sum_p, 1.0)
-            lse = jnp.where(sum_p > 0, new_high / LOG2_E + jnp.log(denominator), -jnp.inf)
-            store(block.of_query(parts_ref, slot), acc * (block.common_scale(value_scale_ref, b) / denominator)[:, None])
-            store(block.of_row(part_lse_ref, slot), lse)
+            store(block.of_query(parts_ref, slot), acc * block.common_scale(value_scale_ref, b))
+            for i, values in enumerate((new_high / LOG2_E, jnp.sum(total, axis=1))):
+                store((part_stats_ref.at[slot, block.places, i], block.ok), values)
 
         return acc, new_high, total, last, *tile_at(i + 1)
 
@@ -109,8 +110,8 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, tree, problem, plan: Tiles):
     pl.when(pl.program_id(0) == 0)(lambda: store_pieces(schedule, line, pieces_ref))
 
 
-def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, *refs, num_q_heads, plan: Tiles):
-    """One program: some rows of one sequence. Weights its partial outputs by their softmax denominators, the sink's too."""
+def _combine_kernel(parts_ref, part_stats_ref, pieces_ref, *refs, num_q_heads, plan: Tiles):
+    """One program: some rows of one sequence. Adds up its partial results, the sink's too."""
     *sink_refs, out_ref, lse_ref = refs
     num_rows, head_dim = out_ref.shape[1:]
     b = pl.program_id(0)
@@ -125,17 +126,18 @@ def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, *refs, num_q_heads, pla
         piece = i * plan.merge_slots + jnp.arange(plan.merge_slots, dtype=jnp.int32)
         mask = (piece < count)[:, None] & ok[None, :]
         slots = first + piece
-        lse = plgpu.load(part_lse_ref.at[slots[:, None], rows[None, :]], mask=mask, other=-jnp.inf)
+        part_high = plgpu.load(part_stats_ref.at[slots[:, None], rows[None, :], 0], mask=mask, other=-jnp.inf)
+        part_total = load((part_stats_ref.at[slots[:, None], rows[None, :], 1], mask))
         part = load(
             (
                 parts_ref.at[slots[:, None, None], rows[None, :, None], dims[None, None, :]],
                 mask[:, :, None] & dims_ok[None, None, :],
             )
         )
-        new_high = jnp.maximum(high, jnp.max(lse, axis=0))
-        weight = jnp.exp(lse - new_high[None, :])
+        new_high = jnp.maximum(high, jnp.max(part_high, axis=0))
+        weight = jnp.exp(part_high - new_high[None, :])
         fade = jnp.exp(high - new_high)
-        total = total * fade + jnp.sum(weight, axis=0)
+        total = total * fade + jnp.sum(part_total * weight, axis=0)
         acc = acc * fade[:, None] + jnp.sum(part * weight[:, :, None], axis=0)
         return acc, new_high, total
 
