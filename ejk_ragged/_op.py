@@ -274,8 +274,10 @@ def _decode_fwd(request, queries, cache):
     wanted = Wanted(queries.query.perturbed, any(x.perturbed for x in (cache.key, cache.value) if x is not None))
     _refuse_gradients(cache)
     queries, cache = jax.tree.map(lambda x: x.value, (queries, cache))
-    out, lse = _forward(request, queries, cache)
-    return (out, lse), (wanted, queries, cache, out, lse)
+    # The backward pass takes delta from the output. What rounding takes away from that one multiplies what all keys share.
+    wide = dataclasses.replace(request, settings=dataclasses.replace(request.settings, keeps_accum_dtype=True))
+    out, lse = _forward(wide, queries, cache)
+    return (out.astype(queries.query.dtype), lse), (wanted, queries, cache, out, lse)
 
 
 def _refuse_gradients(cache):
@@ -297,7 +299,8 @@ def _decode_bwd(request, residuals, cotangents):
     wanted, queries, cache, out, lse = residuals
     sink = queries.sink
     d_out, d_lse = (
-        jnp.zeros_like(primal) if isinstance(x, SymbolicZero) else x for primal, x in zip((out, lse), cotangents, strict=True)
+        jnp.zeros_like(residual, dtype=x.dtype) if isinstance(x, SymbolicZero) else x
+        for residual, x in zip((out, lse), cotangents, strict=True)
     )
     # With p_j the probability of key j: d_logit_j = p_j (d_out . v_j - delta), and the sink is a key without a value.
     delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - d_lse

@@ -246,7 +246,7 @@ def forward_part(op, rows: Rows | None, request, queries, cache):
     """Output and log-sum-exp of all keys, from the rows that this device holds of them."""
     if rows is None:
         return op(request, queries, cache)
-    dtype = queries.query.dtype
+    dtype = None if request.settings.keeps_accum_dtype else queries.query.dtype
     request, queries = _own_rows(rows, request, queries, cache)
     if queries.sink is not None:  # counted once
         sink = jnp.where(lax.axis_index(rows.axes) == 0, queries.sink, -jnp.inf)
@@ -256,7 +256,7 @@ def forward_part(op, rows: Rows | None, request, queries, cache):
     # JAX loses the types of explicit axes where it makes that axis itself.
     packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1)[None], rows.axes, tiled=True)
     out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
-    return [out.astype(dtype), lse]
+    return [out.astype(dtype or out.dtype), lse]
 
 
 def backward_part(op, wanted, rows: Rows | None, request, queries, cache, *per_token):

@@ -133,7 +133,8 @@ def _split_kernel(*refs, tree, problem, plan: Tiles, idle: Schedule, wanted: Wan
             sees = block.sees(lengths, b, keys, live)
             seen_k, seen_v = (tile.cleaned(sees) for tile in (k, v)) if problem.junk_between_tokens else (k, v)  # 0 times NaN
             x = logits(problem, products(problem, q, seen_k.parts), seen_k.scales, key_scale)
-            p = jnp.where(sees & block.ok[:, None], jnp.exp2(x - lse[:, None] * LOG2_E), 0.0)
+            # No probability is above 1, but beside large logits lse has lost its low bits.
+            p = jnp.where(sees & block.ok[:, None], jnp.exp2(jnp.minimum(x - lse[:, None] * LOG2_E, 0.0)), 0.0)
             d_p = products(problem, d_out, seen_v.parts) * (value_scale if seen_v.scales is None else seen_v.scales[None, :])
             d_x = p * (d_p - delta[:, None]) * logits_slope(problem, x) * key_scale
             return p, d_x, seen_k

@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 
 LOG2_E = math.log2(math.e)
 LOWEST = float(jnp.finfo(jnp.float32).min)  # stands in for -inf where a difference of two must not be NaN
+LEAST = 1e-30  # stands in for 0 in a divisor
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)  # arrays stay where they are; kernels index them
 
 
@@ -187,29 +188,39 @@ def query_dot(problem, q, tile):
 
 def value_dot(problem, p, v, scale=None):
     """(p * scale) @ v for probabilities p of at most 1, summed in float32."""
-    if not problem.quantised:
-        return dot(problem, p.astype(v.dtype), v)
+    # A result that is not rounded either goes on to be subtracted from others, as in delta.
+    product = fine_dot if problem.keeps_accum_dtype else lambda problem, p, v: dot(problem, p.astype(v.dtype), v)
     # float16 holds every number of 8 bits, and p more finely than bfloat16 does.
-    dtype = jnp.float32 if problem.dtype == jnp.float32 else jnp.float16
-    v = widened(v, dtype)
+    v = widened(v, jnp.float16) if problem.quantised and problem.dtype != jnp.float32 else v.astype(problem.dtype)
     if scale is None:
-        return dot(problem, p.astype(dtype), v)
+        return product(problem, p, v)
     # Relative to the tile's largest scale: a single key then weighs exactly 1, and nothing leaves the range.
     largest = jnp.max(jnp.abs(scale))
     largest = jnp.where(largest > 0, largest, 1.0)
-    return dot(problem, (p * (scale / largest)[None, :]).astype(dtype), v) * largest
+    return product(problem, p * (scale / largest)[None, :], v) * largest
 
 
 def key_dot(problem, d_x, k, scale=None):
-    """(d_x * scale) @ k for gradients d_x of any size, summed in float32."""
-    if not problem.quantised:
-        return dot(problem, d_x.astype(k.dtype), k)
+    """(d_x * scale) @ k for gradients d_x of any size, summed in float32.
+
+    A row of d_x sums up to 0, and so what all keys share does not count. Were d_x rounded to 16 bits, it would.
+    """
     d_x = d_x if scale is None else d_x * scale[None, :]
-    if problem.dtype == jnp.float16:  # scales may take it out of range: tf32 has the same precision, and float32's range
-        problem = dataclasses.replace(problem, precision=jax.lax.Precision.DEFAULT)
-    else:
-        d_x = d_x.astype(problem.dtype)
-    return dot(problem, d_x, widened(k, d_x.dtype))
+    k = widened(k, problem.dtype)
+    if problem.dtype != jnp.float16:
+        return fine_dot(problem, d_x, k)
+    # Relative to each row's largest: nothing leaves the range, nor do small ones lose bits.
+    largest = jnp.maximum(jnp.max(jnp.abs(d_x), axis=1), LEAST)[:, None]
+    return fine_dot(problem, d_x * (1 / largest), k) * largest
+
+
+def fine_dot(problem, a, b):
+    """a @ b, where b is of 16 bits and a is not: two products, of a rounded, and of what rounding took away."""
+    rounded = a.astype(b.dtype)
+    if a.dtype == b.dtype:
+        return dot(problem, a, b)
+    rest = (a - rounded.astype(a.dtype)).astype(b.dtype)
+    return dot(problem, rounded, b) + dot(problem, rest, b)
 
 
 def widened(tile, dtype):

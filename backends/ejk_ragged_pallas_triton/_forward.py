@@ -1,6 +1,9 @@
 """The forward operation in two kernels: `split` works through pieces of the live ranges, `combine` merges each sequence's pieces.
 
 Inside `split` logits are in base 2: `exp2` is one instruction, and the factor log2(e) rides on the scale. Outside all is natural.
+
+A piece leaves sums that are not divided yet, and the largest logit apart from the sum of the weights: in one number, their
+log-sum-exp, the sum would be lost beside a large logit.
 """
 
 import functools
@@ -40,7 +43,7 @@ def forward(problem, target, queries, cache, *, interpret):
     rows = num_tokens * num_q_heads
     operands, tree = jax.tree.flatten((queries.query.reshape(batch, rows, head_dim), cache, length_arrays(problem, queries)))
 
-    parts, part_lse, pieces = pl.pallas_call(
+    parts, part_stats, pieces = pl.pallas_call(
         functools.partial(_split_kernel, tree=tree, problem=problem, plan=plan),
         name="ragged_decode_split",
         grid=(problem.num_kv_heads * plan.row_blocks, schedule.programs),
@@ -48,7 +51,7 @@ def forward(problem, target, queries, cache, *, interpret):
         out_specs=[WHOLE] * 3,
         out_shape=[
             array((schedule.slots, rows, problem.value_dim), accum),
-            array((schedule.slots, rows), accum),
+            array((schedule.slots, rows, 2), accum),
             array((2, batch), jnp.int32),
         ],
         compiler_params=compiler_params(plan.num_warps, plan.num_stages),
@@ -65,13 +68,13 @@ def forward(problem, target, queries, cache, *, interpret):
         out_shape=[array((batch, rows, problem.value_dim), problem.out_dtype), array((batch, rows), accum)],
         compiler_params=compiler_params(plan.merge_warps, 1),
         interpret=interpret,
-    )(parts, part_lse, pieces, *sinks)
+    )(parts, part_stats, pieces, *sinks)
     return out.reshape(batch, num_tokens, num_q_heads, problem.value_dim), lse.reshape(batch, num_tokens, num_q_heads)
 
 
 def _split_kernel(*refs, tree, problem, plan: Tiles):
     """One program: its tiles, for one block of the query rows of a kv head."""
-    *operand_refs, parts_ref, part_lse_ref, pieces_ref = refs
+    *operand_refs, parts_ref, part_stats_ref, pieces_ref = refs
     q_ref, cache, lengths = tree.unflatten(operand_refs)
     schedule = plan.schedule
     block = Block.of(pl.program_id(0) // plan.row_blocks, pl.program_id(0) % plan.row_blocks, problem, plan)
@@ -104,13 +107,11 @@ def _split_kernel(*refs, tree, problem, plan: Tiles):
         @pl.when(last)
         def _():
             slot = schedule.slot(program, b)
-            sum_p = jnp.sum(total, axis=1)
-            denominator = jnp.where(sum_p > 0, sum_p, 1.0)
-            lse = jnp.where(sum_p > 0, new_high / LOG2_E + jnp.log(denominator), -jnp.inf)
-            factor = (block.common_scale(problem, cache.value_scale, b) / denominator)[:, None]
+            scale = block.common_scale(problem, cache.value_scale, b)
             for part, x in zip(plan.value_parts, acc, strict=True):
-                store(block.of_query(parts_ref, slot, part), x * factor)
-            store(block.of_row(part_lse_ref, slot), lse)
+                store(block.of_query(parts_ref, slot, part), x * scale)
+            for i, values in enumerate((new_high / LOG2_E, jnp.sum(total, axis=1))):
+                store((part_stats_ref.at[slot, block.places, i], block.ok), values)
 
         return acc, new_high, total, last, *next_tile(i + 1)
 
@@ -130,8 +131,8 @@ def _split_kernel(*refs, tree, problem, plan: Tiles):
     pl.when(pl.program_id(0) == 0)(lambda: store_pieces(schedule, line, pieces_ref))
 
 
-def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, *refs, num_q_heads, plan: Tiles):
-    """One program: some rows of one sequence. Weights its partial outputs by their softmax denominators, the sink's too."""
+def _combine_kernel(parts_ref, part_stats_ref, pieces_ref, *refs, num_q_heads, plan: Tiles):
+    """One program: some rows of one sequence. Adds up its partial results, the sink's too."""
     *sink_refs, out_ref, lse_ref = refs
     b = pl.program_id(0)
     rows = pl.program_id(1) * plan.merge_rows + jnp.arange(plan.merge_rows, dtype=jnp.int32)
@@ -148,15 +149,16 @@ def _combine_kernel(parts_ref, part_lse_ref, pieces_ref, *refs, num_q_heads, pla
         piece = i * plan.merge_slots + jnp.arange(plan.merge_slots, dtype=jnp.int32)
         mask = (piece < count)[:, None] & ok[None, :]
         slots = first + piece
-        lse = plgpu.load(part_lse_ref.at[slots[:, None], rows[None, :]], mask=mask, other=-jnp.inf)
+        part_high = plgpu.load(part_stats_ref.at[slots[:, None], rows[None, :], 0], mask=mask, other=-jnp.inf)
+        part_total = load((part_stats_ref.at[slots[:, None], rows[None, :], 1], mask))
         outs = [
             load((parts_ref.at[slots[:, None, None], rows[None, :, None], part.dims[None, None, :]], masked(part, mask)))
             for part in plan.value_parts
         ]
-        new_high = jnp.maximum(high, jnp.max(lse, axis=0))
-        weight = jnp.exp(lse - new_high[None, :])
+        new_high = jnp.maximum(high, jnp.max(part_high, axis=0))
+        weight = jnp.exp(part_high - new_high[None, :])
         fade = jnp.exp(high - new_high)
-        total = total * fade + jnp.sum(weight, axis=0)
+        total = total * fade + jnp.sum(part_total * weight, axis=0)
         acc = tuple(x * fade[:, None] + jnp.sum(out * weight[:, :, None], axis=0) for x, out in zip(acc, outs, strict=True))
         return acc, new_high, total
 

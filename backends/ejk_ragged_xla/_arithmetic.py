@@ -67,8 +67,10 @@ def logits(problem, q, chunk):
     """Logits [H, R, C], scaled and capped, and the slope of the cap there."""
     # Scaled here, in the accumulation dtype: a scaled q would be rounded once more.
     x = problem.softmax_scale * scaled(dots(problem, q, chunk.k), chunk.k_scale)
-    cap = problem.logits_soft_cap
-    if cap is None:
-        return x, 1
-    bent = jnp.tanh(x / cap)
-    return cap * bent, 1 - bent * bent
+    cap, slope = problem.logits_soft_cap, 1
+    if cap is not None:
+        bent = jnp.tanh(x / cap)
+        x, slope = cap * bent, 1 - bent * bent
+    # No finite logit is changed. But XLA's compilers cannot look through it: they would fuse the factor above and the subtraction
+    # of the largest logit, which then differs from that by a rounding, and not so in each loop. Alike keys would weigh differently.
+    return jnp.minimum(x, float(jnp.finfo(problem.accum_dtype).max)), slope

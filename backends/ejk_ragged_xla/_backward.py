@@ -16,7 +16,8 @@ def backward(problem, target, queries, cache, lse, d_out, delta, wanted):
         q, d_o, lse, delta = arrays
         k = jnp.where(chunk.seen, chunk.k, 0)
         x, slope = logits(problem, q, chunk)
-        p = jnp.where(chunk.live, jnp.exp(x - lse[..., None]), 0)
+        # No probability is above 1, but beside large logits lse has lost its low bits.
+        p = jnp.where(chunk.live, jnp.exp(jnp.minimum(x - lse[..., None], 0)), 0)
         d_p = scaled(dots(problem, d_o, chunk.v), chunk.v_scale)
         d_x = p * (d_p - delta[..., None]) * slope * problem.softmax_scale
         d_x = jnp.where(chunk.live, scaled(d_x, chunk.k_scale), 0)

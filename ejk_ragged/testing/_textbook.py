@@ -38,7 +38,7 @@ class TextbookBackend(Backend):
         accum = problem.accum_dtype
         split = functools.partial(self.by_kv_head, problem)
         x, slope = self.logits(problem, queries, cache)
-        p = jnp.where(x > -jnp.inf, jnp.exp(x - split(lse)[..., None]), 0)
+        p = jnp.where(x > -jnp.inf, jnp.exp(jnp.minimum(x - split(lse)[..., None], 0)), 0)
         d_out = split(d_out).astype(accum)
         d_p = _dot("bthgd,bshd->bthgs", d_out, self.values(problem, queries, cache))
         d_x = self.d_logits(p, d_p, split(delta)[..., None]) * slope
