@@ -27,8 +27,8 @@ def forward(problem, target, queries, cache, **how):
     row_bounds = tuple(
         _of_rows(problem, plan, lengths.get(f"token_{name}"), 0 if name == "end" else problem.seq_len) for name in ("start", "end")
     )
-    parts, part_lse = split(problem, plan, _by_kv_head(problem, plan, queries.query), cache, own, row_bounds, **how)
-    out, lse = combine(problem, target, plan, parts, part_lse, own, queries.sink, **how)
+    parts, part_stats = split(problem, plan, _by_kv_head(problem, plan, queries.query), cache, own, row_bounds, **how)
+    out, lse = combine(problem, target, plan, parts, part_stats, own, queries.sink, **how)
     return out.reshape(queries.query.shape), lse.reshape(queries.query.shape[:3])
 
 
@@ -51,11 +51,11 @@ def _of_rows(problem, plan, of_tokens, beyond):
     return jnp.pad(rows, ((0, 0), (0, plan.row_blocks * plan.block_rows - rows.shape[1])), constant_values=beyond)
 
 
-def combine(problem, target, plan: Tiles, parts, part_lse, lengths, sink, **how):
+def combine(problem, target, plan: Tiles, parts, part_stats, lengths, sink, **how):
     """Output [B, T * Hq, D] and lse of all sequences."""
     rows = problem.num_tokens * problem.num_q_heads
     at_once, programs = merging(target, problem.batch, rows)
-    operands, tree = jax.tree.flatten((parts, part_lse, lengths, sink))
+    operands, tree = jax.tree.flatten((parts, part_stats, lengths, sink))
     shared = {"out": plgpu.SMEM((at_once, plan.stored_dim), problem.out_dtype)}
     if plan.table:
         shared["stops"] = plgpu.SMEM((plan.table,), jnp.int32)
@@ -71,9 +71,9 @@ def combine(problem, target, plan: Tiles, parts, part_lse, lengths, sink, **how)
 
 
 def _combine_kernel(*refs, tree, problem, plan: Tiles, wait, out, stops=None):
-    """One program: some rows of a sequence at once, and then others. Weights their partial outputs by their softmax denominators,
-    the sink's too. It is there before the pieces are, and knows already whose they will be."""
-    parts_ref, part_lse_ref, lengths, sink_ref = tree.unflatten(refs[: tree.num_leaves])
+    """One program: some rows of a sequence at once, and then others. Adds up their partial results, the sink's too. It is there
+    before the pieces are, and knows already whose they will be."""
+    parts_ref, part_stats_ref, lengths, sink_ref = tree.unflatten(refs[: tree.num_leaves])
     out_ref, lse_ref = refs[tree.num_leaves :]
     ranges = Ranges(plan, lengths, stops)
     ranges.make_table()
@@ -97,14 +97,15 @@ def _combine_kernel(*refs, tree, problem, plan: Tiles, wait, out, stops=None):
             return [merge_row(pieces, slots, *of_row) for of_row in zip(places, carry, strict=True)]
 
         def merge_row(pieces, slots, place, carry):
+            head, row = place
             acc, high, total = carry
-            lse = [part_lse_ref[slot, *place] for slot in slots]
-            lse = [jnp.where(piece < count, x, -jnp.inf) for piece, x in zip(pieces, lse, strict=True)]
+            part_high, part_total = ([part_stats_ref[slot, head, i, row] for slot in slots] for i in range(2))
+            part_high = [jnp.where(piece < count, x, -jnp.inf) for piece, x in zip(pieces, part_high, strict=True)]
             parts = [plgpu.load(parts_ref.at[slot, *place], layout=dims) for slot in slots]
-            new_high = functools.reduce(jnp.maximum, lse, high)
-            fade, weights = jnp.exp(high - new_high), [jnp.exp(x - new_high) for x in lse]
+            new_high = functools.reduce(jnp.maximum, part_high, high)
+            fade, weights = jnp.exp(high - new_high), [jnp.exp(x - new_high) for x in part_high]
             acc = acc * fade + sum(part * weight for part, weight in zip(parts, weights, strict=True))
-            return acc, new_high, total * fade + sum(weights)
+            return acc, new_high, total * fade + sum(x * weight for x, weight in zip(part_total, weights, strict=True))
 
         zeros = plgpu.layout_cast(jnp.zeros((plan.stored_dim,), jnp.float32), dims)
         sinks = [sink_of(b, *token_head) for token_head in token_heads]

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 from ._jax import launch, LOWEST, OF_ROWS, plgpu, store, TILE
 from ._line import Piece, Ranges
-from ._tuning import Tiles
+from ._tuning import terms_of_weights, Tiles
 
 
 LOG2_E = math.log2(math.e)
@@ -38,22 +38,23 @@ def split(problem, plan: Tiles, query, cache, lengths, row_bounds, **how):
         row_bounds: (start, end), int32 [B, rows of all blocks], or None where all rows see the same keys.
 
     Returns:
-        parts: float32 [slots, Hkv, rows of all blocks, D or more], each weighted by a softmax of its own.
-        lse: float32 [slots, Hkv, rows of all blocks], of these.
+        parts: float32 [slots, Hkv, rows of all blocks, D or more], sums of values, not divided by those of their weights.
+        stats: float32 [slots, Hkv, 2, rows of all blocks], the largest logit, and the sum of the weights relative to that one. In
+            one number, their log-sum-exp, the sum would be lost beside a large logit.
     """
     dtype, rows, keys, dim, stages = problem.dtype, plan.block_rows, plan.schedule.block_keys, plan.block_dim, plan.stages
     heads, num_rows = query.shape[1], plan.row_blocks * rows
     operands, tree = jax.tree.flatten((query, cache.key, cache.value, lengths, row_bounds))
     results = {
         "parts": ((plan.schedule.slots, heads, num_rows, plan.stored_dim), jnp.float32),
-        "lse": ((plan.schedule.slots, heads, num_rows), jnp.float32),
+        "stats": ((plan.schedule.slots, heads, 2, num_rows), jnp.float32),
     }
     ring = (stages, keys, dim)
     shared = {
         "q": plgpu.SMEM((2, rows, dim), dtype, transforms=TILED),
         "k": plgpu.SMEM(ring, dtype, transforms=TILED if plan.direct else ()),
         "v": plgpu.SMEM(ring, dtype, transforms=TILED if plan.direct else ()),
-        "p": plgpu.SMEM((rows, keys), dtype, transforms=TILED),
+        "p": plgpu.SMEM((terms_of_weights(problem), rows, keys), dtype, transforms=TILED),
     }
     for name, number in (("q", 2), ("k", stages), ("v", stages)):
         shared |= {f"{name}_full": plgpu.Barrier(num_barriers=number), f"{name}_free": plgpu.Barrier(num_barriers=number)}
@@ -196,12 +197,16 @@ class _Program:
             fade = jnp.exp2(high - new_high)
             p = jnp.exp2(x - lax.broadcast_in_dim(new_high, x.shape, [1]))
             total = total * lax.broadcast_in_dim(fade, total.shape, [1]) + p
-            shared.p.transpose((1, 0))[...] = plgpu.layout_cast(p.astype(self.problem.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            terms = [shared.p.at[i].transpose((1, 0)) for i in range(shared.p.shape[0])]
+            for term in terms:
+                rounded = p.astype(self.problem.dtype)
+                term[...] = plgpu.layout_cast(rounded, plgpu.Layout.WGMMA_TRANSPOSED)
+                p = p - rounded.astype(jnp.float32)
             plgpu.commit_smem()
 
             plgpu.barrier_wait(shared.v_full.at[slot])
             v = self.laid_out("v", slot, sees, (row < piece.start) | (row + keys > piece.end))
-            acc = acc * lax.broadcast_in_dim(fade, acc.shape, [1]) + _product(v.transpose((1, 0)), shared.p.transpose((1, 0)))
+            acc = acc * lax.broadcast_in_dim(fade, acc.shape, [1]) + _product(v.transpose((1, 0)), *terms)
             plgpu.barrier_arrive(shared.v_free.at[slot])
             return acc, new_high, total
 
@@ -257,23 +262,22 @@ class _Program:
         plan, results = self.plan, self.results
         slot = plan.schedule.slot(self.number, piece.sequence)
         places = pl.ds(pl.multiple_of(self.row_block * plan.block_rows, 8), plan.block_rows)
-        some = total > 0
-        total = jnp.where(some, total, 1.0)
-        out = acc / lax.broadcast_in_dim(total, acc.shape, [1])
         parts = results.parts.at[slot, self.head, places, pl.ds(0, plan.block_dim)]
-        store(parts.transpose((1, 0)), plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED))
-        store(results.lse.at[slot, self.head, places], jnp.where(some, high / LOG2_E + jnp.log(total), -jnp.inf))
+        store(parts.transpose((1, 0)), plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED))
+        for i, values in enumerate((high / LOG2_E, total)):
+            store(results.stats.at[slot, self.head, i, places], values)
 
 
 def _tile(shape, value, dtype=jnp.float32):
     return plgpu.layout_cast(jnp.full(shape, value, dtype), TILE)
 
 
-def _product(a, b):
-    """a @ b in float32, of arrays in shared memory."""
+def _product(a, *terms):
+    """`a` times the sum of some others, in float32, of arrays in shared memory."""
 
     def multiply(acc):
-        plgpu.wgmma(acc, a, b)
+        for b in terms:
+            plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], terms[0].shape[1]), jnp.float32))

@@ -55,7 +55,7 @@ class Tiles:
         """Bytes of shared memory that a program needs, each array beginning at a multiple of 1024."""
         keys, rows, dim = self.schedule.block_keys, self.block_rows, self.block_dim
         tiles = 2 * keys * dim * ITEMSIZE
-        arrays = [tiles * self.stages, tiles * (not self.direct), 2 * rows * dim * ITEMSIZE, rows * keys * ITEMSIZE]
+        arrays = [tiles * self.stages, tiles * (not self.direct), 2 * rows * dim * ITEMSIZE, MOST_TERMS * rows * keys * ITEMSIZE]
         arrays += [self.reduction_bytes, BARRIERS, self.table * 4]
         return sum(round_up(size, 1024) for size in arrays)
 
@@ -69,6 +69,9 @@ MAX_ROWS = 64  # rows of queries from here on go into further blocks, each of wh
 MERGE_ROWS, LEAST_MERGED, MERGE_PROGRAMS = 4, 4, 4
 BLOCK_SEQUENCES = 64  # sequences that are summed up at once when a program makes its table
 
+# Numbers of 16 bits that a weight is written as the sum of, at most. Room is kept for them, so that hints which fit a call fit its
+# gradients too.
+MOST_TERMS = 2
 ITEMSIZE = 2
 BARRIERS = 1024
 # What there is to a device, where there is no device to ask: an H100.
@@ -145,6 +148,11 @@ def _tiles(problem, keys, rows, stages, multiprocessors) -> Tiles:
         table=0 if alone else round_up(problem.batch, 8) + BLOCK_SEQUENCES - 8,  # where the last sum begins, and what it writes
         schedule=schedule,
     )
+
+
+def terms_of_weights(problem: Problem) -> int:
+    """Numbers of 16 bits that a weight is written as the sum of: two for a result that is not rounded, as others may be subtracted."""
+    return MOST_TERMS if problem.keeps_accum_dtype else 1
 
 
 def merging(target: Target, batch: int, rows: int) -> tuple[int, int]:
