@@ -184,6 +184,10 @@ def test_equal_by_class_and_fields():
     assert Plain() != TextbookBackend()
     assert TextbookBackend() != type("Other", (TextbookBackend,), {})()
     assert Plain() != 3
+    instance = Plain()
+    held = {instance: "compiled"}
+    instance.seen = True  # pyright: ignore[reportAttributeAccessIssue]
+    assert held[instance] == "compiled"  # what it notes later does not lose it
 
 
 def test_fresh_instances_share_what_is_compiled():

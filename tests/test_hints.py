@@ -15,10 +15,11 @@ import platformdirs
 import pytest
 from tuning import Notes, PROBLEM, TARGET
 
-from ejk_ragged import _hints, explain, FwdParams, ragged_decode_attention, Target, tuned_hints
+from ejk_ragged import _hints, Backend, explain, FwdParams, ragged_decode_attention, Target, tuned_hints
 from ejk_ragged.__main__ import main
 from ejk_ragged._registry import registry
 from ejk_ragged._tools import tune as _tune
+from ejk_ragged.testing import TextbookBackend
 
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
@@ -90,6 +91,65 @@ def test_gradients_keep_the_defaults(backend, file):
     with tuned_hints(file):
         chosen = [registry.select(TARGET.platform, PROBLEM, backend, way, _hints.current()) for way in ("forward", "backward")]
     assert [selection.problem.fwd_params for selection in chosen] == [FwdParams(num_warps=8), FwdParams(num_warps=1)]
+
+
+class Forward(Notes):
+    """Its hints mean nothing to `Gradients`, and it leaves the gradients to others."""
+
+    name = "forward_only"
+    priority = 9
+    backward = Backend.backward
+
+    def fwd_params(self, problem, target):
+        if problem.fwd_params.num_warps not in (None, 6):
+            raise ValueError("FwdParams.num_warps must be 6")
+        return problem.fwd_params.over(FwdParams(num_warps=6, block_size_keys=48))
+
+
+class Gradients(TextbookBackend):
+    """It takes powers of two, and notes what it gets."""
+
+    name = "gradients"
+    asked: tuple = ()
+
+    def fwd_params(self, problem, target):
+        if problem.fwd_params.num_warps not in (None, 1, 2, 4):
+            raise ValueError("FwdParams.num_warps must be a power of two")
+        return problem.fwd_params.over(FwdParams(num_warps=4))
+
+    def backward(self, problem, *args, **kwargs):
+        Gradients.asked += (problem.fwd_params,)
+        return super().backward(problem, *args, **kwargs)
+
+
+@pytest.mark.parametrize("named", [None, "forward_only", Forward()], ids=["automatic", "by name", "an instance"])
+@pytest.mark.parametrize("splits", [None, 3])
+def test_hints_are_for_the_backend_of_the_forward(install, monkeypatch, named, splits):
+    """Another one that has the gradients resolves its own, with the batch invariance that was asked for."""
+    install(Forward, Gradients)
+    monkeypatch.setattr(Gradients, "asked", ())
+    jax.clear_caches()  # an equal instance may have been here before
+    given = FwdParams(num_warps=6, block_size_keys=16, num_key_splits=splits)
+    call = arguments(backend=named, fwd_params=given)
+    jax.grad(lambda query: jnp.sum(ragged_decode_attention(**call | {"query": query})))(call["query"])
+    assert Gradients.asked == (FwdParams(num_warps=4, num_key_splits=splits),)
+    explanation = explain(**call)
+    choice = explanation[TARGET.platform]
+    assert (choice.forward, choice.backward, choice.error) == ("forward_only", "gradients", None)
+    assert (choice.fwd_params, choice.hints_from) == (given, "given")
+    assert choice.not_for_backward == ("block_size_keys", "num_warps")
+    assert "        hints that are not for gradients: block_size_keys, num_warps" in str(explanation).splitlines()
+    with pytest.raises(ValueError, match="num_warps must be 6"):
+        ragged_decode_attention(**arguments(backend=named, fwd_params=FwdParams(num_warps=4)))
+
+
+def test_hints_of_a_backend_that_has_both(install, monkeypatch):
+    install(Gradients)
+    monkeypatch.setattr(Gradients, "asked", ())
+    call = arguments(fwd_params=FwdParams(num_warps=2))
+    jax.grad(lambda query: jnp.sum(ragged_decode_attention(**call | {"query": query})))(call["query"])
+    assert Gradients.asked == (FwdParams(num_warps=2),)
+    assert chosen(fwd_params=FwdParams(num_warps=2)).not_for_backward == ()
 
 
 @pytest.mark.parametrize(

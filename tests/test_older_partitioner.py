@@ -1,4 +1,4 @@
-"""With XLA's older partitioner, JAX_USE_SHARDY_PARTITIONER=0, in place of Shardy: automatic axes give the answer of one device."""
+"""With XLA's older partitioner in place of Shardy (JAX_USE_SHARDY_PARTITIONER=0): automatic axes give the answer of one device."""
 
 import jax
 import jax.numpy as jnp

@@ -35,6 +35,69 @@ print(json.dumps([sorted(modules), imported, sorted(modules & set(sys.modules))]
     assert later == modules
 
 
+MISSING = {
+    "no Triton": ["jax.experimental.pallas.triton"],
+    "no Mosaic GPU": ["jax.experimental.pallas.mosaic_gpu"],
+    "neither": ["jax.experimental.pallas.triton", "jax.experimental.pallas.mosaic_gpu"],
+    "no Pallas": ["jax.experimental.pallas"],
+    "what Triton needs": ["jax._src.pallas.triton"],
+    "what Mosaic GPU needs": ["jax._src.pallas.mosaic_gpu"],
+}
+
+
+@pytest.mark.parametrize(("kind", "how"), [*((kind, "not found") for kind in MISSING), ("no Pallas", "None")])
+def test_a_jax_without_kernel_languages(kind, how):
+    """Of JAX's modules some are missing: the backends that need them say so, and everything else works."""
+    script = f"""
+import json, sys, warnings
+import jax, jax.numpy as jnp
+
+jax.config.update("jax_platforms", "cpu")
+missing = {MISSING[kind]!r}
+
+
+class Gone:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if any(name == gone or name.startswith(gone + ".") for gone in missing):
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+
+
+if {how!r} == "None":
+    sys.modules.update(dict.fromkeys(missing))
+else:
+    sys.meta_path.insert(0, Gone)
+import ejk_ragged
+
+query, cache = jnp.ones((2, 4, 16), jnp.bfloat16), jnp.ones((2, 20, 2, 16), jnp.bfloat16)
+call = lambda query: jnp.sum(ejk_ragged.ragged_decode_attention(query, cache, cache).astype(jnp.float32))
+value, _ = jax.value_and_grad(call)(query)
+infos = {{info.name: info.broken for info in ejk_ragged.backends()}}
+explanation = ejk_ragged.explain(query, cache, cache)
+lowered = jax.jit(jax.grad(call)).trace(query).lower(lowering_platforms=("cuda",)).as_text()
+try:
+    ejk_ragged.ragged_decode_attention(query, cache, cache, backend="pallas_triton")
+except ValueError as error:
+    message = str(error)
+print(json.dumps([float(value), infos, explanation["cuda"].forward, explanation["cuda"].backward, message]))
+"""
+    value, infos, forward, backward, message = python(script)
+    assert value == 2 * 4 * 16
+    assert infos["xla"] is None
+    without_triton, without_mosaic = (
+        any(part in name or name.endswith("pallas") for name in MISSING[kind]) for part in ("triton", "mosaic")
+    )
+    assert (infos["pallas_triton"] is not None) == without_triton
+    assert (infos["mosaic_gpu"] is not None) >= without_mosaic
+    if without_triton:
+        assert "this JAX has no jax.experimental.pallas.triton" in infos["pallas_triton"]
+    if without_mosaic:
+        assert "it needs the Mosaic GPU backend of JAX 0.11 or newer" in infos["mosaic_gpu"]
+    able = "mosaic_gpu" if infos["mosaic_gpu"] is None else "xla"
+    assert (forward, backward) == ((able, "xla") if without_triton else ("pallas_triton", "pallas_triton"))
+    assert "backend 'pallas_triton' cannot do this call" in message
+
+
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
     """Folders for the path that make the distribution of docs/plugin look installed."""

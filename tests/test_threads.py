@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+from typing import Any
 
 import pytest
 from made_up import backend, entries, Entry, PROBLEM
@@ -129,7 +130,8 @@ def test_a_plug_in_may_ask_the_registry_while_it_is_loaded():
             assert "curious" in made.names()
             return super().load()
 
-    made = Registry([Curious("curious", backend("curious"))])
+    given: list[Any] = [Curious("curious", backend("curious"))]
+    made = Registry(given)
     assert at_once(lambda: made.get("curious").name) == ["curious"] * THREADS
 
 
