@@ -28,12 +28,21 @@ HintsFrom = Literal["given", "tuned", "default"]
 
 @dataclasses.dataclass(frozen=True)
 class BackendInfo:
-    """An installed backend. `broken` says why it cannot be used here, or is None; `platforms` None means all."""
+    """An installed backend.
+
+    Attributes:
+        name: what users write in `backend=`.
+        distribution: the name of the distribution that registers the backend.
+        platforms: the JAX platforms it runs on, or None for all.
+        broken: why the backend cannot be used here, or None.
+        faulty: whether `broken` is an error that the backend raised, and not something that this installation lacks.
+    """
 
     name: str
     distribution: str
     platforms: frozenset[str] | None
     broken: str | None
+    faulty: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,14 +179,15 @@ class Registry:
         for name, entry in self.entries().items():
             backend = self._load(name)
             platforms, broken = None, _reason(backend) if isinstance(backend, Exception) else None
+            faulty = broken is not None
             if isinstance(backend, Backend):
                 try:
                     platforms = self._platforms(backend)
                     with self._asking(backend, "unavailable"):
                         broken = backend.unavailable()
                 except BackendFailed as failure:
-                    broken = str(failure)
-            infos.append(BackendInfo(name, _distribution(entry), platforms, broken))
+                    broken, faulty = str(failure), True
+            infos.append(BackendInfo(name, _distribution(entry), platforms, broken, faulty))
         return tuple(infos)
 
     def automatic(self) -> list[Backend]:
