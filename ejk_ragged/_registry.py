@@ -18,6 +18,7 @@ import jax
 from ._backend import Backend, Direction, Target
 from ._fingerprint import fingerprint
 from ._hints import Tuned
+from ._messages import shown
 from ._problem import FwdParams, Problem, Settings
 
 
@@ -170,7 +171,7 @@ class Registry:
             return self.get(backend)
         raise TypeError(
             f"backend must be None, 'auto', a Backend instance or one of {', '.join(self.names())}; "
-            f"got {backend!r} of type {type(backend).__name__}."
+            f"got {shown(backend)} of type {type(backend).__name__}."
         )
 
     def backends(self) -> tuple[BackendInfo, ...]:
@@ -408,6 +409,14 @@ def platform_of(device: Any) -> str:
     if device.platform == "gpu":
         return "rocm" if "rocm" in getattr(device.client, "platform_version", "") else "cuda"
     return device.platform
+
+
+def gpu_platform() -> str:
+    """What "gpu" means here: JAX says so of NVIDIA's and of AMD's."""
+    try:
+        return platform_of(jax.local_devices(backend="gpu")[0])
+    except RuntimeError:  # there is none
+        return "cuda"
 
 
 registry = Registry()
