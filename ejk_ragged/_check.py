@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ._formats import FLOATING_DTYPES, is_quantised, QUANTISED
+from ._messages import other_order, refuse_ref, shown
 from ._problem import FwdParams
 
 
@@ -75,7 +76,10 @@ def _type(name: str, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array, or of a number given as a scale."""
     array: Any = np.float32(x) if name.endswith("_scale") and type(x) in (int, float) else x
     if not (hasattr(array, "shape") and hasattr(array, "dtype")):
-        raise TypeError(f"{name} must be an array, got {x!r} of type {type(x).__name__}.")
+        pair = name in ("key", "value") and isinstance(x, tuple) and len(x) == 2
+        unpack = f" If that is what `quantize` returned, unpack it: {name}, {name}_scale = quantize(...)." if pair else ""
+        raise TypeError(f"{name} must be an array, got {shown(x)} of type {type(x).__name__}.{unpack}")
+    refuse_ref(name, array)
     return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype, allow_extended_dtype=True))
 
 
@@ -88,13 +92,13 @@ def check_columns(columns, value, key, softmax_scale) -> tuple[int, int] | None:
         return None
     if value is not None:
         raise ValueError(
-            f"value_columns must be None for a cache with a value of its own, got {columns!r} and value {value.shape}. Pass "
+            f"value_columns must be None for a cache with a value of its own, got {shown(columns)} and value {value.shape}. Pass "
             "value=None if the value is in the key's rows."
         )
     try:
         first, end = map(operator.index, columns)
     except (TypeError, ValueError):
-        raise ValueError(f"value_columns must be two integers (first, end) or None, got {columns!r}.") from None
+        raise ValueError(f"value_columns must be two integers (first, end) or None, got {shown(columns)}.") from None
     if len(key.shape) == 4 and not 0 <= first < end <= key.shape[3]:
         raise ValueError(
             f"value_columns must be (first, end) with 0 <= first < end <= {key.shape[3]}, the columns of key's rows; got "
@@ -115,6 +119,7 @@ def check_cache(query, key, value, page_table=None):
         raise ValueError(
             f"query must be [batch, num_q_heads, head_dim] or [batch, num_tokens, num_q_heads, head_dim], got shape {query.shape}."
         )
+    order = lambda: other_order(query.shape, key.shape, None if value is None else value.shape, page_table is not None)
     arrays = [("key", key)] + [("value", value)] * (value is not None)
     for name, array in arrays:
         if len(array.shape) != 4:
@@ -126,7 +131,7 @@ def check_cache(query, key, value, page_table=None):
     if value is not None and key.shape[:3] != value.shape[:3]:
         raise ValueError(
             f"key and value must have the same shape but for the last axis, got key {key.shape} and value {value.shape}. Both are "
-            f"{layout.format('...')}."
+            f"{layout.format('...')}.{order()}"
         )
     if any(array.dtype != key.dtype for _, array in arrays) or (not is_quantised(key.dtype) and query.dtype != key.dtype):
         dtypes = ", ".join(f"{name} {array.dtype.name}" for name, array in (("query", query), *arrays))
@@ -135,13 +140,13 @@ def check_cache(query, key, value, page_table=None):
             f"{', '.join(QUANTISED)}, both the same."
         )
     if page_table is None and query.shape[0] != key.shape[0]:
-        raise ValueError(f"query and key must have the same batch, got query {query.shape} and key {key.shape}.")
+        raise ValueError(f"query and key must have the same batch, got query {query.shape} and key {key.shape}.{order()}")
     if value is not None and query.shape[-1] != key.shape[3]:
-        raise ValueError(f"query and key must have the same head_dim, got query {query.shape} and key {key.shape}.")
+        raise ValueError(f"query and key must have the same head_dim, got query {query.shape} and key {key.shape}.{order()}")
     if value is None and query.shape[-1] > key.shape[3]:
         raise ValueError(
             f"query must have no more columns than key's rows, of which the first head_dim are the key; got query {query.shape} "
-            f"and key {key.shape}."
+            f"and key {key.shape}.{order()}"
         )
     for name, array in (("query", query), *arrays):
         if 0 in array.shape:
@@ -149,6 +154,7 @@ def check_cache(query, key, value, page_table=None):
     if query.shape[-2] % key.shape[2]:
         raise ValueError(
             f"query must have a multiple of key's num_kv_heads, got {query.shape[-2]} query heads and {key.shape[2]} kv heads."
+            f"{order()}"
         )
     if page_table is not None:
         check_page_table(page_table, query.shape[0])
@@ -191,10 +197,11 @@ def check_scales(key, page_table, key_scale, value_scale):
         if not is_quantised(dtype):
             raise ValueError(f"{name} must be None for a cache of floats, got one beside key of dtype {dtype.name}.")
         if scale.shape not in ((), *shapes.values()) or scale.dtype.name not in FLOATING_DTYPES:
+            swapped = f" Pass {name}.swapaxes(1, 2)." if scale.shape == (pages, rows, num_kv_heads) else ""
             accepted = [f"{axes} {shape}" for axes, shape in shapes.items()]
             raise ValueError(
                 f"{name} must be a number, or floats of shape {', '.join(accepted[:-1])} or {accepted[-1]}; got {scale.dtype.name} "
-                f"of shape {scale.shape}."
+                f"of shape {scale.shape}.{swapped}"
             )
 
 
@@ -220,7 +227,7 @@ def check_sinks(aux, num_q_heads, num_kv_heads):
 def check_scale(scale) -> float:
     number = _as_float("softmax_scale", scale)
     if not math.isfinite(number):
-        raise ValueError(f"softmax_scale must be finite or None, got {scale!r}.")
+        raise ValueError(f"softmax_scale must be finite or None, got {shown(scale)}.")
     return number
 
 
@@ -229,7 +236,7 @@ def check_soft_cap(cap) -> float | None:
         return None
     number = _as_float("logits_soft_cap", cap)
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"logits_soft_cap must be positive and finite, or None; got {cap!r}.")
+        raise ValueError(f"logits_soft_cap must be positive and finite, or None; got {shown(cap)}.")
     return number
 
 
@@ -240,7 +247,7 @@ def _as_float(name: str, value: Any) -> float:
         return float(value)
     except TypeError:  # JAX's error for a traced value is one too
         raise TypeError(
-            f"{name} must be a number known while tracing, or None; got {value!r} of type {type(value).__name__}."
+            f"{name} must be a number known while tracing, or None; got {shown(value)} of type {type(value).__name__}."
         ) from None
 
 
@@ -253,13 +260,23 @@ def check_window(window) -> int | None:
             raise TypeError
         left, _ = map(operator.index, window)
     except (TypeError, ValueError):
-        raise ValueError(f"sliding_window must be two integers (left, right) or None, got {window!r}.") from None
+        message = f"sliding_window must be two integers (left, right) or None, got {shown(window)}.{_pair(window)}"
+        raise ValueError(message) from None
     return None if left < 0 else left
+
+
+def _pair(window) -> str:
+    """What to write for a window that came as one number."""
+    try:
+        keys = 0 if isinstance(window, bool) else operator.index(window)
+    except TypeError:
+        return ""
+    return f" For {keys} keys per token, the token's own included, pass ({keys - 1}, 0)." if keys > 0 else ""
 
 
 def check_fwd_params(fwd_params) -> FwdParams:
     if fwd_params is None:
         return FwdParams()
     if not isinstance(fwd_params, FwdParams):
-        raise TypeError(f"fwd_params must be an ejk_ragged.FwdParams or None, got {fwd_params!r}.")
+        raise TypeError(f"fwd_params must be an ejk_ragged.FwdParams or None, got {shown(fwd_params)}.")
     return fwd_params

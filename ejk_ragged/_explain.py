@@ -9,7 +9,7 @@ import jax
 from ._api import ragged_decode_attention
 from ._canonical import canonical, checked
 from ._problem import FwdParams, Problem
-from ._registry import BackendFailed, HintsFrom, KNOWN_PLATFORMS, registry
+from ._registry import BackendFailed, gpu_platform, HintsFrom, KNOWN_PLATFORMS, registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Explanation:
     choices: dict[str, Choice]
 
     def __getitem__(self, platform: str) -> Choice:
+        """The choice of a platform, by JAX's name of it. "gpu" is the kind of GPU that is here, or else cuda."""
+        if platform == "gpu":
+            platform = gpu_platform()
+        if platform not in self.choices:
+            raise KeyError(f"platform must be gpu or one of {', '.join(self.choices)}; got {platform!r}")
         return self.choices[platform]
 
     def __str__(self):

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
+import shutil
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,7 +25,6 @@ from ._problem import FwdParams, Problem
 
 
 FORMAT = 2
-LOCK_SECONDS = 10  # a lock older than this was left behind by a process that died
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,22 +114,28 @@ def default_file() -> pathlib.Path | None:
     return platformdirs.user_cache_path("ejk-ragged", appauthor=False) / "tuned.json"
 
 
+class _Newer(ValueError):
+    """A newer version of this package wrote the file."""
+
+
 def _load(path) -> Tuned | None:
     try:
         text = path.read_bytes()
         return Tuned(hashlib.sha256(text).hexdigest(), _entries(json.loads(text)))
+    except _Newer as error:
+        why = f"{error} Update ejk-ragged, or choose another file with `ejk_ragged.tuned_hints`."
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        warnings.warn(
-            f"The tuned hints in {path} are ignored: {type(error).__name__}: {error}. Delete it or tune again.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return None
+        why = f"{type(error).__name__}: {error}. Delete the file or tune again."
+    warnings.warn(f"The tuned hints in {path} are ignored: {why}", RuntimeWarning, stacklevel=3)
+    return None
 
 
 def _entries(data) -> dict[str, FwdParams]:
-    if data["format"] != FORMAT:
-        raise ValueError(f"format {data['format']!r} is not {FORMAT}")
+    found = data["format"]
+    if isinstance(found, int) and found > FORMAT:
+        raise _Newer(f"A newer version of ejk-ragged wrote the file, in format {found}; this version knows format {FORMAT}.")
+    if found != FORMAT:
+        raise ValueError(f"format {found!r} is not {FORMAT}")
     return {key: FwdParams(**entry["fwd_params"]) for key, entry in data["entries"].items()}
 
 
@@ -137,42 +143,107 @@ def _entries(data) -> dict[str, FwdParams]:
 # Writing
 
 
-def save(path: pathlib.Path, entries: Mapping[str, Mapping[str, Any]]):
-    """Adds entries, {"fwd_params": {...}, ...} by key, to those in the file. Readers see the old file or the new one; processes
-    that save at once wait for each other."""
+def save(path: pathlib.Path, entries: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Adds entries, {"fwd_params": {...}, ...} by key, to those in the file. Readers see the old file or the new one. Processes and
+    threads that save at once wait for each other.
+
+    Returns:
+        None if the entries are saved; otherwise why not. A file that a newer version wrote is left alone, with a warning.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path.with_suffix(".lock")):
         try:
-            old = json.loads(path.read_bytes())
-            _entries(old)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or nothing to be kept
-            old = {"format": FORMAT, "entries": {}}
+            old = _kept(path)
+        except _Newer as error:
+            why = f"{error} Update ejk-ragged, or choose another file."
+            warnings.warn(f"The tuned hints are not saved in {path}: {why}", RuntimeWarning, stacklevel=2)
+            return why
         old["entries"] |= entries
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(old, file, indent=1, sort_keys=True)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        _replace(path, json.dumps(old, indent=1, sort_keys=True))
+    return None
+
+
+def cannot_save(path: pathlib.Path) -> str | None:
+    """Why `save` would leave the file alone, or None."""
+    try:
+        _kept(path)
+    except _Newer as error:
+        return str(error)
+    return None
+
+
+def _kept(path) -> dict[str, Any]:
+    """What the file holds. A damaged file holds nothing."""
+    nothing = {"format": FORMAT, "entries": {}}
+    try:
+        old = json.loads(path.read_bytes())
+        _entries(old)
+    except _Newer:
+        raise
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        return nothing
+    return old
+
+
+def _replace(path, text):
+    """Puts a file with `text` in the place of `path`, with the mode of the old file, or the mode that the umask gives."""
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # not from `tempfile`, whose files are their owner's alone
+    try:
+        new.write_text(text)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, new)
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+_saving = threading.Lock()
 
 
 @contextlib.contextmanager
 def _lock(path):
-    """Holds a file that only one process can create."""
-    while True:
+    """Holds the operating system's lock on the file at `path`. The lock ends with the process that holds it, whatever ends that."""
+    with _saving:  # threads of one process; on some file systems the lock below is one for each process
+        file = _locked(path)
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-            break
-        except FileExistsError:
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > LOCK_SECONDS:
-                    path.unlink()
-                    continue
-            time.sleep(0.02)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file; there it stays, and does no harm
+                os.unlink(path)
+            os.close(file)
+
+
+def _locked(path) -> int:
+    """The open file at `path`, locked."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _wait_for(file)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(path)):
+                    return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # the one who held it before has removed it, so others lock another file by now
+
+
+try:
+    import fcntl
+
+    def _wait_for(file: int):
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+except ModuleNotFoundError:  # Windows
+    import msvcrt
+
+    def _wait_for(file: int):
+        while True:
+            try:
+                return msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
+            except OSError:
+                time.sleep(0.02)

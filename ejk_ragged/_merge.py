@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._formats import accum_dtype, FLOATING_DTYPES
+from ._messages import refuse_ref
 
 
 Partial = tuple[Float[Array, "*sequences head_dim"], Float[Array, "*sequences"]]
@@ -57,6 +58,8 @@ def _checked(partials):
     for i, partial in enumerate(partials):
         if not isinstance(partial, tuple | list) or len(partial) != 2 or not all(hasattr(x, "shape") for x in partial):
             raise TypeError(f"partials must be (out, lse) pairs of arrays, got {type(partial).__name__} for partials[{i}].")
+        for name, x in zip(("out", "lse"), partial, strict=True):
+            refuse_ref(f"partials[{i}] {name}", x)
     outs, lses = ([jnp.asarray(x) for x in arrays] for arrays in zip(*partials, strict=True))
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if out.ndim == 0 or out.shape[:-1] != lse.shape:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 from ._api import ragged_decode_attention
 from ._backend import Backend
 from ._check import AnyArray, check_fwd_params, check_scale, check_soft_cap, check_window, Scale, Window
+from ._messages import shown
 from ._problem import FwdParams
 
 
@@ -44,7 +45,7 @@ class RaggedDecodeAttention(eqx.Module):
         if self.softmax_scale is not None:
             check_scale(self.softmax_scale)
         if self.sinks is not None and getattr(self.sinks, "ndim", None) != 2:
-            raise ValueError(f"sinks must be [num_q_heads, num_sinks] or None, got {self.sinks!r}.")
+            raise ValueError(f"sinks must be [num_q_heads, num_sinks] or None, got {shown(self.sinks)}.")
 
     @overload
     def __call__(

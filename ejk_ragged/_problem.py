@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped
 
 from ._formats import accum_dtype, is_quantised
+from ._messages import shown
 
 
 # What `jax.default_matmul_precision` may be, as one of the three levels that every platform has, never a lower one than the name
@@ -61,7 +62,7 @@ class FwdParams:
             if given is None:
                 continue
             if isinstance(given, bool) or not isinstance(given, int | np.integer):
-                raise TypeError(f"FwdParams.{field.name} must be a positive integer or None, got {given!r}.")
+                raise TypeError(f"FwdParams.{field.name} must be a positive integer or None, got {shown(given)}.")
             if given < 1:
                 raise ValueError(f"FwdParams.{field.name} must be a positive integer or None, got {given}.")
             object.__setattr__(self, field.name, int(given))

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Shaped
 
 from ._formats import FLOATING_DTYPES, QUANTISED
+from ._messages import refuse_ref
 
 
 def quantize(x: Float[Array, "*rows head_dim"], dtype=jnp.int8) -> tuple[Shaped[Array, "*rows head_dim"], Float32[Array, "..."]]:
@@ -22,6 +23,7 @@ def quantize(x: Float[Array, "*rows head_dim"], dtype=jnp.int8) -> tuple[Shaped[
     Raises:
         ValueError: not floats, no axis, or another dtype.
     """
+    refuse_ref("x", x)
     x, dtype = jnp.asarray(x), jnp.dtype(dtype)
     if dtype.name not in QUANTISED:
         raise ValueError(f"dtype must be one of {', '.join(QUANTISED)}; got {dtype.name}.")

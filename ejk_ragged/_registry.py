@@ -18,6 +18,7 @@ import jax
 from ._backend import Backend, Direction, Target
 from ._fingerprint import fingerprint
 from ._hints import Tuned
+from ._messages import shown
 from ._problem import FwdParams, Problem, Settings
 
 
@@ -28,12 +29,21 @@ HintsFrom = Literal["given", "tuned", "default"]
 
 @dataclasses.dataclass(frozen=True)
 class BackendInfo:
-    """An installed backend. `broken` says why it cannot be used here, or is None; `platforms` None means all."""
+    """An installed backend.
+
+    Attributes:
+        name: what users write in `backend=`.
+        distribution: the name of the distribution that registers the backend.
+        platforms: the JAX platforms it runs on, or None for all.
+        broken: why the backend cannot be used here, or None.
+        faulty: whether `broken` is an error that the backend raised, and not something that this installation lacks.
+    """
 
     name: str
     distribution: str
     platforms: frozenset[str] | None
     broken: str | None
+    faulty: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +171,7 @@ class Registry:
             return self.get(backend)
         raise TypeError(
             f"backend must be None, 'auto', a Backend instance or one of {', '.join(self.names())}; "
-            f"got {backend!r} of type {type(backend).__name__}."
+            f"got {shown(backend)} of type {type(backend).__name__}."
         )
 
     def backends(self) -> tuple[BackendInfo, ...]:
@@ -170,14 +180,15 @@ class Registry:
         for name, entry in self.entries().items():
             backend = self._load(name)
             platforms, broken = None, _reason(backend) if isinstance(backend, Exception) else None
+            faulty = broken is not None
             if isinstance(backend, Backend):
                 try:
                     platforms = self._platforms(backend)
                     with self._asking(backend, "unavailable"):
                         broken = backend.unavailable()
                 except BackendFailed as failure:
-                    broken = str(failure)
-            infos.append(BackendInfo(name, _distribution(entry), platforms, broken))
+                    broken, faulty = str(failure), True
+            infos.append(BackendInfo(name, _distribution(entry), platforms, broken, faulty))
         return tuple(infos)
 
     def automatic(self) -> list[Backend]:
@@ -398,6 +409,14 @@ def platform_of(device: Any) -> str:
     if device.platform == "gpu":
         return "rocm" if "rocm" in getattr(device.client, "platform_version", "") else "cuda"
     return device.platform
+
+
+def gpu_platform() -> str:
+    """What "gpu" means here: JAX says so of NVIDIA's and of AMD's."""
+    try:
+        return platform_of(jax.local_devices(backend="gpu")[0])
+    except RuntimeError:  # there is none
+        return "cuda"
 
 
 registry = Registry()

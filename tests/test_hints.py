@@ -5,7 +5,10 @@ import contextvars
 import dataclasses
 import json
 import os
+import stat
+import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -288,13 +291,119 @@ def test_saving_at_once(file, backend):
 
 
 def test_lock_of_the_dead(file, backend):
+    """A file that nobody holds is no lock, however old or new."""
+    lock = file.with_suffix(".lock")
+    for age in (0, 1000):
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+        save(file, backend, num_warps=2)
+        assert file.exists()
+        assert not lock.exists()
+
+
+def test_an_old_lock_is_held_by_one(file):
+    """However long ago it was taken."""
+    lock, inside = file.with_suffix(".lock"), threading.Event()
+    saving = threading.Thread(target=lambda: (_hints.save(file, {"a": {"fwd_params": {}}}), inside.set()))
+    with _hints._lock(lock):
+        os.utime(lock, (0, 0))
+        saving.start()
+        assert not inside.wait(0.3)
+    saving.join()
+    assert "a" in json.loads(file.read_text())["entries"]
+
+
+SAVE = """
+import pathlib, sys
+from ejk_ragged import _hints
+file, worker = pathlib.Path(sys.argv[1]), sys.argv[2]
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(40):
+    _hints.save(file, {f"{worker} {i}": {"fwd_params": {"num_warps": 2}}})
+"""
+
+
+def test_processes_saving_at_once(file):
+    """They begin together beside a lock that was left behind; nothing is lost."""
     lock = file.with_suffix(".lock")
     lock.touch()
-    old = time.time() - 2 * _hints.LOCK_SECONDS
-    os.utime(lock, (old, old))
+    os.utime(lock, (0, 0))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen([sys.executable, "-c", SAVE, str(file), f"{n}"], **pipes) for n in range(4)]
+    for worker in workers:
+        assert worker.stdout.readline() == "ready\n"
+    for worker in workers:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    for worker in workers:
+        worker.communicate()
+    assert [worker.returncode for worker in workers] == [0] * 4
+    assert len(json.loads(file.read_text())["entries"]) == 4 * 40
+    assert [left.name for left in file.parent.iterdir()] == [file.name]
+
+
+def test_a_lock_dies_with_its_process(file):
+    held = "import sys; from ejk_ragged._hints import _lock\nwith _lock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    lock = file.with_suffix(".lock")
+    with subprocess.Popen(
+        [sys.executable, "-c", held, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        other.kill()
+    assert lock.exists()
+    began = time.monotonic()
+    _hints.save(file, {"a": {"fwd_params": {}}})
+    assert time.monotonic() - began < 1
+    assert [left.name for left in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+def test_mode(file, backend):
+    """What the umask gives a new file, and what the user gave an old one."""
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            save(file, backend, num_warps=2)
+            assert stat.S_IMODE(file.stat().st_mode) == mode
+        finally:
+            os.umask(before)
+        file.unlink()
     save(file, backend, num_warps=2)
-    assert file.exists()
-    assert not lock.exists()
+    file.chmod(0o640)
+    save(file, backend, num_warps=4)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+def test_a_newer_format_is_left_alone(file, backend, capsys):
+    text = json.dumps({"format": _hints.FORMAT + 1, "entries": {"of": "another kind"}})
+    file.write_text(text)
+    newer = "A newer version of ejk-ragged wrote the file, in format 3; this version knows format 2."
+    with pytest.warns(RuntimeWarning, match=rf"tuned hints are not saved in .*tuned.json: {newer} Update ejk-ragged"):
+        save(file, backend, num_warps=8)
+    with (
+        tuned_hints(file),
+        pytest.warns(RuntimeWarning, match=rf"tuned hints in .*tuned.json are ignored: {newer} Update ejk-ragged"),
+    ):
+        assert chosen(backend=backend).hints_from == "default"
+    with pytest.raises(SystemExit):
+        main(["tune", "--problem", "3,48,4:2,64,float32", "--file", str(file)])  # before any time is spent
+    assert newer in capsys.readouterr().err
+    assert file.read_text() == text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+def test_a_file_that_cannot_be_read_is_not_replaced(file, backend, monkeypatch):
+    file.write_text("not for us")
+
+    def denied(path):
+        raise PermissionError(f"{path} is another user's")
+
+    monkeypatch.setattr(type(file), "read_bytes", denied)
+    with pytest.raises(PermissionError):
+        save(file, backend, num_warps=8)
+    assert file.read_text() == "not for us"
 
 
 def test_a_write_that_fails_leaves_the_old_file(file, backend):

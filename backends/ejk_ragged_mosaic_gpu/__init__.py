@@ -39,9 +39,9 @@ class MosaicGpuBackend(Backend):
     def unavailable(self) -> str | None:
         # Before 0.11 its kernels cannot be interpreted, so that nothing of them can be checked without a GPU, and importing
         # it takes a package that JAX does not depend on.
-        needs = f"it needs the Mosaic GPU backend of JAX 0.11 or newer, not {jax.__version__}"
         if jax.__version_info__ < (0, 11):
-            return needs
+            return f"it needs JAX 0.11 (Python 3.12) or newer, not JAX {jax.__version__}"
+        needs = f"it needs the Mosaic GPU backend of JAX 0.11 or newer, not {jax.__version__}"
         try:
             found = importlib.util.find_spec(LANGUAGE) and importlib.import_module(LANGUAGE)
         except Exception as error:  # no Pallas at all, or what Mosaic GPU's part of Pallas needs

@@ -94,6 +94,18 @@ class Inputs:
         return {**self.rest, **self.caches[run % len(self.caches)]}
 
 
+def types(case: Case) -> dict[str, Any]:
+    """The arguments of a call for `case`, with a type in place of each array: nothing of the case's size is drawn."""
+    sizes = {"b": case.batch, "s": case.seq_len}
+
+    def type_of(name, x):
+        shape = [sizes.get(letter, n) for letter, n in zip(letters_of(name, x, case), x.shape, strict=True)]
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    small = dataclasses.replace(case, batch=1, seq_len=1).draw()
+    return {name: type_of(name, x) if isinstance(x, np.ndarray) else x for name, x in small.items()}
+
+
 def draw(case: Case, seed: int, copies: int, on_device: bool) -> Inputs:
     """Everything but the caches as the case draws it; those, being large, are drawn where they are used."""
     start, end = case.ranges(seed)

@@ -6,6 +6,7 @@ the query. It raises `CannotExpress` where it has no way to say what the case as
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -100,9 +101,14 @@ def jax_nn(case: Case, implementation: Literal["xla", "cudnn"]):
 
 
 def jax_pallas(case: Case):
-    """JAX's own example of decode attention in Pallas, for as long as it is there."""
+    """JAX's own example of decode attention in Pallas. JAX 0.11 has deprecated the example, so a later JAX may be without it."""
     _needs(case, "start")
-    from jax.experimental.pallas.ops.gpu.decode_attention import gqa
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from jax.experimental.pallas.ops.gpu.decode_attention import gqa
+    except Exception as error:  # the module, its name, or what it imports in its turn
+        raise CannotExpress(f"JAX {jax.__version__} has no such operation") from error
 
     def call(query, key, value, sequence_start, sequence_end):
         start = sequence_start if case.lengths[0] == "ranges" else None

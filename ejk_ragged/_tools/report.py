@@ -3,10 +3,10 @@
 Each section is gathered as plain data, which `--json` prints, and shown as text by a function of that data.
 """
 
+import dataclasses
 import importlib.metadata
 import math
 import platform
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ejk_ragged import backends, explain, ragged_decode_attention
+from ejk_ragged import backends, explain, Explanation, ragged_decode_attention
 from ejk_ragged._registry import platform_of
 from ejk_ragged.testing import Case, CHECKS, verify
 
 from .machine import default_platform
+from .progress import progress
 from .rows import CPU_STEP, ROWS
 from .timing import wall_times
 
@@ -45,6 +46,7 @@ def installation() -> dict[str, Any]:
             "distribution": info.distribution,
             "platforms": None if info.platforms is None else sorted(info.platforms),
             "broken": info.broken,
+            "faulty": info.faulty,
         }
         for info in backends()
     ]
@@ -55,22 +57,23 @@ def installation() -> dict[str, Any]:
     }
 
 
-def dispatch(case: Case) -> dict[str, Any]:
-    """Which backend does `case` on each platform, and why not the others."""
-    explanation = explain(**case.draw())
+def dispatch(explanation: Explanation) -> dict[str, Any]:
+    """Which backend does a call on each platform, and why not the others."""
     choices = {
         name: {
             "forward": choice.forward,
             "backward": choice.backward,
             "passed_over": choice.passed_over,
             "error": choice.error,
+            "fwd_params": dataclasses.asdict(choice.fwd_params),
+            "hints_from": choice.hints_from,
         }
         for name, choice in explanation.choices.items()
     }
     return {"problem": str(explanation.problem), "here": default_platform(), "platforms": choices}
 
 
-def checks(cases: Sequence[Case] = CHECKS, progress=lambda text: None) -> list[dict[str, Any]]:
+def checks(cases: Sequence[Case] = CHECKS) -> list[dict[str, Any]]:
     """Every backend that can run here beside the oracle, forward and gradients, the cache full of NaN outside the live ranges.
 
     Errors and tolerances are relative; an error of None is infinite or not a number.
@@ -79,11 +82,11 @@ def checks(cases: Sequence[Case] = CHECKS, progress=lambda text: None) -> list[d
         info.name for info in backends() if info.broken is None and (info.platforms is None or default_platform() in info.platforms)
     ]
     results = []
-    for name in able:
-        for case in cases:
-            progress(f"{name}: {case.name}")
-            results.append({"backend": name, "case": case.name} | _check(name, case))
-    progress("")
+    with progress(len(able) * len(cases), lines=False) as advance:
+        for name in able:
+            for case in cases:
+                advance(f"{name}, {case.name}")
+                results.append({"backend": name, "case": case.name} | _check(name, case))
     return results
 
 
@@ -160,12 +163,18 @@ def show_installation(data) -> str:
             info["name"],
             "every platform" if info["platforms"] is None else ", ".join(info["platforms"]),
             f"from {info['distribution']}",
-            "" if info["broken"] is None else f"BROKEN: {info['broken']}",
+            _why_not(info),
         )
         for info in data["backends"]
     ]
     parts = ["Versions", table(list(data["versions"].items())), "Devices", table(devices), "Backends"]
     return "\n".join([*parts, table(infos) if infos else "  none is installed"])
+
+
+def _why_not(info) -> str:
+    if info["broken"] is None:
+        return ""
+    return f"BROKEN: {info['broken']}" if info["faulty"] else f"not available here: {info['broken'].removeprefix('it ')}"
 
 
 def show_dispatch(data) -> str:
@@ -231,9 +240,3 @@ def show_step(data) -> str:
     ]
     title = f"One decode step ({data['problem']}; {data['live_tokens']} live tokens, {data['live_bytes'] / 1e6:.0f} MB)"
     return "\n".join([title, table(rows), f"  {data['speedup']:.1f} times as fast"])
-
-
-def show_progress(text: str) -> None:
-    """`text` in place of the last, on a terminal's error stream."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

@@ -1,16 +1,15 @@
-"""The benchmark as a user meets it: which rows are run in which variants, progress, and the files that are left."""
+"""The benchmark as a user meets it: which rows are run in which variants, and the files that are left."""
 
 import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import itertools
 import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from ejk_ragged.testing import Case
 from . import bench, devices, rows, tables
 from .inputs import TooLarge
 from .machine import default_platform, Machine
+from .progress import progress
 
 
 SCALING = {
@@ -165,35 +165,17 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Gives a function to be called with the name of each of `total` parts when it begins: a bar on a terminal, lines elsewhere,
-    on the error stream."""
-    done = itertools.count()
-    bar = None
-    if sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
-            from rich.console import Console
-            from rich.progress import Progress
-
-            bar = Progress(console=Console(stderr=True), transient=True)
-    if bar is None:
-        yield lambda text: print(f"[{next(done) + 1}/{total}] {text}", file=sys.stderr, flush=True)
-        return
-    with bar:
-        task = bar.add_task("", total=total)
-        yield lambda text: bar.update(task, completed=next(done), description=text)
-
-
 # ---------------------------------------------------------------------------------------------------------------------------
 # Files
 
 
 def write(data: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
-    """The data, as JSON."""
+    """The data, as JSON. The file is whole at any moment: old or new."""
     folder.mkdir(parents=True, exist_ok=True)
     file = _stem(data, folder).with_suffix(".json")
-    file.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    os.replace(new, file)
     return file
 
 

@@ -145,8 +145,12 @@ def run(
     seed: int,
     runs: int = 15,
     advance: Callable[[str], Any] = lambda text: None,
+    keep: Callable[[dict[str, Any]], Any] = lambda result: None,
 ) -> list[dict[str, Any]]:
-    """Tunes every case for every backend, within `limit` seconds altogether, saving each as it is found."""
+    """Tunes every case for every backend, within `limit` seconds altogether, and saves each as it is found.
+
+    `keep` is called with each result that is saved. A result that is not saved says why in "not_saved".
+    """
     machine = Machine.here()
     jobs = [(case, backend) for case in cases for backend in backends or [None]]
     began = time.monotonic()
@@ -162,12 +166,31 @@ def run(
             result: dict[str, Any] = {"row": case.name} | tune(case, machine, backend, seed, deadline, runs)
         except Exception as error:
             result = {"row": case.name, "refused": reason(error)}
-        best, key = result.get("best"), result.get("key")
-        if best and key:
-            entry = {"fwd_params": best["fwd_params"], "seconds": best["seconds"], "problem": result["problem"]}
-            _hints.save(file, {key: entry})
         results.append(result)
+        if "best" in result:
+            why = _save(file, result)
+            if why is None:
+                keep(result)
+            else:
+                result["not_saved"] = why
     return results
+
+
+def _save(file, result) -> str | None:
+    """Saves the best hints of a result; otherwise says why not."""
+    best, key = result["best"], result["key"]
+    if not key:
+        return "its sizes are no class of problems"
+    try:
+        return _hints.save(
+            file, {key: {"fwd_params": best["fwd_params"], "seconds": best["seconds"], "problem": result["problem"]}}
+        )
+    except OSError as error:
+        return reason(error)
+
+
+def saved(result: dict[str, Any]) -> bool:
+    return "best" in result and "not_saved" not in result
 
 
 def text(results: Sequence[dict[str, Any]], file: pathlib.Path) -> str:
@@ -187,6 +210,8 @@ def text(results: Sequence[dict[str, Any]], file: pathlib.Path) -> str:
         lines.append(
             f"{result['row']} ({result['backend']}): {show(best['fwd_params'])}: {best['seconds'] * 1e6:.1f} us, {gain}; {counts}"
         )
-    if any("best" in result for result in results):
+        if not saved(result):
+            lines.append(f"  not saved: {result['not_saved']}")
+    if any(map(saved, results)):
         lines.append(f"Saved in {file}")
     return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""What error messages say of a value that came, and of a way out."""
+
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+
+
+LONGEST = 120  # characters of a value; an array of any size is named by its type
+
+
+def shown(x: Any) -> str:
+    """A value in a few words, without the numbers that an array holds."""
+    if hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, np.generic):
+        return f"{x.dtype} of shape {tuple(x.shape)}"
+    if type(x) in (tuple, list) and any(hasattr(item, "shape") for item in x):
+        opening, closing = "()" if type(x) is tuple else "[]"
+        return _cut(f"{opening}{', '.join(map(shown, x))}{closing}")
+    return _cut(" ".join(repr(x).split("\n")))
+
+
+def _cut(text):
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def refuse_ref(name: str, x: Any):
+    """A `jax.Ref` has a shape and a dtype, and is no array.
+
+    Raises:
+        TypeError: `x` is one.
+    """
+    if isinstance(x, jax.Ref):
+        raise TypeError(f"{name} must be an array, got a jax.Ref, {shown(x)}. Pass the array that the Ref holds: {name}[...].")
+
+
+# Orders of axes that others use, each with the transposition to ours.
+CACHE_ORDERS = {
+    "[batch, seq_len, num_kv_heads, head_dim]": (0, 1, 2, 3),
+    "[batch, num_kv_heads, seq_len, head_dim]": (0, 2, 1, 3),
+    "[seq_len, batch, num_kv_heads, head_dim]": (1, 0, 2, 3),
+    "[num_kv_heads, batch, seq_len, head_dim]": (1, 2, 0, 3),
+    "[batch, num_kv_heads, head_dim, seq_len]": (0, 3, 1, 2),
+    "[batch, seq_len, head_dim, num_kv_heads]": (0, 1, 3, 2),
+}
+QUERY_ORDERS = {
+    4: {
+        "[batch, num_tokens, num_q_heads, head_dim]": (0, 1, 2, 3),
+        "[batch, num_q_heads, num_tokens, head_dim]": (0, 2, 1, 3),
+        "[num_tokens, batch, num_q_heads, head_dim]": (1, 0, 2, 3),
+    },
+    3: {
+        "[batch, num_q_heads, head_dim]": (0, 1, 2),
+        "[num_q_heads, batch, head_dim]": (1, 0, 2),
+        "[batch, head_dim, num_q_heads]": (0, 2, 1),
+    },
+}
+
+
+def other_order(query: tuple, key: tuple, value: tuple | None, paged: bool) -> str:
+    """For shapes that do not fit: which order of the axes they would fit in, and what to do. Nothing where there is none."""
+    if not all(isinstance(n, int) for n in (*query, *key, *(value or ()))):
+        return ""
+    arrays = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    orders = [QUERY_ORDERS[len(query)]] + [CACHE_ORDERS] * (len(arrays) - 1)
+    guesses = [dict(zip(arrays, names, strict=True)) for names in itertools.product(*orders)]
+    ours = guesses[0]
+    changed = lambda guess: [name for name in arrays if guess[name] != ours[name]]
+    # Few changes first, and key and value alike.
+    for guess in sorted(guesses, key=lambda guess: (len(changed(guess)), guess.get("value") != guess["key"])):
+        axes = {name: order[guess[name]] for name, order in zip(arrays, orders, strict=True)}
+        if _fit(**{name: tuple(arrays[name][axis] for axis in axes[name]) for name in arrays}, paged=paged):
+            names = changed(guess)
+            break
+    else:
+        return ""
+    words = lambda text: text.replace("batch", "num_pages").replace("seq_len", "page_size") if paged else text
+    layouts = {name: guess[name] if name == "query" else words(guess[name]) for name in names}
+    accepted = {name: ours[name] if name == "query" else words(ours[name]) for name in names}
+    came = ", ".join(f"{name} {layout}" for name, layout in layouts.items())
+    taken = ", ".join(f"{name} {layout}" for name, layout in accepted.items())
+    passed = ", ".join(f"{name}.transpose{axes[name]}" for name in names)
+    copies = "" if names == ["query"] else " A transposed cache is a copy at every step: the docs' recipes do without."
+    return f" The sizes would fit {came}; the order here is {taken}: pass {passed}.{copies}"
+
+
+def _fit(query, key, value=None, *, paged) -> bool:
+    heads = query[-2] > 0 and key[2] > 0 and query[-2] % key[2] == 0
+    rows = value is None or value[:3] == key[:3]
+    width = query[-1] == key[3] if value is not None else query[-1] <= key[3]
+    return heads and rows and width and (paged or query[0] == key[0])
