@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 from ejk_ragged import FwdParams, Problem, Target
 from ejk_ragged_schedule import Schedule
@@ -65,6 +66,8 @@ SHARED_MEMORY_ELSEWHERE = 99
 RESERVED = 1024  # bytes that the system takes of it for each program; all have together as much as one may have, with that
 # Rows of queries from here on go into further blocks, each of which reads the cache again.
 MAX_ROWS = 64
+# And no more than so many sums of a block, query rows times dimensions: registers hold no more beside a tile.
+MOST_SUMS = 32 * 576
 # Of rows from here on the tensor cores take their operands from shared memory, and hold on to a stage for longer.
 WHOLE_STAGES_FROM = 64
 
@@ -146,7 +149,8 @@ def fitting_rows(problem: Problem, fits) -> int:
     """Rows of queries of a block: as many as there are of a kv head, up to `MAX_ROWS`, or to what fits."""
     # A block of fewer rows than the tensor cores take is padded, so that any number of them has one.
     most = min(max(power_of_two(problem.num_tokens * problem.group), 16), MAX_ROWS)
-    return next((rows for rows in (64, 32) if rows <= most and fits(rows)), 16)
+    widest = max(width_of(Part.of(dim)) for dim in (problem.head_dim, problem.value_dim))
+    return next((rows for rows in (64, 32) if rows <= most and rows * widest <= MOST_SUMS and fits(rows)), 16)
 
 
 def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
@@ -171,8 +175,8 @@ def tile_keys(problem: Problem) -> int:
     most = MOST_QUANTISED_KEYS if problem.quantised else MOST_KEYS
     if problem.cache_dtype.name.startswith("float8"):
         most = min(most, max(power_of_two(problem.head_dim), FEW_QUANTISED_KEYS))
-    keys = 2 * TILE_BYTES // (row_width(problem) * itemsize)
-    return min(max(1 << (max(keys, 1).bit_length() - 1), 16), most)
+    keys = 2 * TILE_BYTES / (row_width(problem) * itemsize)
+    return min(max(1 << round(math.log2(keys)), 16), most)
 
 
 def row_width(problem: Problem) -> int:
