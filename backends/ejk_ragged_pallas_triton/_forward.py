@@ -149,8 +149,12 @@ def _combine_kernel(parts_ref, part_stats_ref, pieces_ref, *refs, num_q_heads, p
         piece = i * plan.merge_slots + jnp.arange(plan.merge_slots, dtype=jnp.int32)
         mask = (piece < count)[:, None] & ok[None, :]
         slots = first + piece
-        part_high = plgpu.load(part_stats_ref.at[slots[:, None], rows[None, :], 0], mask=mask, other=-jnp.inf)
-        part_total = load((part_stats_ref.at[slots[:, None], rows[None, :], 1], mask))
+        # Both numbers in one load: with two, this kernel takes half as long again where it is short.
+        which = jnp.arange(2, dtype=jnp.int32)[None, None, :]
+        place = part_stats_ref.at[slots[:, None, None], rows[None, :, None], which]
+        stats = plgpu.load(place, mask=mask[:, :, None], other=-jnp.inf)
+        part_high, part_total = (jnp.max(jnp.where(which == i, stats, -jnp.inf), axis=2) for i in range(2))
+        part_total = jnp.maximum(part_total, 0.0)
         outs = [
             load((parts_ref.at[slots[:, None, None], rows[None, :, None], part.dims[None, None, :]], masked(part, mask)))
             for part in plan.value_parts

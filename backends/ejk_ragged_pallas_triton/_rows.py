@@ -55,7 +55,8 @@ class Rows:
         """What must be known of the tile of sequence `b` that begins with row `key`: nothing of a padded cache, else the numbers of
         its pages, one or [pages_of_tile], and, where tiles may begin before the range does, the range's first row.
 
-        Nothing is done with the numbers here: whoever waits for them would wait for a load in the same round.
+        What is not in the pool, or beyond the table, is clipped: no token sees a row there. Clipped here, not where the numbers are
+        used a round later: then the loop waited longer (pages of 64, full: 1.12 of a padded cache in place of 1.06).
         """
         if self.page_size is None:
             return ()
@@ -67,7 +68,7 @@ class Rows:
             numbers = key // self.page_size + numbers if self.align > 1 else (key + numbers) // self.page_size
             page = plgpu.load(self.table_ref.at[b, jnp.minimum(numbers, last)])
         start = () if self.align == 1 or self.start_ref is None else (self.start_ref[b],)
-        return page, *start
+        return jnp.clip(page, 0, self.num_pages - 1), *start
 
     def live(self, keys, end, found):
         """Which keys of a tile are in the range, whose piece ends at `end`."""
@@ -81,7 +82,7 @@ class Rows:
         offsets = jnp.arange(self.block_keys, dtype=jnp.int32)
         if self.page_size is None:
             return b, key + offsets
-        page = jnp.clip(found[0], 0, self.num_pages - 1)  # no token sees a row of what is not in the pool
+        page = found[0]
         if self.pages_of_tile == 1:
             return page, key % self.page_size + offsets
         if self.align > 1:
