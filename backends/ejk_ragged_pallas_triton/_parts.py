@@ -26,8 +26,8 @@ class Part:
     def of(cls, dim: int) -> "tuple[Part, ...]":
         """The parts of a head of `dim` dimensions, the largest first.
 
-        No part is smaller than 32 beside another: such tiles cost more than the padding that they spare. (An H100, of 80 dimensions:
-        64 + 16 take 1.3 times as long as 128.)
+        No part is smaller than 32 beside another: such tiles cost more than the padding that they spare. (On an H100, a head of
+        80 dimensions takes 1.3 times as long in 64 + 16 as in 128.)
         """
         parts, first = [], 0
         while first < dim:

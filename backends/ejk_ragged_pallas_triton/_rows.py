@@ -22,6 +22,7 @@ class Rows:
         num_pages: pages of the pool.
         page_size: rows per page.
         block_keys: rows per tile.
+        anywhere: whether tiles begin where ranges do, as they do in a padded cache, so that sums have the same order and bits.
     """
 
     table_ref: Any
@@ -29,15 +30,17 @@ class Rows:
     num_pages: Any
     page_size: Any
     block_keys: int
+    anywhere: bool
 
     @classmethod
     def of(cls, problem, block_keys, table_ref, start_ref) -> "Rows":
-        return cls(table_ref, start_ref, problem.num_pages, problem.page_size, block_keys)
+        anywhere = problem.fwd_params.num_key_splits is not None
+        return cls(table_ref, start_ref, problem.num_pages, problem.page_size, block_keys, anywhere)
 
     @property
     def align(self) -> int:
         """Tiles begin at multiples of so many rows, and then have one page, or whole pages."""
-        if self.page_size is None:
+        if self.page_size is None or self.anywhere:
             return 1
         small, large = sorted((self.page_size, self.block_keys))
         return small if large % small == 0 else 1

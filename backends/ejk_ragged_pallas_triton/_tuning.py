@@ -55,6 +55,9 @@ PROGRAMS = {False: 1, True: 2}
 # Numbers of a block of queries that d_query's kernel loads before the keys of a quantised cache. Larger ones it loads after them:
 # what is loaded first waits in registers, where beside widened tiles there is little room.
 SMALL_BLOCK = 16 * 128
+# So many times as many keys in a tile where the cache is in pages: the loop waits a little for the next tile's pages, each time. With
+# splits given a tile is that of a padded cache, for the same bits.
+PAGED = 2
 MOST_MERGED = 32  # partial results of a sequence at a time
 
 # What there is to a device, where there is no device to ask: an H100.
@@ -156,6 +159,8 @@ def fitting_rows(problem: Problem, fits) -> int:
 def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
     """Keys of a tile beside so many rows of queries; with splits given it does not depend on the batch."""
     keys = tile_keys(problem)
+    if problem.paged and not problem.quantised and not problem.fwd_params.num_key_splits:
+        keys *= PAGED
     if not problem.quantised:
         return keys
     if rows > 16:
