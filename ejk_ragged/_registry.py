@@ -205,7 +205,14 @@ class Registry:
                 ]
             installed = self._installed
         settings, tuned = request.settings, request.tuned
-        facts = (sys.modules[__package__].__version__, jax.__version__, settings, tuned, _described(request.backend), installed)
+        facts = (
+            sys.modules[__name__.partition(".")[0]].__version__,
+            jax.__version__,
+            settings,
+            tuned,
+            _described(request.backend),
+            installed,
+        )
         return hashlib.sha256(fingerprint(facts).encode()).hexdigest()[:32]
 
     def _warn_once(self, key: str, message: str):
