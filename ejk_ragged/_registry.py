@@ -106,45 +106,39 @@ class Registry:
     def entries(self) -> dict[str, importlib.metadata.EntryPoint]:
         """Entry points by name, nothing imported."""
         with self._lock:
-            return self._find_entries()
-
-    def _find_entries(self):
-        if self._entries is None:
-            found = importlib.metadata.entry_points(group=GROUP) if self._given is None else self._given
-            entries: dict[str, importlib.metadata.EntryPoint] = {}
-            for entry in found:
-                other = entries.setdefault(entry.name, entry)
-                if other is not entry and (other.value, _distribution(other)) != (entry.value, _distribution(entry)):
-                    raise RuntimeError(
-                        f"Two distributions register a backend named {entry.name!r}: {_distribution(other)} ({other.value}) and "
-                        f"{_distribution(entry)} ({entry.value}). Uninstall one of them."
-                    )
-            self._entries = dict(sorted(entries.items()))
-        return self._entries
+            if self._entries is None:
+                found = importlib.metadata.entry_points(group=GROUP) if self._given is None else self._given
+                entries: dict[str, importlib.metadata.EntryPoint] = {}
+                for entry in found:
+                    other = entries.setdefault(entry.name, entry)
+                    if other is not entry and (other.value, _distribution(other)) != (entry.value, _distribution(entry)):
+                        raise RuntimeError(
+                            f"Two distributions register a backend named {entry.name!r}: {_distribution(other)} ({other.value}) "
+                            f"and {_distribution(entry)} ({entry.value}). Uninstall one of them."
+                        )
+                self._entries = dict(sorted(entries.items()))
+            return self._entries
 
     def names(self) -> tuple[str, ...]:
         return tuple(self.entries())
 
     def _load(self, name: str) -> Backend | Exception:
         with self._lock:
-            return self._load_once(name)
-
-    def _load_once(self, name):
-        if name not in self._loaded:
-            try:
-                backend = self.entries()[name].load()
-                if isinstance(backend, type):
-                    backend = backend()
-                if not isinstance(backend, Backend):
-                    raise TypeError(f"its entry point is {backend!r}, not an ejk_ragged.Backend")
-                if backend.name != name:
-                    raise ValueError(f"its entry point is named {name!r} but the backend calls itself {backend.name!r}")
-                if not isinstance(backend.priority, int | float):
-                    raise TypeError(f"its priority must be a number, got {backend.priority!r}")
-                self._loaded[name] = backend
-            except Exception as error:  # whatever a plug-in raises, the others go on
-                self._loaded[name] = error
-        return self._loaded[name]
+            if name not in self._loaded:
+                try:
+                    backend = self.entries()[name].load()
+                    if isinstance(backend, type):
+                        backend = backend()
+                    if not isinstance(backend, Backend):
+                        raise TypeError(f"its entry point is {backend!r}, not an ejk_ragged.Backend")
+                    if backend.name != name:
+                        raise ValueError(f"its entry point is named {name!r} but the backend calls itself {backend.name!r}")
+                    if not isinstance(backend.priority, int | float):
+                        raise TypeError(f"its priority must be a number, got {backend.priority!r}")
+                    self._loaded[name] = backend
+                except Exception as error:  # whatever a plug-in raises, the others go on
+                    self._loaded[name] = error
+            return self._loaded[name]
 
     def get(self, name: str) -> Backend:
         """The backend of that name.
@@ -208,15 +202,13 @@ class Registry:
         something cannot be named; then it is another in each."""
         with self._lock:
             if self._installed is None:
-                # A plug-in without a distribution, or with made-up metadata, has no version.
-                described = [(entry, self._load(name)) for name, entry in self.entries().items()]
                 self._installed = [
-                    (entry.name, entry.value, _distribution(entry), getattr(entry.dist, "version", None), _described(backend))
-                    for entry, backend in described
+                    (name, entry.value, _distribution(entry), getattr(entry.dist, "version", None), _described(self._load(name)))
+                    for name, entry in self.entries().items()
                 ]
             installed = self._installed
-        settings, tuned = request.settings, request.tuned
-        facts = (sys.modules[__package__].__version__, jax.__version__, settings, tuned, _described(request.backend), installed)
+        versions = sys.modules[__name__.partition(".")[0]].__version__, jax.__version__
+        facts = (versions, request.settings, request.tuned, _described(request.backend), installed)
         return hashlib.sha256(fingerprint(facts).encode()).hexdigest()[:32]
 
     def _warn_once(self, key: str, message: str):

@@ -53,7 +53,7 @@ class Entry:
         return self.thing
 
 
-def backend(name, priority=0, platforms=None, why=None, **methods) -> Any:
+def backend(name, priority: Any = 0, platforms=None, why=None, **methods) -> Any:
     """A Backend class. It refuses everything if there is a reason why."""
     members = {"name": name, "priority": priority, "platforms": platforms, "supports": lambda self, problem, target: why}
     return type(name.title(), (TextbookBackend,), members | methods)

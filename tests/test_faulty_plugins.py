@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ FAULTS = {
 }
 
 
-def faulty(kind):
+def faulty(kind) -> Any:
     what, member = FAULTS[kind]
     return Entry("faulty", backend("faulty", 9, **{what: member}), "faulty-dist")
 
@@ -128,7 +129,8 @@ def test_hints_that_cannot_work_are_the_callers():
 
 
 def test_a_priority_that_is_no_number():
-    made = Registry([Entry("bad", backend("bad", "high"), "bad-dist"), *entries(backend("good"))])
+    bad: Any = Entry("bad", backend("bad", "high"), "bad-dist")
+    made = Registry([bad, *entries(backend("good"))])
     with pytest.warns(RuntimeWarning, match="'bad' of bad-dist cannot be loaded .* its priority must be a number, got 'high'"):
         assert made.select("cpu", PROBLEM).backend.name == "good"
 
@@ -195,9 +197,9 @@ def test_fresh_instances_share_what_is_compiled():
     traced = []
 
     class Counted(Plain):
-        def forward(self, *args):
+        def forward(self, *args, **kwargs):
             traced.append(self.tile)
-            return super().forward(*args)
+            return super().forward(*args, **kwargs)
 
     arrays, _ = draw(Case("", 2, 12, 4, 2, 8))
     for tile in (3, 3, 4, 3):
