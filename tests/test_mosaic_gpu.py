@@ -182,6 +182,17 @@ def test_numbers_have_signs(name):
 
 
 @has_mosaic_gpu
+@pytest.mark.parametrize("name", ["plain", "head_dim 256, many rows"])
+def test_lowers_where_gradients_are_asked_for(name):
+    """Its output is not rounded then, and weights have two terms, for which there is room."""
+    (query, *rest), options = CALLS[name]
+    call = functools.partial(ragged_decode_attention, backend="mosaic_gpu", **options)
+    grad = lambda query, *rest: jax.vjp(lambda query: call(query, *rest), query)[1](query)
+    text = jax.jit(grad).trace(query, *rest).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count(CUSTOM_CALL) == 2
+
+
+@has_mosaic_gpu
 def test_lowers_with_64_bit_types(x64):
     assert lowered(arrays()).count(CUSTOM_CALL) == 2
 

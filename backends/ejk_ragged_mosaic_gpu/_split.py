@@ -245,17 +245,21 @@ class _Program:
         return tile
 
     def logits(self, products):
-        """Base-2 logits of the products q . k: scaled, then capped."""
+        """Base-2 logits of the products q . k: scaled, then capped.
+
+        They are rounded numbers: the minimum, which changes no finite one, keeps the compiler from fusing the factor and a later
+        subtraction. What is subtracted is the largest of them, and beside a large one a rounding is much in an exponent.
+        """
         cap = self.problem.logits_soft_cap
         if cap is None:
-            return products * (self.problem.softmax_scale * LOG2_E)
+            return jnp.minimum(products * (self.problem.softmax_scale * LOG2_E), -LOWEST)
         # The instruction for tanh is good for 11 bits only. 1 - 2 / (exp(2 u) + 1) cancels where u is small, so there it is a
         # polynomial, fitted to float32 for u * u < 1/4.
         u = products * (self.problem.softmax_scale / cap)
         v = u * u
         near = u + u * (v * (-0.33333312 + v * (0.13330514 + v * (-0.05339106 + v * 0.01799922))))
         far = 1 - 2 / (jnp.exp2(u * (2 * LOG2_E)) + 1)
-        return jnp.where(v < 0.25, near, far) * (cap * LOG2_E)
+        return jnp.minimum(jnp.where(v < 0.25, near, far) * (cap * LOG2_E), -LOWEST)
 
     def store(self, piece, acc, high, total):
         """A piece's results, from registers: nobody waits for them."""

@@ -151,7 +151,7 @@ def _tiles(problem, keys, rows, stages, multiprocessors) -> Tiles:
 
 
 def terms_of_weights(problem: Problem) -> int:
-    """Numbers of 16 bits that a weight is written as the sum of: two for a result that is not rounded, as others may be subtracted."""
+    """Numbers of 16 bits that a weight is written as the sum of: more than one where the result is not rounded either."""
     return MOST_TERMS if problem.keeps_accum_dtype else 1
 
 

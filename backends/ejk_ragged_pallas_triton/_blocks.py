@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 
 LOG2_E = math.log2(math.e)
 LOWEST = float(jnp.finfo(jnp.float32).min)  # stands in for -inf where a difference of two must not be NaN
-LEAST = 1e-30  # stands in for 0 in a divisor
+HIGHEST = -LOWEST
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)  # arrays stay where they are; kernels index them
 
 
@@ -161,11 +161,15 @@ def store(where, values):
 
 
 def logits(problem, products, key_scales=None, common_scale=1.0):
-    """Base-2 logits of the products q . k: scaled, then capped. (`exp2` is one instruction; log2(e) rides on the scale.)"""
+    """Base-2 logits of the products q . k: scaled, then capped. (`exp2` is one instruction; log2(e) rides on the scale.)
+
+    They are rounded numbers: the minimum, which changes no finite one, keeps the compiler from fusing the factor and a later
+    subtraction. What is subtracted is the largest of them, and beside a large one a rounding is much in an exponent.
+    """
     cap = problem.logits_soft_cap
     factor = problem.softmax_scale * (LOG2_E if cap is None else 1 / cap) * common_scale
     x = products * (factor if key_scales is None else (key_scales * factor)[None, :])
-    return x if cap is None else jnp.tanh(x) * (cap * LOG2_E)
+    return jnp.minimum(x if cap is None else jnp.tanh(x) * (cap * LOG2_E), HIGHEST)
 
 
 def logits_slope(problem, base2_logits):
@@ -210,7 +214,8 @@ def key_dot(problem, d_x, k, scale=None):
     if problem.dtype != jnp.float16:
         return fine_dot(problem, d_x, k)
     # Relative to each row's largest: nothing leaves the range, nor do small ones lose bits.
-    largest = jnp.maximum(jnp.max(jnp.abs(d_x), axis=1), LEAST)[:, None]
+    least = float(jnp.finfo(jnp.float16).smallest_subnormal)
+    largest = jnp.maximum(jnp.max(jnp.abs(d_x), axis=1), least)[:, None]
     return fine_dot(problem, d_x * (1 / largest), k) * largest
 
 
