@@ -196,6 +196,8 @@ def _broadcast(size, mapped, x):
 def _fold(into, size, mapped, layout, op, request, args):
     """`op` where the maps join the tokens, or the sequences, `into` being the letter of their axis."""
     own = args[0].query.shape[layout.operands[0].query.index(into) - 4]
+    # Where sequences are split over devices, a device keeps all maps of its own, unless the maps are split.
+    maps_are_inner = into == "b" and not _sharding.maps_are_split(mapped, args)
 
     def fold(letters, mapped, x):
         """[M, ..., T, ...] as [..., M * T, ...]; what has no such axis, or is alike along the axis, may stay so."""
@@ -206,13 +208,13 @@ def _fold(into, size, mapped, layout, op, request, args):
             return x
         shape = [*x.shape[:axis], own, *x.shape[axis:][1:]]
         x = jnp.broadcast_to(x, shape if mapped else (size, *shape))
-        x = jnp.moveaxis(x, 0, axis - 1)
+        x = jnp.moveaxis(x, 0, axis if maps_are_inner else axis - 1)
         return x.reshape(*x.shape[: axis - 1], size * own, *x.shape[axis:][1:])
 
     def unfold(letters, x):
         axis = letters.index(into) - len(letters)
-        x = x.reshape(*x.shape[:axis], size, own, *x.shape[axis:][1:])
-        return jnp.moveaxis(x, axis - 1, 0)
+        x = x.reshape(*x.shape[:axis], *((own, size) if maps_are_inner else (size, own)), *x.shape[axis:][1:])
+        return jnp.moveaxis(x, axis if maps_are_inner else axis - 1, 0)
 
     if into == "t" and (mapped[0].start or mapped[0].end):
         request = dataclasses.replace(request, settings=dataclasses.replace(request.settings, junk_between_tokens=True))

@@ -157,6 +157,11 @@ def spread(name, part, layout: Layout, fold):
     return run
 
 
+def maps_are_split(mapped, args) -> bool:
+    """Whether types say that what `vmap` maps, along the first axis, is split over devices."""
+    return any(m and _spec_of_type(x)[0] for m, x in zip(jax.tree.leaves(mapped), jax.tree.leaves(args), strict=True))
+
+
 def _mesh(args):
     return jax.typeof(args[1].key).sharding.mesh
 

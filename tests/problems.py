@@ -21,15 +21,34 @@ def ranges(draw, batch, seq_len):
 
 
 @st.composite
-def cases(draw, shapes, dtypes, quantised=True):
-    """A case of one of `shapes` (B, S, Hq, Hkv, D) and `dtypes`, with any features."""
+def operands(draw, head_dim):
+    """Pages, the width of the value, or its columns in the key's rows and the width of these rows: fields of `Case` by name."""
+    pages = {"page_size": draw(st.sampled_from([None, 1, 2, 7, 16, 64]))}
+    kind = draw(st.sampled_from(["plain", "value_dim", "any columns", "latent", "fused"]))
+    if kind == "plain":
+        return pages
+    if kind == "value_dim":
+        return pages | {"value_dim": draw(st.integers(8, 2 * head_dim))}
+    if kind == "fused":
+        return pages | {"value_columns": (head_dim, 2 * head_dim), "row_dim": 2 * head_dim}
+    row_dim = draw(st.integers(head_dim, 2 * head_dim))
+    first = 0 if kind == "latent" else draw(st.integers(0, row_dim - 8))
+    return pages | {"value_columns": (first, draw(st.integers(first + 8, row_dim))), "row_dim": row_dim}
+
+
+@st.composite
+def cases(draw, shapes, dtypes, quantised=True, plain=False):
+    """A case of one of `shapes` (B, S, Hq, Hkv, D) and `dtypes`, with any features; `plain`: of a padded key and value of one
+    width."""
     batch, seq_len, num_q_heads, num_kv_heads, head_dim = draw(st.sampled_from(shapes))
     num_tokens = draw(st.sampled_from([None, None, 1, 3]))
     query_lengths = st.lists(st.integers(-1, 4) | st.sampled_from([-(2**63), 2**64 - 1]), min_size=batch, max_size=batch).map(tuple)
     cache_dtype = draw(st.sampled_from([None, None, "int8", "float8_e4m3fn", "float8_e5m2"])) if quantised else None
     dtype = draw(st.sampled_from(dtypes))
     integers = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, *[64] * (dtype == "float64"))]
-    scales = ["number", "head", "sequence", "row", *[None] * (cache_dtype != "int8")]
+    operand = {} if plain else draw(operands(head_dim))
+    by_sequence = ["sequence"] * (operand.get("page_size") is None)
+    scales = ["number", "head", *by_sequence, "row", *[None] * (cache_dtype != "int8")]
     return Case(
         "drawn",
         batch,
@@ -48,4 +67,5 @@ def cases(draw, shapes, dtypes, quantised=True):
         cache_dtype,
         draw(st.sampled_from(scales)) if cache_dtype else None,
         draw(st.sampled_from(["int32", *integers])),
+        **operand,
     )

@@ -31,12 +31,13 @@ LENGTHS = ("sequence_start", "sequence_end", "query_lengths")
 
 @st.composite
 def layouts(draw, case):
-    """A mesh, the axes of it that split a cache's batch, rows and heads, and how a query is split that goes its own way."""
+    """A mesh, the axes of it that split a cache's batch, rows and heads, and how query and page table are split, which in places go
+    their own way. A pool is split by heads alone."""
     kind = draw(st.sampled_from(["Auto", "Explicit"]))
     mesh = make_mesh(*[kind] * 3, sizes=draw(st.sampled_from([(2, 2, 2), (8, 1, 1), (1, 4, 2)])))
     split: list[tuple[str, ...]] = [(), (), ()]
     for name in mesh.axis_names:
-        axis = draw(st.sampled_from([None, 0, 1, 2]), f"what {name} splits")
+        axis = draw(st.sampled_from([None, 2] if case.page_size else [None, 0, 1, 2]), f"what {name} splits")
         if axis is None:
             continue
         devices = math.prod(mesh.shape[other] for other in (*split[axis], name))
@@ -47,21 +48,37 @@ def layouts(draw, case):
     if jax.__version_info__ >= (0, 11):
         # It has no type for a gradient, of our query or of anything, that XLA splits among some of an axis's devices.
         sizes = {spec: size for spec, size in sizes.items() if size % mesh.shape[spec[-1]] == 0}
-    return kind, mesh, split, draw(st.sampled_from([P(), P(), *sizes])) if kind == "Auto" else P()
+    batch, heads = own_axes(case, mesh, {name for names in split for name in names})
+    table = P(draw(st.sampled_from([None, batch]), "what splits the page table"))
+    own = draw(st.sampled_from([P(), P(batch), P(batch, *[None] * (case.num_tokens is not None), heads)]), "how the query is split")
+    query = draw(st.sampled_from([own, P(), *sizes]), "or in a way that nothing else follows") if kind == "Auto" else own
+    return kind, mesh, split, query, table
+
+
+def own_axes(case, mesh, used):
+    """Axes of the mesh, or None, for what the cache has no axis for: sequences of a pool, and query heads of one kv head."""
+    free = [name for name in mesh.axis_names if name not in used]
+
+    def take(has, size):
+        return next((free.pop(i) for i, name in enumerate(free) if has and size % mesh.shape[name] == 0), None)
+
+    return take(case.page_size, case.batch), take(case.num_kv_heads == 1, case.num_q_heads)
 
 
 @st.composite
 def maps(draw, arguments):
     """Names of the arguments that `vmap` maps, how many maps, and which of them has the arguments as they are."""
-    groups = [("query",), ("softmax_aux",), LENGTHS, CACHE, ("query", *CACHE), ("query", "softmax_aux", *LENGTHS, *CACHE)]
+    everything = ("query", "softmax_aux", "page_table", *LENGTHS, *CACHE)
+    groups = [("query",), ("softmax_aux",), LENGTHS, CACHE, ("query", *CACHE), everything]
+    groups += [("page_table",), ("query", "page_table", *LENGTHS)] * ("page_table" in arguments)
     names = [name for name in draw(st.sampled_from([(), *groups])) if getattr(arguments.get(name), "ndim", 0)]
     return names, 2, draw(st.integers(0, 1))
 
 
 def on_mesh(call, layout, mapping):
     """A call like `call`, whose cache is spread out and whose arguments `mapping` are stacked with others."""
-    (kind, mesh, (batch, rows, heads), query_spec), (names, size, at) = layout, mapping
-    specs = {"query": query_spec} | {name: P(batch, rows, heads) for name in ("key", "value")}
+    (kind, mesh, (batch, rows, heads), query_spec, table_spec), (names, size, at) = layout, mapping
+    specs = {"query": query_spec, "page_table": table_spec} | {name: P(batch, rows, heads) for name in ("key", "value")}
     specs |= {name: P(batch, heads, rows) for name in ("key_scale", "value_scale")}
 
     def sharding(name):
@@ -96,7 +113,9 @@ def check(data, call, **options):
     arguments = case.draw(seed)
     layout = data.draw(layouts(case), "layout")
     mapping = data.draw(maps(arguments), "maps")
-    if not {*CACHE, *LENGTHS} & set(mapping[0]):  # or other maps would see the junk, and hand it on in gradients of what they share
+    if not {"page_table", *CACHE, *LENGTHS} & set(
+        mapping[0]
+    ):  # or other maps would see the junk, and hand it on in gradients of what they share
         arguments = case.draw(seed, poison=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "softmax_aux of shape", UserWarning)  # N may equal Hq
@@ -112,4 +131,10 @@ def test_any_problem_on_any_mesh(data):
 @hypothesis.given(data=st.data())
 def test_each_backend(subject, data):
     call = functools.partial(ragged_decode_attention, backend=subject.on_cpus())
-    check(data, call, dtypes=[dtype for dtype in subject.dtypes if dtype != "float64"], quantised=subject.quantised)
+    check(
+        data,
+        call,
+        dtypes=[dtype for dtype in subject.dtypes if dtype != "float64"],
+        quantised=subject.quantised,
+        plain=subject.plain,
+    )

@@ -379,7 +379,7 @@ SHAPES = [  # few, since each is compiled: B, S, Hq, Hkv, D
 @hypothesis.given(data=st.data())
 def test_any_problem(subject, data):
     """Forward and gradients of anything that may be asked, with poison around the live ranges; other ranges share its programs."""
-    case = data.draw(cases(SHAPES, subject.dtypes, subject.quantised), "case")
+    case = data.draw(cases(SHAPES, subject.dtypes, subject.quantised, subject.plain), "case")
     hints = data.draw(st.sampled_from([None, FwdParams(block_size_keys=16), FwdParams(num_key_splits=3)]), "hints")
     lengths = [case.lengths] if case.lengths == ("full",) else [case.lengths, data.draw(ranges(case.batch, case.seq_len), "others")]
     seed = data.draw(st.integers(0, 99), "seed")

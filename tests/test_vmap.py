@@ -120,8 +120,11 @@ def test_features():
 @pytest.mark.parametrize("outer", ["query", "query+key+value+lengths+sinks"])
 def test_nested(outer, inner):
     """A map of maps, each over arguments of its own."""
-    outer, inner = names_of(outer), names_of(inner)
-    arrays = stacked(inner)
+    assert_nested(names_of(outer), names_of(inner))
+
+
+def assert_nested(outer, inner, case=CASE):
+    arrays = stacked(inner, case)
     arrays = {k: jnp.stack([x, x[::-1]]) if k in outer else x for k, x in arrays.items()}
     axes = lambda names: ({k: 0 if k in names else None for k in arrays},)
     twice = jax.vmap(jax.vmap(lambda kw: call(**kw, return_lse=True), in_axes=axes(inner)), in_axes=axes(outer))
@@ -222,3 +225,114 @@ def test_mapped_queries_share_one_operation():
     assert "scan" not in text
     out, _ = function(**arrays)
     np.testing.assert_array_equal(out, np.stack([out[0]] * NUM_MAPPED))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Pages, a value of another width, and a value in the key's rows
+
+
+PAGES = Case("pages", 2, 12, 4, 2, 8, lengths=CASE.lengths, sinks=("query", 2), page_size=4, value_dim=12)
+LATENT = Case("latent", 2, 12, 6, 1, 12, lengths=CASE.lengths, softmax_scale=0.3, value_columns=(0, 8), row_dim=16)
+LATENT_PAGES = dataclasses.replace(
+    LATENT, page_size=5, num_tokens=2, query_lengths=(2, 1), cache_dtype="int8", scales="row", value_columns=(4, 16)
+)
+POOL = {"pool": ("key", "value"), "table": ("page_table",)}
+PARTS = ("query", "pool", "table", "lengths", "sinks")
+SUBSETS_OF_PAGES = ["+".join(subset) for count in range(1, 6) for subset in itertools.combinations(PARTS, count)]
+
+
+@pytest.mark.parametrize("subset", [*SUBSETS_OF_PAGES, "key", "value+table", "key+query"])
+def test_pages(subset):
+    """Also junk in the table: an entry of another map's pool would be seen."""
+    assert_maps(call, names_of(subset, GROUPS | POOL), PAGES)
+
+
+@pytest.mark.parametrize("subset", ["query", "key", "key+query+lengths"])
+@pytest.mark.parametrize("case", [LATENT, dataclasses.replace(LATENT, value_columns=(9, 16)), LATENT_PAGES], ids=str)
+def test_value_in_the_rows(case, subset):
+    groups = GROUPS_OF_TOKENS if case.num_tokens else GROUPS
+    latent = functools.partial(call, **draw(case)[1])
+    assert_maps(latent, names_of(subset, groups), case)
+    if case.page_size:
+        assert_maps(latent, [*names_of(subset, groups), "page_table", "key_scale"], case)
+
+
+@pytest.mark.parametrize("inner", ["query", "table", "query+table+lengths", "pool", "pool+table"])
+@pytest.mark.parametrize("outer", ["table", "pool+table", "query+pool"])
+def test_nested_maps_of_pages(outer, inner):
+    assert_nested(*(names_of(subset, GROUPS | POOL) for subset in (outer, inner)), PAGES)
+
+
+def test_pools_with_heads_first(subject):
+    """[Hkv, num_pages, page_size, D], as some projects have them, mapped over heads with one table."""
+    arrays, _ = draw(PAGES)
+    query, key, value, start, end, aux, table = arrays.values()
+    groups = query.reshape(2, 2, 2, 8).swapaxes(0, 1), aux.reshape(2, 2, 2)
+
+    def one(query, aux, key, value):
+        return subject.call(query, key[:, :, None], value[:, :, None], start, end, softmax_aux=aux, page_table=table)
+
+    out = jax.vmap(one)(*groups, *(jnp.moveaxis(x, 2, 0) for x in (key, value)))
+    assert_close(out.swapaxes(0, 1).reshape(2, 4, 12), call(**arrays))
+
+
+LARGE_PAGES = Case("", 4, 8192, 4, 2, 64, lengths=("full",), page_size=16, value_dim=32)
+MAPPED_PAGES = ["table", "query", "query+table", "pool", "query+pool+table"]
+
+
+def shapes_of(arrays, mapped=()):
+    return {
+        name: jax.ShapeDtypeStruct((NUM_MAPPED, *x.shape) if name in mapped else x.shape, x.dtype) for name, x in arrays.items()
+    }
+
+
+def temporary_bytes(function, arrays):
+    """What the compiled program needs beside its arguments and results."""
+    memory = jax.jit(function).lower(**arrays).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("subset", MAPPED_PAGES)
+def test_pools_are_not_copied(subset):
+    """A mapped pool becomes one pool where it lies, and a shared pool stays as it is."""
+    names = names_of(subset, GROUPS | POOL)
+    arrays = draw(LARGE_PAGES)[0]
+    function = vmapped(functools.partial(ragged_decode_attention, backend="xla"), names)
+    assert temporary_bytes(function, shapes_of(arrays, names)) < arrays["value"].nbytes / 4
+
+
+@pytest.mark.optimised
+def test_pools_with_heads_first_are_not_copied():
+    arrays = draw(LARGE_PAGES)[0]
+    query, key, value, table = arrays.values()
+
+    def function(query, key, value):
+        one = lambda query, key, value: ragged_decode_attention(
+            query, key[:, :, None], value[:, :, None], page_table=table, backend="xla"
+        )
+        return jax.vmap(one)(query, key, value)
+
+    first = lambda x: jax.ShapeDtypeStruct((x.shape[2], *x.shape[:2], x.shape[3]), x.dtype)
+    shapes = {"query": jax.ShapeDtypeStruct((2, 4, 2, 64), query.dtype), "key": first(key), "value": first(value)}
+    assert temporary_bytes(function, shapes) < value.nbytes / 4
+
+
+@pytest.mark.optimised
+def test_copies_of_pools_would_be_seen():
+    arrays = draw(LARGE_PAGES)[0]
+    function = vmapped(functools.partial(ragged_decode_attention, backend="xla"), ["query"])
+    copying = lambda key, **rest: function(key=key[::-1], **rest)
+    assert temporary_bytes(copying, shapes_of(arrays, ["query"])) >= arrays["key"].nbytes
+
+
+def test_tables_on_a_shared_pool_are_one_operation():
+    """Mapped tables become more sequences, mapped queries more tokens: not a loop over them, and nothing as large as the pool."""
+    arrays = draw(LARGE_PAGES)[0]
+    for subset in ("table", "query", "query+table"):
+        names = names_of(subset, GROUPS | POOL)
+        jaxpr = jax.make_jaxpr(vmapped(ragged_decode_attention, names))(**shapes_of(arrays, names))
+        assert str(jaxpr).count("= ragged_decode_forward[") == 1
+        assert "scan" not in str(jaxpr)
+        assert max(sizes(jaxpr.jaxpr)) < arrays["value"].size / 2

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._bits import from_bits, to_bits, widen
-from ._rows import Reader
+from ._rows import Reader, squeezed
 
 
 # Rows of a chunk where `block_size_keys` does not say; docs/performance/cpu.md has the figures.
@@ -82,7 +82,7 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
         The last states, stacked [B, Hkv, ...], and `written`.
     """
     order = _one_after_another if target.platform == "cpu" else _together
-    states, written = order(_Walk(problem, target, queries, cache, begin, step), per_sequence, [to_bits(x) for x in written])
+    states, written = order(_Walk(problem, target, queries, cache, squeezed(cache), begin, step), per_sequence, [to_bits(x) for x in written])
     return states, [from_bits(x, problem.cache_dtype) for x in written]
 
 
@@ -94,6 +94,7 @@ class _Walk:
     target: Any
     queries: Any
     cache: Any
+    squeezed: Any
     begin: Any
     step: Any
 
@@ -108,7 +109,8 @@ class _Walk:
         live = (here >= start[:, None]) & (here < end[:, None])
         new = live & (here >= row)
         # Without the barrier XLA's CPU compiler in JAX 0.10 widens the whole bfloat16 cache before the loop.
-        place, cache = lax.optimization_barrier((place, self.cache))
+        place, held = lax.optimization_barrier((place, self.squeezed))
+        cache = jax.tree.map(lambda x, like: x.reshape(like.shape), held, self.cache)
         seen = jnp.any(live, axis=0)[None, :, None]
         k, v = self.key_value(reader, cache, heads, place, b)
         scales = (self.scale(reader, x, heads, place, b, seen) for x in (cache.key_scale, cache.value_scale))

@@ -6,9 +6,19 @@ A padded cache is one page per sequence. So there is one way to find a row, and 
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import min_dim
+
+
+def squeezed(cache):
+    """The arrays of the cache without axes of size 1, as loops take them.
+
+    Callers make such axes where they view a pool in another shape, and so does `vmap`. XLA orders them in memory in a way of its
+    own, and where a loop wants the usual order, XLA copies the cache.
+    """
+    return jax.tree.map(lambda x: lax.squeeze(x, [axis for axis, size in enumerate(x.shape) if size == 1]), cache)
 
 
 @dataclasses.dataclass(frozen=True)
