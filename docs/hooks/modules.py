@@ -1,6 +1,6 @@
 """Gives Equinox modules their constructor in the API: it takes the fields, in order, as a dataclass's does."""
 
-import griffe
+import griffe  # pyright: ignore[reportMissingImports]
 
 
 class EquinoxModules(griffe.Extension):
