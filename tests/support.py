@@ -72,7 +72,7 @@ def mosaic_gpu() -> str | Backend:
 HAS_MOSAIC_GPU = MosaicGpuBackend().unavailable() is None
 SUBJECTS = {
     "mosaic_gpu": Subject("mosaic_gpu", mosaic_gpu, ("bfloat16", "float16"), quantised=False, plain=True, here=HAS_MOSAIC_GPU),
-    "pallas_triton": Subject("pallas_triton", pallas_triton, plain=True),
+    "pallas_triton": Subject("pallas_triton", pallas_triton),
     "xla": Subject("xla", lambda: "xla", ("float32", "bfloat16", "float16", "float64")),
 }
 
