@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
     "README.md",
     "docs/index.md",
+    "docs/decode-loop.md",
     "docs/tokens.md",
     "docs/quantised-caches.md",
     "docs/backends.md",

@@ -60,7 +60,7 @@ class Tiles:
         return sum(round_up(size, 1024) for size in arrays)
 
 
-# The defaults, as measured on an H100; docs/performance has the log.
+# The defaults, as measured on an H100; docs/developers has the log.
 BLOCK_KEYS = 64  # what the tensor cores take at once
 STAGE_BYTES = 64 * 1024  # of tiles of keys and values on their way or worked on; more of them wait for each other
 MAX_ROWS = 64  # rows of queries from here on go into further blocks, each of which reads the cache again

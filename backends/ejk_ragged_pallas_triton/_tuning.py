@@ -40,7 +40,7 @@ class Tiles:
         return width_of(self.key_parts)
 
 
-# The defaults, measured on an H100; docs/performance has the log.
+# The defaults, measured on an H100; docs/developers has the log.
 TILE_BYTES = 16 * 1024  # of keys in a tile, and as many of values: enough in flight, and small enough for three stages
 MOST_KEYS = 256  # of a tile
 # Of a quantised cache, whose tiles are widened in registers: fewer; and fewer still beside more rows of queries than 16, in the
@@ -55,8 +55,8 @@ PROGRAMS = {False: 1, True: 2}
 # Numbers of a block of queries that d_query's kernel loads before the keys of a quantised cache. Larger ones it loads after them:
 # what is loaded first waits in registers, where beside widened tiles there is little room.
 SMALL_BLOCK = 16 * 128
-# So many times as many keys in a tile where the cache is in pages: the loop waits a little for the next tile's pages, each time. With
-# splits given a tile is that of a padded cache, for the same bits.
+# So many times as many keys in a tile where the cache is in pages: the loop waits a little for each tile's pages. With splits given
+# a tile is that of a padded cache, for the same bits.
 PAGED = 2
 MOST_MERGED = 32  # partial results of a sequence at a time
 

@@ -12,7 +12,7 @@ from ._bits import from_bits, to_bits, widen
 from ._rows import Reader, squeezed
 
 
-# Rows of a chunk where `block_size_keys` does not say; docs/performance/cpu.md has the figures.
+# Rows of a chunk where `block_size_keys` does not say; docs/developers/xla-on-cpus.md has the figures.
 # Twice as much takes 0.8 of the time on a GPU, but temporary memory that grows to 2 % of a cache of 32768 rows.
 CHUNK_ROWS = 512
 # On a CPU, what is less than a large chunk is done in chunks of this fraction of one, if they have so many rows at least.
