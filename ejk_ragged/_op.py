@@ -301,8 +301,8 @@ def _decode_bwd(request, residuals, cotangents):
     wanted, queries, cache, out, lse = residuals
     sink = queries.sink
     d_out, d_lse = (
-        jnp.zeros_like(residual, dtype=x.dtype) if isinstance(x, SymbolicZero) else x
-        for residual, x in zip((out, lse), cotangents, strict=True)
+        jnp.zeros_like(residual, dtype=dtype) if isinstance(x, SymbolicZero) else x
+        for residual, dtype, x in zip((out, lse), (queries.query.dtype, lse.dtype), cotangents, strict=True)
     )
     # With p_j the probability of key j: d_logit_j = p_j (d_out . v_j - delta), and the sink is a key without a value.
     delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - d_lse
