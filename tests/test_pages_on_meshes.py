@@ -111,6 +111,15 @@ def test_pools_are_not_moved(mesh, case, name):
     assert 2 * small < arrays["key"].size / 8
 
 
+@pytest.mark.parametrize("spec", [P(), P("y"), P(None, "y")], ids=str)
+def test_dense_rows_are_not_moved(mesh, spec):
+    """Where query heads are split and the key's gradient is asked for, a device has all of them rather than to sum gradients."""
+    arrays, settings = draw(dataclasses.replace(LATENT, seq_len=512))
+    arrays = spread(mesh, {"key": spec, "query": P(None, "x")}, arrays)
+    moved, _ = collectives(functools.partial(gradients, call=functools.partial(call, **settings)), arrays)
+    assert all(size <= 3 * arrays["query"].size < arrays["key"].size / 8 for _, size in moved), moved
+
+
 def test_it_would_be_seen(mesh):
     """A pool that is gathered on purpose."""
     arrays = spread(mesh, SPLITS["heads"], draw(PAGES)[0])

@@ -82,7 +82,9 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
         The last states, stacked [B, Hkv, ...], and `written`.
     """
     order = _one_after_another if target.platform == "cpu" else _together
-    states, written = order(_Walk(problem, target, queries, cache, squeezed(cache), begin, step), per_sequence, [to_bits(x) for x in written])
+    states, written = order(
+        _Walk(problem, target, queries, cache, squeezed(cache), begin, step), per_sequence, [to_bits(x) for x in written]
+    )
     return states, [from_bits(x, problem.cache_dtype) for x in written]
 
 
