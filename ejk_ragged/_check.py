@@ -88,8 +88,8 @@ def check_columns(columns, value, key, softmax_scale) -> tuple[int, int] | None:
     if columns is None:
         if value is None:
             raise ValueError(
-                "value must be an array, or None with value_columns=(first, end), the columns of key's rows that are the value; got "
-                "None without value_columns."
+                "value must be an array, or None with value_columns=(first, end), the columns of key's rows that are the value; "
+                "got None without value_columns."
             )
         return None
     if value is not None:
