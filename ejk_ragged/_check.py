@@ -51,8 +51,9 @@ class Arguments:
 
 def check_arrays(arrays: dict[str, Any], value_columns, softmax_scale) -> tuple[int, int] | None:
     """The arrays of a call fit together, and with `value_columns`, which come back as two integers or None."""
-    optional = dict.fromkeys(arrays, False) | {"query": True, "key": True, "value": value_columns is None}
-    types: dict[str, Any] = {name: _type(name, x) if x is not None or optional[name] else None for name, x in arrays.items()}
+    types: dict[str, Any] = {
+        name: None if x is None and name not in ("query", "key") else _type(name, x) for name, x in arrays.items()
+    }
     query, key, value, page_table = (types[name] for name in ("query", "key", "value", "page_table"))
     columns = check_columns(value_columns, value, key, softmax_scale)
     check_cache(query, key, value, page_table)
@@ -89,6 +90,11 @@ PADDED, POOL = "[batch, seq_len, num_kv_heads, {}]", "[num_pages, page_size, num
 def check_columns(columns, value, key, softmax_scale) -> tuple[int, int] | None:
     """Where the value is in the key's rows, `columns` says in which of them."""
     if columns is None:
+        if value is None:
+            raise ValueError(
+                "value must be an array, or None with value_columns=(first, end), the columns of key's rows that are the value; "
+                "got None without value_columns."
+            )
         return None
     if value is not None:
         raise ValueError(
@@ -220,7 +226,7 @@ def check_sinks(aux, num_q_heads, num_kv_heads):
             f"softmax_aux of shape ({num_q_heads},) means {num_q_heads} sinks shared by all heads. If it is one sink for each of "
             f"the {num_q_heads} query heads, pass softmax_aux[:, None].",
             UserWarning,
-            stacklevel=4,  # the caller of the public function
+            stacklevel=5,  # the caller of the public function
         )
 
 

@@ -120,7 +120,9 @@ def _backward(request: Request, wanted: Wanted, *args):
     cache = _sharding.cache_letters(args[1])
     d_cache = (cache.key, *(() if args[1].value is None else (cache.value,)))
     layout = _sharding.Layout(
-        (_sharding.QUERIES, cache, *_sharding.PER_TOKEN), ("bthd",) * wanted.query + d_cache * wanted.key_value
+        (_sharding.QUERIES, cache, *_sharding.PER_TOKEN),
+        ("bthd",) * wanted.query + d_cache * wanted.key_value,
+        whole_groups=wanted.key_value,
     )
     part = functools.partial(_sharding.backward_part, functools.partial(_bind, _backward_p, layout, wanted=wanted), wanted)
     fold = functools.partial(_batched, layout, writes_cache=wanted.key_value)

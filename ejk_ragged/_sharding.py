@@ -50,6 +50,7 @@ class Layout:
 
     operands: Any
     results: tuple[str, ...]
+    whole_groups: bool = False  # whether results sum over the query heads of a kv head, so that one device has them all
 
     def split(self, mesh, args, spec_of) -> dict[str, Any]:
         """How each letter's axis is split, from how the arguments are, by `spec_of`. An axis of size 1 is not: it is alike for all.
@@ -65,14 +66,13 @@ class Layout:
         used = {name for entry in spec_of(cache.key) for name in _axes(entry)}
 
         def free(entry, size):
-            devices = math.prod(mesh.shape[name] for name in _axes(entry))
-            return None if used.intersection(_axes(entry)) or size % devices else entry
+            return None if used.intersection(_axes(entry)) or size % _devices(mesh, entry) else entry
 
         batch, _, heads, _ = queries.query.shape[-4:]
         if "b" not in split:
             split["b"] = free(query[0] or spec_of(cache.page_table)[-2], batch)
             used.update(_axes(split["b"]))
-        split["h"] = split["k"] if cache.key.shape[-2] > 1 else free(query[2], heads)
+        split["h"] = split["k"] if cache.key.shape[-2] > 1 or self.whole_groups else free(query[2], heads)
         return dict.fromkeys(_NAMES) | split
 
     def specs(self, mesh, args, spec_of):
@@ -194,7 +194,8 @@ def _explicit(part, layout: Layout):
             # Over all axes that are to be had: all but those that `vmap` maps away. Unchecked: by its type, what is merged on every
             # device differs between them.
             local = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return local(*_reshard(mesh, in_specs, args))
+        _, out_specs = dataclasses.replace(layout, whole_groups=False).specs(mesh, args, _spec_of_type)
+        return _reshard(mesh, out_specs, local(*_reshard(mesh, in_specs, args)))
 
     return run
 
@@ -299,6 +300,11 @@ def _spec_of_type(array):
     return _spec(jax.typeof(array))
 
 
+def _devices(mesh, entry) -> int:
+    """Over how many devices one entry of a spec splits an axis."""
+    return math.prod(mesh.shape[name] for name in _axes(entry))
+
+
 def _axes(entry) -> tuple[str, ...]:
     """The mesh axes of one entry of a spec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
@@ -333,7 +339,7 @@ def _check_cache(cache, spec_of):
 
 def _check_even(mesh, cache, key):
     """A device has whole kv heads. (Rows and sequences may be uneven: some devices then have fewer.)"""
-    heads, devices = key.shape[-2], math.prod(mesh.shape[name] for name in _axes(cache[-2]))
+    heads, devices = key.shape[-2], _devices(mesh, cache[-2])
     if heads % devices:
         raise ValueError(
             f"key and value must be split evenly along num_kv_heads, got {heads} kv heads over {devices} devices by "
@@ -344,10 +350,11 @@ def _check_even(mesh, cache, key):
 def _explicit_specs(layout, args):
     """Specs that the arguments should have, by their types; an axis that is not split yet may become so."""
     _check_cache(args[1], _spec_of_type)
-    specs, _ = layout.specs(_mesh(args), args, _spec_of_type)
+    mesh = _mesh(args)
+    specs, _ = layout.specs(mesh, args, _spec_of_type)
     wanted_spec = specs[0].query
     for given, wanted, axis in zip(_spec_of_type(args[0].query), wanted_spec, layout.operands[0].query, strict=True):
-        if given not in (None, wanted):
+        if given != wanted and _devices(mesh, given) > 1:
             raise ValueError(
                 f"query must be split along {_NAMES[axis]} by {_named(wanted)}, as key is, or not at all; got {_named(given)}. "
                 f"Reshard it to {wanted_spec}, or key and value to match it."

@@ -25,6 +25,11 @@ QUERY, CACHE = aval(B, HQ, D), aval(B, S, HKV, D)
 INT8 = {name: aval(B, S, HKV, D, dtype="int8") for name in ("key", "value")}
 SCALED = INT8 | {"key_scale": 1.0, "value_scale": 1.0}
 GOOD = {"query": QUERY, "key": CACHE, "value": CACHE}
+N, PAGE = 9, 4
+POOL, TABLE = aval(N, PAGE, HKV, D), aval(B, 3, dtype="int32")
+PAGES = {"key": POOL, "value": POOL, "page_table": TABLE}
+INT8_PAGES = {name: aval(N, PAGE, HKV, D, dtype="int8") for name in ("key", "value")} | {"page_table": TABLE}
+ROWS = {"key": aval(B, S, HKV, 12), "value": None, "value_columns": (4, 12), "softmax_scale": 0.3}
 
 # What is changed of a good call, the error, and what its message says: the argument, what came, what is accepted.
 ERRORS = {
@@ -221,6 +226,110 @@ ERRORS = {
         {"fwd_params": {"num_warps": 4}},
         TypeError,
         "fwd_params must be an ejk_ragged.FwdParams or None, got {'num_warps': 4}.",
+    ),
+    # pages
+    "page table of floats": (
+        PAGES | {"page_table": aval(B, 3)},
+        ValueError,
+        "page_table must be integers of shape (2, pages), the pages of each sequence in order, or None for a padded cache; got "
+        "float32 of shape (2, 3).",
+    ),
+    "page table of booleans": (PAGES | {"page_table": aval(B, 3, dtype="bool")}, ValueError, "got bool of shape (2, 3)."),
+    "page table of another batch": (PAGES | {"page_table": aval(3, 3, dtype="int32")}, ValueError, "got int32 of shape (3, 3)."),
+    "page table of one axis": (PAGES | {"page_table": aval(B, dtype="int32")}, ValueError, "got int32 of shape (2,)."),
+    "page table without entries": (PAGES | {"page_table": aval(B, 0, dtype="int32")}, ValueError, "got int32 of shape (2, 0)."),
+    "page table of a wrong type": (
+        PAGES | {"page_table": [[0]]},
+        TypeError,
+        "page_table must be an array, got [[0]] of type list.",
+    ),
+    "pool rank": (
+        PAGES | {"key": aval(N * PAGE, HKV, D)},
+        ValueError,
+        "key must be [num_pages, page_size, num_kv_heads, head_dim], got shape (36, 2, 8).",
+    ),
+    "pools of different pages": (
+        PAGES | {"value": aval(N, 2 * PAGE, HKV, D)},
+        ValueError,
+        "key and value must have the same shape but for the last axis, got key (9, 4, 2, 8) and value (9, 8, 2, 8). Both are "
+        "[num_pages, page_size, num_kv_heads, ...].",
+    ),
+    "pools of another number of pages": (
+        PAGES | {"value": aval(N + 1, PAGE, HKV, D)},
+        ValueError,
+        "got key (9, 4, 2, 8) and value (10, 4, 2, 8).",
+    ),
+    "pool without pages": (
+        PAGES | {"key": aval(0, PAGE, HKV, D), "value": aval(0, PAGE, HKV, D)},
+        ValueError,
+        "key must not be empty, got shape (0, 4, 2, 8).",
+    ),
+    "pool of another head dim": (
+        PAGES | {"key": aval(N, PAGE, HKV, 16)},
+        ValueError,
+        "query and key must have the same head_dim, got query (2, 4, 8) and key (9, 4, 2, 16).",
+    ),
+    "lengths beside pages": (
+        PAGES | {"sequence_end": aval(N, dtype="int32")},
+        ValueError,
+        "sequence_end must be None or integers of shape (2,), got int32 of shape (9,).",
+    ),
+    "scales by sequence beside pages": (
+        INT8_PAGES | {"key_scale": aval(B, HKV), "value_scale": 1.0},
+        ValueError,
+        "key_scale must be a number, or floats of shape [num_kv_heads] (2,) or [num_pages, num_kv_heads, page_size] (9, 2, 4); "
+        "got float32 of shape (2, 2).",
+    ),
+    "scales by row of sequences beside pages": (
+        INT8_PAGES | {"key_scale": 1.0, "value_scale": aval(B, HKV, 12)},
+        ValueError,
+        "value_scale must be a number, or floats of shape [num_kv_heads] (2,) or [num_pages, num_kv_heads, page_size] (9, 2, 4); "
+        "got float32 of shape (2, 2, 12).",
+    ),
+    "int8 pool without scales": (INT8_PAGES, ValueError, "key_scale must be given for an int8 cache, got None"),
+    # values in the key's rows
+    "no value": (
+        {"value": None},
+        ValueError,
+        "value must be an array, or None with value_columns=(first, end), the columns of key's rows that are the value; got None "
+        "without value_columns.",
+    ),
+    "columns and a value": (
+        {"value_columns": (0, 4)},
+        ValueError,
+        "value_columns must be None for a cache with a value of its own, got (0, 4) and value (2, 12, 2, 8). Pass value=None if "
+        "the value is in the key's rows.",
+    ),
+    "columns beyond the rows": (
+        ROWS | {"value_columns": (4, 13)},
+        ValueError,
+        "value_columns must be (first, end) with 0 <= first < end <= 12, the columns of key's rows; got (4, 13) beside key "
+        "(2, 12, 2, 12).",
+    ),
+    "no columns": (ROWS | {"value_columns": (4, 4)}, ValueError, "0 <= first < end <= 12, the columns of key's rows; got (4, 4)"),
+    "columns from the end": (
+        ROWS | {"value_columns": (-4, 12)},
+        ValueError,
+        "0 <= first < end <= 12, the columns of key's rows; got",
+    ),
+    "columns of one number": (
+        ROWS | {"value_columns": 8},
+        ValueError,
+        "value_columns must be two integers (first, end) or None, got 8.",
+    ),
+    "three columns": (ROWS | {"value_columns": (0, 4, 8)}, ValueError, "must be two integers (first, end) or None, got (0, 4, 8)."),
+    "columns of floats": (ROWS | {"value_columns": (0.0, 4.0)}, ValueError, "two integers (first, end) or None, got (0.0, 4.0)."),
+    "rows narrower than the query": (
+        ROWS | {"key": aval(B, S, HKV, 6), "value_columns": (0, 6)},
+        ValueError,
+        "query must have no more columns than key's rows, of which the first head_dim are the key; got query (2, 4, 8) and key "
+        "(2, 12, 2, 6).",
+    ),
+    "rows without a scale of the logits": (
+        ROWS | {"softmax_scale": None},
+        ValueError,
+        "softmax_scale must be given where the value is in the key's rows (value=None), got None. The default, head_dim ** -0.5, "
+        "is wrong for MLA",
     ),
     # backends
     "unknown backend": (

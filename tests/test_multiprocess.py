@@ -1,4 +1,4 @@
-"""Two JAX processes, each with half of a cache's sequence axis, give the answer and the gradients of one process.
+"""Two JAX processes, each with half of a cache's rows, or of a pool's heads, give the answer and the gradients of one process.
 
 Run as a program, this file is one of the two: `test_multiprocess.py RANK PORT FILE...`.
 """
@@ -23,16 +23,28 @@ from ejk_ragged.testing import Case
 SECONDS = 180  # for everything, on a busy machine
 PLAIN = Case("plain", 2, 32, 4, 2, 8, lengths=("ranges", (0, 32), (10, 19)), sinks=("query", 1))
 TOKENS = dataclasses.replace(PLAIN, name="tokens", num_tokens=3, query_lengths=(3, 2), cache_dtype="int8", scales="row")
-CASES = (PLAIN, TOKENS)
-SPLITS = {
-    **dict.fromkeys(("key", "value", "d_key", "d_value"), P(None, "sequence")),
-    **dict.fromkeys(("key_scale", "value_scale"), P(None, None, "sequence")),
+PAGES = dataclasses.replace(TOKENS, name="pages", page_size=8, value_dim=12)
+LATENT = dataclasses.replace(PLAIN, name="latent", num_kv_heads=1, page_size=8, softmax_scale=0.3, value_columns=(0, 6))
+ROWS = {
+    **dict.fromkeys(("key", "value", "d_key", "d_value"), P(None, "both")),
+    **dict.fromkeys(("key_scale", "value_scale"), P(None, None, "both")),
 }
+HEADS = {
+    **dict.fromkeys(("key", "value"), P(None, None, "both")),
+    **dict.fromkeys(("key_scale", "value_scale"), P(None, "both")),
+    **dict.fromkeys(("out", "lse", "d_query"), P(None, None, "both")),
+}
+CASES = {PLAIN: ROWS, TOKENS: ROWS, PAGES: HEADS, LATENT: dict.fromkeys(("query", "out", "lse", "d_query"), P(None, "both"))}
 
 
-@jax.jit
 def evaluate(arguments):
     """Output, lse, and the gradients that there are, by name."""
+    arrays = {name: x for name, x in arguments.items() if hasattr(x, "shape")}
+    static = {name: x for name, x in arguments.items() if name not in arrays}
+    return jax.jit(lambda arrays: _evaluate(arrays | static))(arrays)
+
+
+def _evaluate(arguments):
     floats = {name: arguments[name] for name in floats_of(arguments)}
 
     def loss(floats):
@@ -43,9 +55,9 @@ def evaluate(arguments):
     return results | {f"d_{name}": x for name, x in gradients.items()}
 
 
-def half(name, x, rank):
+def half(split, x, rank):
     """What process `rank` has of an argument or a result; of most all."""
-    axis = next((axis for axis, split in enumerate(SPLITS.get(name, ())) if split), None)
+    axis = next((axis for axis, name in enumerate(split) if name), None)
     return x if axis is None else np.split(np.asarray(x), 2, axis)[rank]
 
 
@@ -58,16 +70,18 @@ def one_of_two(rank, port, files):
     assert jax.process_count() == jax.device_count() == 2
     assert jax.local_device_count() == 1
 
-    mesh = jax.make_mesh((2,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
-    placing = {name: NamedSharding(mesh, split) for name, split in SPLITS.items()}
-    for case, file in zip(CASES, files, strict=True):
+    mesh = jax.make_mesh((2,), ("both",), axis_types=(jax.sharding.AxisType.Auto,))
+    for (case, splits), file in zip(CASES.items(), files, strict=True):
+        placing = {name: NamedSharding(mesh, split) for name, split in splits.items()}
         arguments = case.draw()
         for name in placing.keys() & arguments.keys():
             x = arguments[name]
-            arguments[name] = jax.make_array_from_process_local_data(placing[name], half(name, x, rank), global_shape=x.shape)
+            arguments[name] = jax.make_array_from_process_local_data(
+                placing[name], half(splits[name], x, rank), global_shape=x.shape
+            )
         results = evaluate(arguments)
         for name in placing.keys() & results.keys():
-            assert results[name].sharding.is_equivalent_to(placing[name], 4)
+            assert results[name].sharding.is_equivalent_to(placing[name], results[name].ndim)
         np.savez(file, **{name: x.addressable_shards[0].data for name, x in results.items()})
     jax.distributed.shutdown()
 
@@ -91,14 +105,14 @@ def test_two_processes(tmp_path):
             process.wait()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(log.read_text() for log in logs)
 
-    for i, case in enumerate(CASES):
+    for i, (case, splits) in enumerate(CASES.items()):
         alone = evaluate(case.draw())
         for rank in range(2):
             got = np.load(files[rank][i])
             assert set(got) == set(alone)
             for name, want in alone.items():
                 where = f"{name} of {case.name} in process {rank}"
-                np.testing.assert_allclose(got[name], half(name, want, rank), rtol=1e-5, atol=1e-5, err_msg=where)
+                np.testing.assert_allclose(got[name], half(splits.get(name, ()), want, rank), rtol=1e-5, atol=1e-5, err_msg=where)
 
 
 def wait(processes):

@@ -393,3 +393,11 @@ def test_query_split_as_the_cache(explicit, alone):
     got = jax.jit(gradients)(arrays)
     assert all(x.sharding.spec == jax.typeof(arrays[name]).sharding.spec for name, x in got.items())
     assert_close(got, alone)
+
+
+def test_axes_of_one_device_split_nothing():
+    """A query that its type splits over one device fits any cache."""
+    explicit = make_mesh("Explicit", "Explicit", "Explicit", sizes=(8, 1, 1))
+    arrays = draw(Case("", 1, 16, 4, 2, 16))[0]
+    split = place(explicit, P(None, "x"), arrays) | {"query": put(explicit, P("y", "z"), arrays["query"])}
+    assert_close(jax.jit(gradients)(split), gradients(arrays))

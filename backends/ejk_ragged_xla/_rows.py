@@ -73,7 +73,7 @@ class Reader:
         """The chunk at `place` of an array [N, ...] that has rows along `axis` and kv heads along the other of axes 1 and 2: as
         [...] without the first axis. An axis of size 1 is alike for all and stays."""
         heads_axis = 3 - axis
-        if self.whole_pages and array.shape[0] > 1:
+        if self.whole_pages and array.shape[0] != 1:
             return self._whole_pages(array, b, place, heads, axis)
         alike = [size == 1 for size in array.shape]
         page, row = self._page(b, place)
