@@ -260,7 +260,7 @@ def test_value_in_the_rows(case, subset):
 @pytest.mark.parametrize("inner", ["query", "table", "query+table+lengths", "pool", "pool+table"])
 @pytest.mark.parametrize("outer", ["table", "pool+table", "query+pool"])
 def test_nested_maps_of_pages(outer, inner):
-    assert_nested(*(names_of(subset, GROUPS | POOL) for subset in (outer, inner)), PAGES)
+    assert_nested(names_of(outer, GROUPS | POOL), names_of(inner, GROUPS | POOL), PAGES)
 
 
 def test_entries_stay_in_the_pool_of_their_map():
