@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 call = functools.partial(ragged_decode_attention, backend=TextbookBackend())  # the waist is under test, and this compiles quickly
 
 
-def setting(case, call=call):
+def setting(case, call: Callable = call):
     """The call with what is static, and the arrays."""
     arrays, settings = draw(case)
     return functools.partial(call, **settings), arrays
