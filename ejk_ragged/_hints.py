@@ -235,13 +235,13 @@ def _locked(path) -> int:
 try:
     import fcntl
 
-    def _wait_for(file: int):
+    def _wait_for(file: int):  # pyright: ignore[reportRedeclaration]
         fcntl.flock(file, fcntl.LOCK_EX)
 
 except ModuleNotFoundError:  # Windows
     import msvcrt
 
-    def _wait_for(file: int):  # pyright: ignore[reportRedeclaration]
+    def _wait_for(file: int):
         while True:
             try:
                 return msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
