@@ -291,8 +291,8 @@ def _own_rows(rows: Rows, request, queries, cache):
 
 
 def _spec(array):
-    """The partition spec of an array with a sharding, an entry for each axis."""
-    spec = array.sharding.spec
+    """The partition spec of an array, an entry for each axis; none is split where the partitioner does not know yet."""
+    spec = getattr(array.sharding, "spec", None) or ()
     return tuple(spec) + (None,) * (len(array.shape) - len(spec))
 
 

@@ -12,19 +12,7 @@ from ejk_ragged.testing import TextbookBackend
 
 FLOAT = np.dtype("float32")
 PROBLEM = Problem(
-    batch=2,
-    num_tokens=1,
-    num_pages=2,
-    page_size=12,
-    seq_len=12,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    value_dim=8,
-    row_dim=8,
-    dtype=FLOAT,
-    cache_dtype=FLOAT,
-    softmax_scale=1.0,
+    batch=2, num_tokens=1, seq_len=12, num_q_heads=4, num_kv_heads=2, head_dim=8, dtype=FLOAT, cache_dtype=FLOAT, softmax_scale=1.0
 )
 CPU = Target("cpu")
 
