@@ -51,7 +51,7 @@ class Arguments:
 def check_arrays(arrays: dict[str, Any], value_columns, softmax_scale) -> tuple[int, int] | None:
     """The arrays of a call fit together, and with `value_columns`, which come back as two integers or None."""
     optional = dict.fromkeys(arrays, False) | {"query": True, "key": True, "value": value_columns is None}
-    types: dict[str, Any] = {name: _type(name, x) if x is not None or optional[name] else None for name, x in arrays.items()}
+    types: dict[str, Any] = {name: array_type(name, x) if x is not None or optional[name] else None for name, x in arrays.items()}
     query, key, value, page_table = (types[name] for name in ("query", "key", "value", "page_table"))
     columns = check_columns(value_columns, value, key, softmax_scale)
     check_cache(query, key, value, page_table)
@@ -71,7 +71,7 @@ def check_arrays(arrays: dict[str, Any], value_columns, softmax_scale) -> tuple[
     return columns
 
 
-def _type(name: str, x: Any) -> jax.ShapeDtypeStruct:
+def array_type(name: str, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array, or of a number given as a scale."""
     array: Any = np.float32(x) if name.endswith("_scale") and type(x) in (int, float) else x
     if not (hasattr(array, "shape") and hasattr(array, "dtype")):
