@@ -34,8 +34,8 @@ class KVCache(eqx.Module):
     ```
 
     A write is in place where the cache is donated to the jitted function, as in the example, and where the cache is in the carry of
-    `jax.lax.scan` or `jax.lax.while_loop`. Elsewhere a write copies the cache. On CPUs, XLA also copies an array of float8, and one of
-    bfloat16 before JAX 0.11.
+    `jax.lax.scan` or `jax.lax.while_loop`. Elsewhere a write copies the cache. XLA for CPUs always copies an array of float8, and
+    before JAX 0.11 an array of bfloat16.
 
     **A full cache** drops the rows that no longer fit, and nothing reports that. Compare the lengths with `seq_len` before a step.
 
