@@ -4,6 +4,7 @@ from ._api import ragged_decode_attention as ragged_decode_attention
 from ._backend import Backend as Backend
 from ._backend import Target as Target
 from ._backend import Wanted as Wanted
+from ._cache import KVCache as KVCache
 from ._explain import Choice as Choice
 from ._explain import explain as explain
 from ._explain import Explanation as Explanation

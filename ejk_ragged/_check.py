@@ -52,7 +52,7 @@ class Arguments:
 def check_arrays(arrays: dict[str, Any], value_columns, softmax_scale) -> tuple[int, int] | None:
     """The arrays of a call fit together, and with `value_columns`, which come back as two integers or None."""
     types: dict[str, Any] = {
-        name: None if x is None and name not in ("query", "key") else _type(name, x) for name, x in arrays.items()
+        name: None if x is None and name not in ("query", "key") else array_type(name, x) for name, x in arrays.items()
     }
     query, key, value, page_table = (types[name] for name in ("query", "key", "value", "page_table"))
     columns = check_columns(value_columns, value, key, softmax_scale)
@@ -73,7 +73,7 @@ def check_arrays(arrays: dict[str, Any], value_columns, softmax_scale) -> tuple[
     return columns
 
 
-def _type(name: str, x: Any) -> jax.ShapeDtypeStruct:
+def array_type(name: str, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array, or of a number given as a scale."""
     array: Any = np.float32(x) if name.endswith("_scale") and type(x) in (int, float) else x
     if not (hasattr(array, "shape") and hasattr(array, "dtype")):
