@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _hints
@@ -46,7 +47,7 @@ def _beside(query, left: int) -> Any:
     `left` is put beside it explicitly: users may forbid implicit transfers (`jax.transfer_guard`)."""
     wide = jax.dtypes.canonicalize_dtype(np.uint64).type
     number = wide(min(left, np.iinfo(wide).max))
-    if not isinstance(query, jax.Array) or isinstance(query, jax.core.Tracer) or not query.is_fully_addressable:
+    if not isinstance(query, jax.Array) or isinstance(query, Tracer) or not query.is_fully_addressable:
         return number
     if isinstance(query.sharding, NamedSharding):
         return _placed(number, NamedSharding(query.sharding.mesh, PartitionSpec()))

@@ -241,7 +241,7 @@ try:
 except ModuleNotFoundError:  # Windows
     import msvcrt
 
-    def _wait_for(file: int):
+    def _wait_for(file: int):  # pyright: ignore[reportRedeclaration]
         while True:
             try:
                 return msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,8 +14,8 @@ def shown(x: Any) -> str:
     """A value in a few words, without the numbers that an array holds."""
     if hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, np.generic):
         return f"{x.dtype} of shape {tuple(x.shape)}"
-    if type(x) in (tuple, list) and any(hasattr(item, "shape") for item in x):
-        opening, closing = "()" if type(x) is tuple else "[]"
+    if isinstance(x, tuple | list) and any(hasattr(item, "shape") for item in x):
+        opening, closing = "()" if isinstance(x, tuple) else "[]"
         return _cut(f"{opening}{', '.join(map(shown, x))}{closing}")
     return _cut(" ".join(repr(x).split("\n")))
 

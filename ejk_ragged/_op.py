@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,7 @@ def _forward(request: Request, *args):
 
 
 def _backward(request: Request, wanted: Wanted, *args):
-    cache = _sharding.cache_letters(args[1])
+    cache: Any = _sharding.cache_letters(args[1])
     d_cache = (cache.key, *(() if args[1].value is None else (cache.value,)))
     layout = _sharding.Layout(
         (_sharding.QUERIES, cache, *_sharding.PER_TOKEN),

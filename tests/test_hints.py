@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -295,7 +296,7 @@ def test_lock_of_the_dead(file, backend):
     lock = file.with_suffix(".lock")
     for age in (0, 1000):
         lock.touch()
-        os.utime(lock, (time.time() - age,) * 2)
+        os.utime(lock, (time.time() - age, time.time() - age))
         save(file, backend, num_warps=2)
         assert file.exists()
         assert not lock.exists()
@@ -330,7 +331,7 @@ def test_processes_saving_at_once(file):
     lock.touch()
     os.utime(lock, (0, 0))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen([sys.executable, "-c", SAVE, str(file), f"{n}"], **pipes) for n in range(4)]
+    workers: list[Any] = [subprocess.Popen([sys.executable, "-c", SAVE, str(file), f"{n}"], **pipes) for n in range(4)]
     for worker in workers:
         assert worker.stdout.readline() == "ready\n"
     for worker in workers:

@@ -124,9 +124,13 @@ def test_it_would_be_seen(mesh):
     """A pool that is gathered on purpose."""
     arrays = spread(mesh, SPLITS["heads"], draw(PAGES)[0])
 
+    explicit = mesh.axis_types[0] == AxisType.Explicit
+
+    def whole(x):
+        to = NamedSharding(mesh, P())
+        return 2 * (jax.sharding.reshard(x, to) if explicit else jax.lax.with_sharding_constraint(x, to))
+
     gathered = lambda arrays: call(**arrays | {name: whole(arrays[name]) for name in ("key", "value")})
-    whole = jax.sharding.reshard if mesh.axis_types[0] == AxisType.Explicit else jax.lax.with_sharding_constraint
-    whole = functools.partial(lambda whole, x: 2 * whole(x, NamedSharding(mesh, P())), whole)
     moved, _ = collectives(gathered, arrays)
     assert max(size for _, size in moved) >= arrays["key"].size
 

@@ -27,7 +27,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 call = functools.partial(ragged_decode_attention, backend=TextbookBackend())  # the waist is under test, and this compiles quickly
 
 
-def setting(case, call=call):
+def setting(case, call: Any = call):
     """The call with what is static, and the arrays."""
     arrays, settings = draw(case)
     return functools.partial(call, **settings), arrays

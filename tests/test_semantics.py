@@ -286,9 +286,9 @@ def test_dtypes_of_ends_and_windows(dtype, left):
     """The window around the last position that a dtype holds, and around others beyond the cache, keeps what exact integers say."""
     ends = np.array([np.iinfo(dtype).max, np.iinfo(dtype).min, np.iinfo(dtype).max - 7, 20], dtype)
     with jax.enable_x64(dtype.endswith("64")):
-        arguments = {"query": jnp.zeros((4, 2, 1, 8)), "key": jnp.zeros((4, 40, 1, 8)), "value": jnp.zeros((4, 40, 1, 8))}
+        query, rows = jnp.zeros((4, 2, 1, 8)), jnp.zeros((4, 40, 1, 8))
         _, lse = ragged_decode_attention(
-            **arguments, sequence_end=ends, sliding_window=(left, 0), return_lse=True, backend=TextbookBackend()
+            query, rows, rows, sequence_end=ends, sliding_window=(left, 0), return_lse=True, backend=TextbookBackend()
         )
     positions = [[int(end) - 2 + token for token in range(2)] for end in ends]
     counts = [[len(range(max(p - left, 0), min(p + 1, 40))) for p in of_sequence] for of_sequence in positions]

@@ -260,7 +260,16 @@ def test_value_in_the_rows(case, subset):
 @pytest.mark.parametrize("inner", ["query", "table", "query+table+lengths", "pool", "pool+table"])
 @pytest.mark.parametrize("outer", ["table", "pool+table", "query+pool"])
 def test_nested_maps_of_pages(outer, inner):
-    assert_nested(*(names_of(subset, GROUPS | POOL) for subset in (outer, inner)), PAGES)
+    assert_nested(names_of(outer, GROUPS | POOL), names_of(inner, GROUPS | POOL), PAGES)
+
+
+def test_entries_stay_in_the_pool_of_their_map():
+    """An entry beyond the pool, which a caller got wrong, is clipped to the pool of its own map."""
+    arrays = stacked(["key", "value"], PAGES)
+    arrays["page_table"] = jnp.array([[99, -1, 8, 10], [7, 11, -5, 2**31 - 1]], jnp.int32)
+    del arrays["sequence_start"], arrays["sequence_end"]
+    pools = ["key", "value"]
+    assert_close(vmapped(call, pools)(**arrays), looped(call, pools)(**arrays))
 
 
 def test_pools_with_heads_first(subject):

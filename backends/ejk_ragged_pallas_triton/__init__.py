@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import math
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -47,8 +46,8 @@ class PallasTritonBackend(Backend):
         if problem.head_dim > 640 or problem.value_dim > 512:
             dims = f"{problem.head_dim} and {problem.value_dim}"
             return f"its kernels hold a head_dim of up to 640 and a value's of up to 512, not {dims}"
-        pages = (problem.num_pages, problem.page_size) if problem.paged else (problem.batch, problem.seq_len)
-        elements = math.prod(pages) * problem.num_kv_heads * max(problem.row_dim, problem.value_dim)
+        rows = (problem.num_pages or problem.batch) * (problem.page_size or problem.seq_len)
+        elements = rows * problem.num_kv_heads * max(problem.row_dim, problem.value_dim)
         if problem.quantised and 2**31 < elements <= 2**32:
             # JAX's lowering goes over to 64-bit offsets, which count elements, only where an array has more than 2**32 bytes.
             return f"JAX addresses a cache of {elements} bytes with 32 bits, of which one is the sign"

@@ -115,8 +115,9 @@ class _Walk:
         cache = jax.tree.map(lambda x, like: x.reshape(like.shape), held, self.cache)
         seen = jnp.any(live, axis=0)[None, :, None]
         k, v = self.key_value(reader, cache, heads, place, b)
-        scales = (self.scale(reader, x, heads, place, b, seen) for x in (cache.key_scale, cache.value_scale))
-        state, rows = self.step(arrays, state, Chunk(k, v, *scales, self.by_query_row(live), self.by_query_row(new), seen))
+        k_scale, v_scale = (self.scale(reader, x, heads, place, b, seen) for x in (cache.key_scale, cache.value_scale))
+        chunk = Chunk(k, v, k_scale, v_scale, self.by_query_row(live), self.by_query_row(new), seen)
+        state, rows = self.step(arrays, state, chunk)
         return state, rows, place
 
     def key_value(self, reader, cache, heads, place, b):

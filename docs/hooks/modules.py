@@ -9,7 +9,7 @@ class EquinoxModules(griffe.Extension):
     def on_class_members(self, *, cls: griffe.Class, **_):
         if "eqx.Module" not in map(str, cls.bases) or "__init__" in cls.members:
             return
-        fields = [member for member in cls.members.values() if member.is_attribute and member.annotation]
+        fields = [member for member in cls.members.values() if isinstance(member, griffe.Attribute) and member.annotation]
         parameters = [griffe.Parameter(field.name, default=_default(field), kind=KEYWORD) for field in fields]
         itself = griffe.Parameter("self", kind=KEYWORD)
         cls.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(itself, *parameters)))

@@ -27,7 +27,7 @@ class DenseBackend(Backend):
         live = (rows >= start[..., None]) & (rows < end[..., None])  # [B, T or 1, S]
         # A masked probability is 0, but 0 times what a dead row holds may be NaN.
         seen = live.any(axis=1)[:, :, None, None]
-        key, value = (jnp.where(seen, x, 0).astype(problem.accum_dtype) for x in (cache.key, cache.value))
+        key, value = (jnp.where(seen, jnp.asarray(x), 0).astype(problem.accum_dtype) for x in (cache.key, cache.value))
 
         grouped = (problem.batch, problem.num_tokens, problem.num_kv_heads, problem.group)
         q = problem.softmax_scale * queries.query.reshape(*grouped, -1).astype(problem.accum_dtype)

@@ -17,7 +17,7 @@ def test_dense(case):
     arguments = case.draw(poison=True)  # NaN wherever nobody looks
     wide = case.value_dim is not None or case.value_columns is not None
     if case.cache_dtype is not None or case.page_size is not None or wide:
-        with pytest.raises(ValueError, match="it takes no quantised caches|it takes a padded key and a padded value of one width"):
+        with pytest.raises(ValueError, match=r"it takes no quantised caches|it takes a padded key and a padded value of one width"):
             call(**arguments)
         return
     wrong = [str(verdict) for verdict in verify(call, arguments) if not verdict.ok]

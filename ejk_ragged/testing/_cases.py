@@ -180,7 +180,7 @@ class Case:
         seen = np.zeros(rows, bool)
         for b in range(self.batch):
             j = self._seen(b, seed)
-            seen[(b, j) if table is None else (table[b, j // self.page_size], j % self.page_size)] = True
+            seen[(b, j) if table is None else (table[b, j // rows[1]], j % rows[1])] = True
         return seen
 
     def _seen(self, b, seed):
