@@ -18,6 +18,8 @@ PAGES = [
     "docs/decode-loop.md",
     "docs/tokens.md",
     "docs/quantised-caches.md",
+    "docs/pages.md",
+    "docs/mla.md",
     "docs/backends.md",
     "docs/write-a-backend.md",
     "docs/faq.md",
