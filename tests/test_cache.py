@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 from typing import Any
 
@@ -56,11 +57,11 @@ def floats(dtype):
     return dtype if jnp.dtype(dtype).itemsize > 1 else "bfloat16"
 
 
-def new_rows(cache, num_tokens, seed=0):
+def new_rows(cache, num_tokens, seed=0) -> tuple[Any, Any]:
     """Key and value of `num_tokens` tokens per sequence, or for None one token in three axes."""
     rng = np.random.default_rng(seed)
     tokens = () if num_tokens is None else (num_tokens,)
-    held = (cache.key, cache.value)
+    held = cache.key, cache.value
     draw = lambda x: jnp.asarray(rng.standard_normal((BATCH, *tokens, *x.shape[-2:])), floats(x.dtype.name))
     key, value = (None if x is None else draw(x) for x in held)
     return key, value
@@ -181,11 +182,11 @@ def test_a_row_of_several_sequences():
 
 
 def test_the_docstring_runs(promoted_ranks):
-    code = re.findall(r"```python\n(.*?)```", KVCache.__doc__ or "", flags=re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", inspect.getdoc(KVCache) or "", flags=re.DOTALL)
     names = {"jax": jax, "jnp": jnp, "functools": functools, "KVCache": KVCache, "ragged_decode_attention": ragged_decode_attention}
     names |= {"batch": BATCH, "seq_len": SEQ_LEN, "num_kv_heads": HEADS, "head_dim": DIM}
     for block in code:
-        exec("\n".join(line.removeprefix("    ") for line in block.splitlines()), names)
+        exec(block, names)
     step, cache, lengths = (names[name] for name in ("step", "cache", "lengths"))
     key, value = new_rows(cache, None)
     for n in (1, 2):
@@ -217,11 +218,11 @@ def large(layout, dtype):
 def assert_in_place(function, cache, *rest):
     """Every array of the donated cache is written where it lies, and nothing of its size is held besides."""
     compiled = jax.jit(function, donate_argnums=0).lower(cache, *rest).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)]
     assert memory.alias_size_in_bytes >= sum(sizes)
     assert memory.temp_size_in_bytes < 0.05 * max(sizes), memory.temp_size_in_bytes / max(sizes)
-    assert f"input_output_alias={{ {{{0 if len(sizes) > 1 else ''}}}: (0, {{}}" in compiled.as_text()
+    assert f"input_output_alias={{ {{{0 if len(sizes) > 1 else ''}}}: (0, {{}}" in str(compiled.as_text())
 
 
 def specs_of(cache, num_tokens=3):
@@ -323,7 +324,7 @@ def test_through_transformations(layout, dtype):
 def test_plain_arrays_are_a_cache():
     """As a prompt leaves them."""
     rng = np.random.default_rng(0)
-    stored, scale = quantize(rng.standard_normal((BATCH, SEQ_LEN, HEADS, DIM)).astype(np.float32))
+    stored, scale = quantize(jnp.asarray(rng.standard_normal((BATCH, SEQ_LEN, HEADS, DIM)), jnp.float32))
     cache = KVCache(stored, stored, scale, scale)
     key, value = new_rows(cache, 1)
     arrays = arrays_of(cache)
