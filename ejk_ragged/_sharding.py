@@ -189,13 +189,13 @@ def _explicit(part, layout: Layout):
     def run(request, *args):
         mesh = _mesh(args)
         in_specs, out_specs = layout.specs(mesh, args, _spec_of_type)
+        given, wanted = dataclasses.replace(layout, whole_groups=False).specs(mesh, args, _spec_of_type)
         local = functools.partial(part, _rows(_spec_of_type(args[1].key), args[1]), request)
-        if any(entry for spec in (in_specs[0].query, in_specs[1].key) for entry in spec):
+        if any(entry for spec in (given[0].query, given[1].key) for entry in spec):
             # Over all axes that are to be had: all but those that `vmap` maps away. Unchecked: by its type, what is merged on every
             # device differs between them.
             local = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        _, out_specs = dataclasses.replace(layout, whole_groups=False).specs(mesh, args, _spec_of_type)
-        return _reshard(mesh, out_specs, local(*_reshard(mesh, in_specs, args)))
+        return _reshard(mesh, wanted, local(*_reshard(mesh, in_specs, args)))
 
     return run
 
