@@ -86,7 +86,7 @@ def test_json(capsys):
     assert data["dispatch"]["platforms"]["cpu"]["forward"] == "xla"
     assert set(data["dispatch"]["platforms"]) == set(_registry.KNOWN_PLATFORMS)
     (xla,) = (info for info in data["installation"]["backends"] if info["name"] == "xla")
-    assert xla == {"name": "xla", "distribution": "ejk-ragged", "platforms": None, "broken": None}
+    assert xla == {"name": "xla", "distribution": "ejk-ragged", "platforms": None, "broken": None, "faulty": False}
     assert {check["case"] for check in data["checks"]} == {"window", "all"}
     compared = {c["what"] for check in data["checks"] if check["case"] == "all" for c in check["compared"]}
     assert compared >= {"out", "lse", "d_query", "d_key", "d_value", "d_softmax_aux", "dead d_key", "dead d_value"}

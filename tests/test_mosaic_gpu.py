@@ -32,19 +32,13 @@ CUSTOM_CALL = "mosaic_gpu_v2"
 has_mosaic_gpu = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="needs JAX 0.11")
 
 
+SIZES = {"batch": 4, "num_tokens": 1, "seq_len": 1000, "num_q_heads": 28, "num_kv_heads": 4, "head_dim": 128}
+
+
 def problem(**changes):
-    one = Problem(
-        batch=4,
-        num_tokens=1,
-        seq_len=1000,
-        num_q_heads=28,
-        num_kv_heads=4,
-        head_dim=128,
-        dtype=np.dtype(jnp.bfloat16),
-        cache_dtype=np.dtype(jnp.bfloat16),
-        softmax_scale=1.0,
-    )
-    return dataclasses.replace(one, **changes)
+    dtypes = {"dtype": np.dtype(jnp.bfloat16), "cache_dtype": np.dtype(jnp.bfloat16)}
+    given: dict[str, Any] = SIZES | dtypes | {"softmax_scale": 1.0} | changes
+    return Problem(**given)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -312,7 +312,7 @@ def test_with_splits_nothing_but_the_schedule_knows_the_batch(tiles):
     ("changes", "device", "reason"),
     [
         ({"dtype": "float64"}, None, "no float64"),
-        ({"head_dim": 320}, None, "head_dim of up to 256, not 320"),
+        ({"head_dim": 648}, None, "a head_dim of up to 640 and a value's of up to 512, not 648 and 648"),
         ({}, types.SimpleNamespace(compute_capability="7.5"), "compute capability 8.0 or newer, not 7.5"),
         ({"batch": jax.export.symbolic_shape("b")[0]}, None, "not symbolic"),
         ({"num_tokens": jax.export.symbolic_shape("t")[0]}, None, "not symbolic"),

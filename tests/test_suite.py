@@ -234,7 +234,7 @@ def test_wrong_backend_is_an_exit_status(monkeypatch, capsys):
     [
         (["--rows", "nonsense"], "nonsense"),
         (["--backends", "nonsense"], "nonsense"),
-        (["--tokens", "0"], "invalid positive value: '0'"),
+        (["--tokens", "0"], "must be a whole number of at least 1, got '0'"),
         (["--cache-dtype", "int4"], "int4"),
     ],
     ids=str,
@@ -292,8 +292,8 @@ def test_page_of_results(measured, tmp_path):
         suite.write(measured | {"name": name}, tmp_path / "performance")
     (tmp_path / "performance" / "a-test-tiny-rows-cache.png").touch()
     page = results.on_page_markdown("before <!-- results --> after", None, types.SimpleNamespace(docs_dir=tmp_path), None)
-    assert page.startswith("before ### a test\n")
-    assert "### a test, tiny rows\n" in page
+    assert page.startswith('before ??? note "a test: ')
+    assert '??? note "a test: tiny rows"' in page
     assert page.endswith("after")
     assert "| tiny | " in page
     assert "| tiny&nbsp;int8,&nbsp;T&nbsp;4 | " in page

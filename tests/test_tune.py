@@ -119,7 +119,7 @@ def test_problems():
 
 
 def test_command_out_of_time(clock, file, capsys):
-    assert main(["tune", "--problem", "3,48,4:2,64,float32", "--file", str(file), "--limit", "0", "--json"]) == 1
+    assert main(["tune", "--problem", "3,48,4:2,64,float32", "--file", str(file), "--limit", "1e-9", "--json"]) == 1
     (result,) = json.loads(capsys.readouterr().out)
     assert result["refused"] == "the time limit had come"
     assert not file.exists()
