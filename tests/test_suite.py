@@ -303,7 +303,7 @@ def test_page_of_results(measured, tmp_path):
     whole = {"model": "small", "rows": 32, "device": "a test", "jax": "1", "steps": [line, line | {"tokens": 1, "batch": 3}]}
     (tmp_path / "performance" / "small.json").write_text(json.dumps(whole))
     page = results.on_page_markdown("<!-- results -->", None, types.SimpleNamespace(docs_dir=tmp_path), None)
-    assert "### Whole decode steps of small, a test\n" in page
+    assert '??? note "a test: whole decode steps of small"' in page
     assert "| ours | int8 | 4 | 0.50&nbsp;ms,&nbsp;16000 | &#8209; |" in page
     for file in (tmp_path / "performance").glob("*.json"):
         file.unlink()
