@@ -307,7 +307,9 @@ def test_page_of_results(measured, tmp_path):
     assert "| ours | int8 | 4 | 0.50&nbsp;ms,&nbsp;16000 | &#8209; |" in page
     for file in (tmp_path / "performance").glob("*.json"):
         file.unlink()
-    assert "No results" in results.on_page_markdown("<!-- results -->", None, types.SimpleNamespace(docs_dir=tmp_path), None)
+    assert "No results" in results.on_page_markdown(
+        "<!-- main result --><!-- results -->", None, types.SimpleNamespace(docs_dir=tmp_path), None
+    )
 
 
 def test_without_matplotlib(measured, tmp_path, monkeypatch):
