@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import ejk_ragged
 from ejk_ragged import _registry, Backend, explain
 from ejk_ragged.__main__ import main
 from ejk_ragged._tools import report as _report
@@ -199,3 +200,30 @@ def test_help_asks_no_device(arguments):
     command = [sys.executable, "-m", "ejk_ragged", *arguments, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"JAX_PLATFORMS": "none_such"})
     assert "examples:" in done.stdout
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert ejk_ragged.__version__ in capsys.readouterr().out
+
+
+def test_explain_command(capsys):
+    """A named case and shapes, in words and as JSON; what a call would refuse has its reason and status 1."""
+    assert main(["explain", "full", "3,48,4:2,64,float32"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("ragged_decode_attention of ") == 2
+    assert "B 3, S 48, heads 4:2, D 64, float32" in text
+    assert main(["--json", "explain", "full"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["platforms"]["cpu"]["forward"] == "xla"
+    assert main(["explain", "full", "--backend", "mosaic_gpu"]) in (0, 1)
+
+
+def test_explain_command_refuses(capsys):
+    for wrong in (["nothing"], ["full", "--backend", "nobody"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["explain", *wrong])
+        assert stopped.value.code == 2
+        assert "usage: " in capsys.readouterr().err

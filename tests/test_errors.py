@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ejk_ragged import explain, FwdParams, ragged_decode_attention
+from ejk_ragged import explain, FwdParams, quantize, ragged_decode_attention
 from ejk_ragged.testing import TextbookBackend
 
 
@@ -436,3 +436,57 @@ def test_fwd_params_are_frozen_and_hashable():
 def test_fwd_params_over():
     merged = FwdParams(num_warps=8).over(FwdParams(num_warps=4, num_stages=2))
     assert merged == FwdParams(num_warps=8, num_stages=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# What people were seen to write, and the way out that the message names
+
+ONES, ROWS_OF_ONES = jnp.ones((B, HQ, D)), jnp.ones((B, S, HKV, D))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error", "says"),
+    [
+        (
+            lambda: ragged_decode_attention(ONES, quantize(ROWS_OF_ONES), quantize(ROWS_OF_ONES)),
+            TypeError,
+            ["key must be an array, got (int8 of shape (2, 12, 2, 8)", "unpack it: key, key_scale = quantize(...)"],
+        ),
+        (lambda: ragged_decode_attention(ONES, jax.new_ref(ROWS_OF_ONES), ROWS_OF_ONES), TypeError, ["jax.Ref", "key[...]"]),
+        (lambda: quantize(jax.new_ref(ROWS_OF_ONES)), TypeError, ["jax.Ref", "x[...]"]),
+        (
+            lambda: ragged_decode_attention(ONES, ROWS_OF_ONES, ROWS_OF_ONES, sliding_window=16),
+            ValueError,
+            ["sliding_window must be two integers", "got 16", "pass (15, 0)"],
+        ),
+        (
+            lambda: ragged_decode_attention(ONES, ROWS_OF_ONES.swapaxes(1, 2), ROWS_OF_ONES.swapaxes(1, 2)),
+            ValueError,
+            ["[batch, num_kv_heads, seq_len, head_dim]", "key.transpose(0, 2, 1, 3)", "recipes"],
+        ),
+        (
+            lambda: ragged_decode_attention(ONES.swapaxes(0, 1), ROWS_OF_ONES, ROWS_OF_ONES),
+            ValueError,
+            ["[num_q_heads, batch, head_dim]", "query.transpose(1, 0, 2)"],
+        ),
+        (
+            lambda: ragged_decode_attention(ONES, ROWS_OF_ONES, ROWS_OF_ONES, backend=ROWS_OF_ONES),  # pyright: ignore
+            TypeError,
+            ["backend must be None, 'auto', a Backend instance", "float32 of shape"],
+        ),
+    ],
+    ids=["pairs", "ref", "ref to quantise", "window of one number", "heads first", "swapped query", "an array for a backend"],
+)
+def test_the_way_out(mistake, error, says):
+    with pytest.raises(error) as caught:
+        mistake()
+    message = str(caught.value)
+    assert [part for part in says if part not in message] == []
+    assert len(message) < 700  # and not the numbers of an array
+
+
+def test_explain_knows_platforms_by_jax_names():
+    explanation = explain(**GOOD)
+    assert explanation["gpu"] == explanation["cuda"]
+    with pytest.raises(KeyError, match="cpu, cuda"):
+        explanation["metal"]

@@ -21,6 +21,7 @@ from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Tar
 from ejk_ragged._registry import registry
 from ejk_ragged.testing import Case
 from ejk_ragged_pallas_triton import PallasTritonBackend
+from ejk_ragged_pallas_triton._parts import Part
 from ejk_ragged_pallas_triton._tuning import backward_tiles, forward_tiles, resolve, shared_bytes, tile_keys
 
 
@@ -404,3 +405,66 @@ def test_instances_are_values():
     """So that calls with equal ones share what JAX compiled."""
     assert PallasTritonBackend(interpret=True) == PallasTritonBackend(interpret=True)
     assert hash(dataclasses.replace(PallasTritonBackend())) == hash(PallasTritonBackend())
+
+
+def pages(page_size, held, dtype="bfloat16", tokens=(), row_dim=128):
+    """A query, a pool of pages, a page table, lengths, and one scale per row where the pool is quantised."""
+    shape = jax.ShapeDtypeStruct
+    pool = shape((300, page_size, 4, row_dim), held)
+    scale = [] if held == dtype else [shape((300, 4, page_size), "float32")] * 2
+    return shape((4, *tokens, 28, 128), dtype), pool, shape((4, 70), "int32"), shape((4,), "int32"), shape((4,), "int32"), *scale
+
+
+@pytest.mark.parametrize("splits", [None, 3])
+@pytest.mark.parametrize("held", ["bfloat16", "int8"])
+@pytest.mark.parametrize("page_size", [1, 16, 24, 64, 256])
+def test_lowers_with_pages(page_size, held, splits):
+    """Every kind of look-up, with starts, several tokens and one scale per row: two kernels forward, two more for d_query."""
+
+    def loss(query, pool, table, start, end, *scales):
+        scale = dict(zip(("key_scale", "value_scale"), scales, strict=False))
+        hints = FwdParams(num_key_splits=splits)
+        out = ragged_decode_attention(query, pool, pool, start, end, page_table=table, fwd_params=hints, **scale)
+        return jnp.sum(out.astype(jnp.float32))
+
+    operands = pages(page_size, held, tokens=(2,))
+    assert lowered(loss, operands).count(CUSTOM_CALL) == 2
+    assert lowered(jax.grad(loss), operands).count(CUSTOM_CALL) == 4
+
+
+@pytest.mark.parametrize(("columns", "row_dim"), [((0, 96), 128), ((128, 256), 256), ((40, 128), 192)])
+def test_lowers_with_the_value_in_the_keys_rows(columns, row_dim):
+    """The value is a part of the key, beside the key, and across parts of the key."""
+
+    def call(query, pool, table, start, end):
+        settings = {"softmax_scale": 0.1, "value_columns": columns, "page_table": table}
+        return ragged_decode_attention(query, pool, None, start, end, **settings)
+
+    assert lowered(call, pages(64, "bfloat16", row_dim=row_dim)).count(CUSTOM_CALL) == 2
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(192, 128), (576, 512), (96, 8), (80, 200)])
+def test_lowers_with_values_of_another_width(head_dim, value_dim):
+    """Forward and all gradients."""
+    shape = jax.ShapeDtypeStruct
+    operands = [shape((4, 28, head_dim), "bfloat16"), *(shape((4, 1000, 4, dim), "bfloat16") for dim in (head_dim, value_dim))]
+    loss = lambda *args: jnp.sum(ragged_decode_attention(*args).astype(jnp.float32))
+    assert lowered(loss, operands).count(CUSTOM_CALL) == 2
+    assert lowered(jax.grad(loss, (0, 1, 2)), operands).count(CUSTOM_CALL) == 4
+
+
+@pytest.mark.parametrize(
+    ("dim", "parts"),
+    [
+        (8, [(0, 16)]),
+        (64, [(0, 64)]),
+        (80, [(0, 128)]),
+        (96, [(0, 64), (64, 32)]),
+        (112, [(0, 128)]),
+        (192, [(0, 128), (128, 64)]),
+        (576, [(0, 512), (512, 64)]),
+        (640, [(0, 512), (512, 128)]),
+    ],
+)
+def test_parts_of_a_head(dim, parts):
+    assert [(part.first, part.size) for part in Part.of(dim)] == parts
