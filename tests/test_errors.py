@@ -442,35 +442,37 @@ def test_fwd_params_over():
 # What people were seen to write, and the way out that the message names
 
 ONES, ROWS_OF_ONES = jnp.ones((B, HQ, D)), jnp.ones((B, S, HKV, D))
+CALL: Any = ragged_decode_attention
+REF: Any = jax.new_ref(ROWS_OF_ONES)
 
 
 @pytest.mark.parametrize(
     ("mistake", "error", "says"),
     [
         (
-            lambda: ragged_decode_attention(ONES, quantize(ROWS_OF_ONES), quantize(ROWS_OF_ONES)),
+            lambda: CALL(ONES, quantize(ROWS_OF_ONES), quantize(ROWS_OF_ONES)),
             TypeError,
             ["key must be an array, got (int8 of shape (2, 12, 2, 8)", "unpack it: key, key_scale = quantize(...)"],
         ),
-        (lambda: ragged_decode_attention(ONES, jax.new_ref(ROWS_OF_ONES), ROWS_OF_ONES), TypeError, ["jax.Ref", "key[...]"]),
-        (lambda: quantize(jax.new_ref(ROWS_OF_ONES)), TypeError, ["jax.Ref", "x[...]"]),
+        (lambda: CALL(ONES, REF, ROWS_OF_ONES), TypeError, ["jax.Ref", "key[...]"]),
+        (lambda: quantize(REF), TypeError, ["jax.Ref", "x[...]"]),
         (
-            lambda: ragged_decode_attention(ONES, ROWS_OF_ONES, ROWS_OF_ONES, sliding_window=16),
+            lambda: CALL(ONES, ROWS_OF_ONES, ROWS_OF_ONES, sliding_window=16),
             ValueError,
             ["sliding_window must be two integers", "got 16", "pass (15, 0)"],
         ),
         (
-            lambda: ragged_decode_attention(ONES, ROWS_OF_ONES.swapaxes(1, 2), ROWS_OF_ONES.swapaxes(1, 2)),
+            lambda: CALL(ONES, ROWS_OF_ONES.swapaxes(1, 2), ROWS_OF_ONES.swapaxes(1, 2)),
             ValueError,
             ["[batch, num_kv_heads, seq_len, head_dim]", "key.transpose(0, 2, 1, 3)", "recipes"],
         ),
         (
-            lambda: ragged_decode_attention(ONES.swapaxes(0, 1), ROWS_OF_ONES, ROWS_OF_ONES),
+            lambda: CALL(ONES.swapaxes(0, 1), ROWS_OF_ONES, ROWS_OF_ONES),
             ValueError,
             ["[num_q_heads, batch, head_dim]", "query.transpose(1, 0, 2)"],
         ),
         (
-            lambda: ragged_decode_attention(ONES, ROWS_OF_ONES, ROWS_OF_ONES, backend=ROWS_OF_ONES),  # pyright: ignore
+            lambda: CALL(ONES, ROWS_OF_ONES, ROWS_OF_ONES, backend=ROWS_OF_ONES),
             TypeError,
             ["backend must be None, 'auto', a Backend instance", "float32 of shape"],
         ),

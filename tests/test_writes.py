@@ -1,5 +1,7 @@
 """A donated cache that is written and read in one program is not copied, on a CPU, however it is written."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -29,7 +31,7 @@ def step(write, query, key, value, end):
     """Write one row of each sequence, then attend."""
     new = query[:, :HEADS].astype(key.dtype)
     key, value = (write(x, new, end) for x in (key, value))
-    scales = {"key_scale": 0.1, "value_scale": 0.1} if key.dtype == jnp.int8 else {}
+    scales: dict[str, Any] = {"key_scale": 0.1, "value_scale": 0.1} if key.dtype == jnp.int8 else {}
     return ragged_decode_attention(query, key, value, sequence_end=end + 1, **scales), key, value
 
 
