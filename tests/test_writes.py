@@ -56,7 +56,8 @@ def temporary(function, write, dtype):
     aval = jax.ShapeDtypeStruct
     arrays = aval((BATCH, 8, DIM), query), aval(PADDED, dtype), aval(PADDED, dtype), aval((BATCH,), jnp.int32)
     program = jax.jit(lambda *args: function(write, *args), donate_argnums=(1, 2)).lower(*arrays).compile()
-    return program.memory_analysis().temp_size_in_bytes / (BATCH * ROWS * HEADS * DIM * jnp.dtype(dtype).itemsize)
+    analysis: Any = program.memory_analysis()
+    return analysis.temp_size_in_bytes / (BATCH * ROWS * HEADS * DIM * jnp.dtype(dtype).itemsize)
 
 
 @pytest.mark.optimised
