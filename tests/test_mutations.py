@@ -16,7 +16,7 @@ import pytest
 from support import assert_batch_invariant, assert_repeatable, assert_right
 
 from ejk_ragged import Queries, ragged_decode_attention
-from ejk_ragged.testing import Case, CHECKS, TextbookBackend
+from ejk_ragged.testing import Case, CHECKS, TextbookBackend, verify_backend
 
 
 CASES = {case.name: case for case in CHECKS}
@@ -393,3 +393,31 @@ def test_neighbours_are_caught():
     longest = lambda kw: jnp.max(kw["sequence_end"]).astype(jnp.float32) * np.float32(1e-7)
     with pytest.raises(AssertionError):
         assert_batch_invariant(results_changed(lambda out, lse, kw: (out * (1 + longest(kw)), lse)), arguments)
+
+
+def test_a_backend_is_verified_whole():
+    """On every case, and on rows between the ranges of tokens; one that refuses says why."""
+
+    class Plain(TextbookBackend):
+        def supports(self, problem, target):
+            return None if problem.plain else "it is plain"
+
+    cases = [CASES[name] for name in ("edges", "pages", "narrow-value")]
+    found = verify_backend(TextbookBackend(), cases)
+    assert found.keys() == {*(case.name for case in cases), "junk between tokens"}
+    assert [name for name, verdicts in found.items() if isinstance(verdicts, str) or not all(v.ok for v in verdicts)] == []
+    refused = [name for name, why in verify_backend(Plain(), cases).items() if isinstance(why, str) and "it is plain" in why]
+    assert refused == ["pages", "narrow-value"]
+
+
+def test_junk_between_tokens_is_noticed():
+    """By a backend that clears what lies before the first range and after the last only."""
+
+    def seen(self, problem, queries, rows, scale):
+        problem = dataclasses.replace(problem, junk_between_tokens=False)
+        return TextbookBackend.seen(self, problem, queries, rows, scale)
+
+    faulty = type("Faulty", (TextbookBackend,), {"seen": seen})()
+    verdicts = verify_backend(faulty, ())["junk between tokens"]
+    assert not isinstance(verdicts, str)
+    assert not verdicts[0].ok

@@ -1,6 +1,7 @@
 """For people who write backends: the oracle, named cases that between them meet every feature, and a comparison of the two.
 
-`verify(call, case.draw(poison=True))` says whether a call is right on a case, gradients included.
+`verify(call, case.draw(poison=True))` says whether a call is right on a case, gradients included. `verify_backend(backend)` tries a
+backend on all cases, and on what no shape of a call shows.
 """
 
 from ._cases import Case as Case
@@ -15,3 +16,4 @@ from ._oracle import tolerance as tolerance
 from ._textbook import TextbookBackend as TextbookBackend
 from ._verify import Verdict as Verdict
 from ._verify import verify as verify
+from ._verify import verify_backend as verify_backend

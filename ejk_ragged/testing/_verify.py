@@ -1,12 +1,17 @@
 """Is a call right? Its output, lse and gradients beside the oracle's, as errors and the tolerances that they must keep."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ejk_ragged._api import ragged_decode_attention
+from ejk_ragged._backend import Backend
+
+from ._cases import Case, CHECKS
 from ._oracle import oracle, oracle_gradients, relative_error, seen_rows, tolerance
 
 
@@ -67,6 +72,52 @@ def verify(call: Callable, arguments: dict[str, Any], gradients: bool = True, se
         if name in ("key", "value"):
             verdicts.append(Verdict(f"dead d_{name}", _nonzero_unseen(got, exact), 0))
     return tuple(verdicts)
+
+
+def verify_backend(backend: str | Backend, cases: Sequence[Case] = CHECKS) -> dict[str, tuple[Verdict, ...] | str]:
+    """`backend` on every case, junk around what tokens see, and on what no shape of a call shows.
+
+    The cases have bounds beyond the cache, tokens without rows, no lengths, no sinks, scales of every shape, pages and widths. One
+    more entry, "junk between tokens", maps lengths over one cache, so that there are rows between the ranges of a sequence's
+    tokens that no token sees.
+
+    Args:
+        backend: a name, or an instance.
+        cases: what is tried.
+
+    Returns:
+        By the name of the case: the verdicts, gradients included, or why the backend refuses the case.
+    """
+    call = functools.partial(ragged_decode_attention, backend=backend)
+    found: dict[str, tuple[Verdict, ...] | str] = {}
+    for case in cases:
+        try:
+            found[case.name] = verify(call, case.draw(poison=True))
+        except ValueError as error:
+            found[case.name] = str(error)
+    try:
+        found["junk between tokens"] = _junk_between_tokens(call)
+    except ValueError as error:
+        found["junk between tokens"] = str(error)
+    return found
+
+
+def _junk_between_tokens(call) -> tuple[Verdict, ...]:
+    """Two maps of one token each become two tokens with ranges of their own; what lies between the ranges is NaN."""
+    case = Case("", 2, 80, 4, 2, 16, "bfloat16", lengths=("ranges", (0, 10), (5, 9)))
+    arguments = case.draw()
+    for name in ("key", "value"):
+        arguments[name][:, 10:60] = np.nan
+    starts, ends = np.array([[0, 5], [60, 70]], np.int32), np.array([[10, 9], [80, 71]], np.int32)
+    arrays = {name: jnp.asarray(arguments[name]) for name in ("query", "key", "value")}
+    one = lambda start, end: call(**arrays, sequence_start=start, sequence_end=end, return_lse=True)
+    out, lse = jax.vmap(one)(jnp.asarray(starts), jnp.asarray(ends))
+    wanted = [oracle(**arguments | {"sequence_start": start, "sequence_end": end}) for start, end in zip(starts, ends, strict=True)]
+    want_out, want_lse = map(np.stack, zip(*wanted, strict=True))
+    return (
+        Verdict("out", relative_error(out, want_out), tolerance("bfloat16", out.size)),
+        Verdict("lse", _lse_error(lse, want_lse), tolerance("float32", lse.size)),
+    )
 
 
 def _lse_error(got, want):
