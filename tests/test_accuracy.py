@@ -12,7 +12,7 @@ from ejk_ragged.testing import Case, oracle_gradients, relative_error, tolerance
 
 
 def gradients(call, arguments, names=("query", "key", "value")):
-    """Of the output alone, whose cotangent differs from element to element; and what the oracle says."""
+    """Gradients of the output alone, whose cotangent differs from element to element; and what the oracle says."""
     function = lambda *args: call(**arguments | dict(zip(names, args, strict=True)))
     out, pullback = jax.vjp(function, *[jnp.asarray(arguments[name]) for name in names])
     d_out = weights(out)
@@ -21,7 +21,7 @@ def gradients(call, arguments, names=("query", "key", "value")):
 
 
 def bound(dtype):
-    """Of the relative error of a gradient."""
+    """The bound on the relative error of a gradient."""
     return 2 * tolerance(dtype, 1000)
 
 

@@ -342,7 +342,7 @@ def test_the_table_is_replaced():
 
 
 def test_gradients_pass_through_a_write():
-    """Of a padded cache of floats: what is replaced has none, what is new has that of its row."""
+    """Gradients of a padded cache of floats: what is replaced has none, what is new has that of its row."""
     cache = jax.tree.map(lambda x: x + 1, zeros({}))
     key, value = new_rows(cache, 3)
     at, lengths = np.array([0, 10, 4], np.int32), np.array([3, 3, 1], np.int32)

@@ -202,7 +202,7 @@ def test_symbolic_batch_pages_and_pool(case):
 
 
 def test_symbolic_gradients():
-    """Of a dense key that is also the value, for any batch and length."""
+    """Gradients of a dense key that is also the value, for any batch and length."""
     function, arrays = setting(LATENT, ragged_decode_attention)
     batch, rows = export.symbolic_shape("b, s")
     aval = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)

@@ -61,7 +61,7 @@ print(json.dumps([sorted(told), failed]))
 
 @pytest.mark.parametrize("attempt", range(int(os.environ.get("EJK_RAGGED_ATTEMPTS", "3"))))
 def test_first_calls(attempt):
-    """Of a process: on the CPU, lowered for a GPU, and explained, beside two plug-ins that cannot be loaded."""
+    """The tests of a process: on the CPU, lowered for a GPU, and explained, beside two plug-ins that cannot be loaded."""
     environment = os.environ | {"PYTHONHASHSEED": str(attempt)}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

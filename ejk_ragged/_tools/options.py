@@ -43,7 +43,7 @@ BENCH = """\
 How fast decode steps are here: realistic rows, each checked against a float64 oracle and then timed.
 
 On a GPU the time is that of the kernels, as JAX's profiler sees them, with the cache rotated so that none of it comes
-from the GPU's own caches; on a CPU it is wall time, the least of several runs. Beside it stands the memory's bandwidth,
+from the GPU's own caches; on a CPU it is wall time, the least of several runs. The output also has the memory's bandwidth,
 measured in the same run: "fraction" is the live bytes of K and V, divided by the time and by that bandwidth. For
 gradients it is the backward operation's: the live K and V read, and gradients of the whole cache written, beside the
 bandwidth of copying. Lengths and data are drawn afresh for every run; the seed is printed.
