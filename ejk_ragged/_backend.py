@@ -38,6 +38,10 @@ class Wanted:
     key_value: bool = True
 
 
+class BackendFailed(RuntimeError):
+    """A backend raised where the registry asked it something; chained to what it raised."""
+
+
 class Backend(abc.ABC):
     """One implementation of the decode operation. Instances hold no arrays, and are equal where class and fields are, so that calls
     with equal ones share what was compiled.

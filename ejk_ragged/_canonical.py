@@ -93,10 +93,9 @@ def _bounds(a: Arguments, num_tokens):
 
 
 def _int32(lengths):
-    """Lengths of any integer type as int32. Values beyond int32 become its ends: rows that no cache has."""
-    ends = [bound for bound in (-LARGEST - 1, LARGEST) if np.iinfo(lengths.dtype).min <= bound <= np.iinfo(lengths.dtype).max]
+    """Integers of any type as int32. Values beyond int32 become its ends: rows that no cache has."""
     if not np.can_cast(lengths.dtype, np.int32):
-        lengths = functools.reduce(lambda x, bound: (jnp.maximum if bound < 0 else jnp.minimum)(x, bound), ends, lengths)
+        lengths = jnp.clip(lengths, max(np.iinfo(lengths.dtype).min, -LARGEST - 1), LARGEST)
     return lengths.astype(jnp.int32)
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 
 from ._api import ragged_decode_attention
+from ._backend import BackendFailed
 from ._canonical import canonical, checked
+from ._platforms import gpu_platform, KNOWN_PLATFORMS
 from ._problem import FwdParams, Problem
-from ._registry import BackendFailed, gpu_platform, HintsFrom, KNOWN_PLATFORMS, registry
+from ._registry import HintsFrom, registry
 
 
 @dataclasses.dataclass(frozen=True)

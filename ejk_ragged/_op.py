@@ -24,8 +24,9 @@ from jaxtyping import Array, Float, Int32, Shaped
 from . import _sharding
 from ._backend import Direction, Wanted
 from ._formats import is_quantised
+from ._platforms import KNOWN_PLATFORMS, platform_of
 from ._problem import Cache, Problem, Queries
-from ._registry import KNOWN_PLATFORMS, platform_of, registry, Request
+from ._registry import registry, Request
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

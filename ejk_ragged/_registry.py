@@ -15,15 +15,15 @@ from typing import Any, Literal
 
 import jax
 
-from ._backend import Backend, Direction, Target
+from ._backend import Backend, BackendFailed, Direction, Target
 from ._fingerprint import fingerprint
 from ._hints import Tuned
 from ._messages import shown
+from ._platforms import KNOWN_PLATFORMS
 from ._problem import FwdParams, Problem, Settings
 
 
 GROUP = "ejk_ragged.backends"
-KNOWN_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # what JAX can lower for by these names; others take its default rule
 HintsFrom = Literal["given", "tuned", "default"]
 
 
@@ -65,10 +65,6 @@ class Selection:
     passed_over: tuple[tuple[str, str], ...] = ()
     hints_from: HintsFrom = "default"
     not_for: tuple[str, ...] = ()
-
-
-class BackendFailed(RuntimeError):
-    """A backend raised where the registry asked it something; chained to what it raised."""
 
 
 @jax.tree_util.register_static
@@ -394,21 +390,6 @@ def _described(backend) -> Any:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def platform_of(device: Any) -> str:
-    """The name by which JAX lowers for `device`; its `platform` says "gpu" for both kinds of GPU."""
-    if device.platform == "gpu":
-        return "rocm" if "rocm" in getattr(device.client, "platform_version", "") else "cuda"
-    return device.platform
-
-
-def gpu_platform() -> str:
-    """What "gpu" means here: JAX says so of NVIDIA's and of AMD's."""
-    try:
-        return platform_of(jax.local_devices(backend="gpu")[0])
-    except RuntimeError:  # there is none
-        return "cuda"
 
 
 registry = Registry()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from support import assert_close, draw
 
-from ejk_ragged import explain, ragged_decode_attention
-from ejk_ragged._registry import platform_of, Target
+from ejk_ragged import explain, ragged_decode_attention, Target
+from ejk_ragged._platforms import platform_of
 from ejk_ragged.testing import Case, TextbookBackend
 
 

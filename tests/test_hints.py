@@ -360,7 +360,7 @@ def test_a_lock_dies_with_its_process(file):
     assert [left.name for left in file.parent.iterdir()] == [file.name]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+@pytest.mark.skipif(os.name != "posix", reason="a umask, and modes for groups and others, are POSIX alone")
 def test_mode(file, backend):
     """What the umask gives a new file, and what the user gave an old one."""
     for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
@@ -394,7 +394,6 @@ def test_a_newer_format_is_left_alone(file, backend, capsys):
     assert file.read_text() == text
 
 
-@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
 def test_a_file_that_cannot_be_read_is_not_replaced(file, backend, monkeypatch):
     file.write_text("not for us")
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from ejk_ragged import FwdParams, Problem, Target
-from ejk_ragged._registry import platform_of
+from ejk_ragged._platforms import platform_of
 from ejk_ragged.testing import TextbookBackend
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ejk_ragged._registry import platform_of
+from ejk_ragged._platforms import platform_of
 
 from .timing import graph_times, kernel_times, wall_times
 

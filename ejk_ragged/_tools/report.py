@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ejk_ragged import backends, explain, Explanation, ragged_decode_attention
-from ejk_ragged._registry import platform_of
+from ejk_ragged._platforms import platform_of
 from ejk_ragged.testing import Case, CHECKS, verify
 
 from .machine import default_platform
