@@ -12,8 +12,8 @@ from ejk_ragged_schedule.warning_filters import ignore_warning
 
 plgpu = cast(Any, mosaic_gpu)  # types are checked with the oldest JAX, in which it is another
 
-TILE = plgpu.Layout.WGMMA  # which thread holds what of an array [keys, rows], or [dims, rows]
-OF_ROWS = TILE.reduce(0)  # and of [rows]
+TILE = plgpu.Layout.WGMMA  # which thread holds what of a matrix
+OF_COLUMNS, OF_ROWS = TILE.reduce(0), TILE.reduce(1)  # and of a vector along the matrix's columns, or along its rows
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # stands in for -inf where a difference of two must not be NaN
 
@@ -35,11 +35,13 @@ def store(ref, values):
         ref[...] = values
 
 
-def launch(kernel, name, results, grid, *, follows, interpret, detect_races, reduction_bytes=2048, **options):
+def launch(kernel, name, results, grid, *, follows, interpret, detect_races, updates=0, reduction_bytes=2048, **options):
     """A function of operands: `kernel` over a grid, {name of an axis: size}, with `results` of these shapes and dtypes.
 
-    `follows` says whether it works on what the other kernel leaves, which is the one before it. It is given a function `wait` then,
-    which returns when all of that is there; its other operands it may read before.
+    `follows` says whether the kernel works on what the kernel before it leaves. The kernel is then given a function `wait`, which
+    returns when all of these operands are there. The kernel may read its other operands before.
+
+    The last `updates` operands are written in place, and are returned in place of results.
     """
     overlapped = OVERLAPPED and not interpret
 
@@ -67,7 +69,19 @@ def launch(kernel, name, results, grid, *, follows, interpret, detect_races, red
         interpret=plgpu.InterpretGPUParams(detect_races=detect_races) if interpret else None,
         **options,
     )
-    return _interpreted(call, results) if interpret else _without_64_bits(call)
+    if updates:
+        call = _updating(call, updates)
+    return _interpreted(call, results, updates) if interpret else _without_64_bits(call)
+
+
+def _updating(call, count):
+    """`call`, whose last `count` operands are results too: XLA gives both the same memory."""
+
+    def function(*operands):
+        refs = [jax.new_ref(operand) for operand in operands[len(operands) - count :]]
+        return [*call(*operands[: len(operands) - count], *refs), *map(jax.freeze, refs)]
+
+    return function
 
 
 def _without_64_bits(call):
@@ -80,7 +94,7 @@ def _without_64_bits(call):
     return function
 
 
-def _interpreted(call, results):
+def _interpreted(call, results, updates):
     """`call` as a function that XLA calls back: what interprets a kernel has ordered effects, for which there is no place in the
     lowering of a primitive."""
     call = _without_64_bits(jax.jit(call))
@@ -90,7 +104,11 @@ def _interpreted(call, results):
         with _one_at_a_time, jax.default_device(jax.local_devices(backend="cpu")[0]):
             return jax.block_until_ready(call(*operands))
 
-    return lambda *operands: jax.pure_callback(on_host, results, *operands)
+    def function(*operands):
+        updated = [jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in operands[len(operands) - updates :]]
+        return jax.pure_callback(on_host, [*results, *updated], *operands)
+
+    return function
 
 
 _one_at_a_time = threading.Lock()  # the interpreter has one memory for all

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from ejk_ragged_schedule import cdiv, Line
 
-from ._jax import OF_ROWS, plgpu, TILE
+from ._jax import OF_COLUMNS, plgpu, TILE
 from ._tuning import BLOCK_SEQUENCES, round_up, Tiles
 
 
@@ -67,7 +67,7 @@ class Ranges:
                 rest -= count
 
     def _sum_up(self, first, count, total):
-        number = plgpu.broadcasted_iota(jnp.int32, (round_up(count, 8),), 0, layout=OF_ROWS) + first
+        number = plgpu.broadcasted_iota(jnp.int32, (round_up(count, 8),), 0, layout=OF_COLUMNS) + first
         start, end = (None if ref is None else _lengths(ref, first, count) for ref in self.lengths)
         rounds = self._rounds(*self.plan.schedule.clipped(number, start, end))
         square = BLOCK_SEQUENCES, rounds.size
@@ -142,7 +142,7 @@ class Ranges:
 def _lengths(ref, first, count):
     """Those of `count` sequences; fewer than 8 are read one by one, and zeros follow."""
     if count % 8 == 0:
-        return plgpu.load(ref.at[pl.ds(first, count)], layout=OF_ROWS, optimized=False)
-    place = plgpu.broadcasted_iota(jnp.int32, (8,), 0, layout=OF_ROWS)
+        return plgpu.load(ref.at[pl.ds(first, count)], layout=OF_COLUMNS, optimized=False)
+    place = plgpu.broadcasted_iota(jnp.int32, (8,), 0, layout=OF_COLUMNS)
     # A product: what is selected from a single number has no sign (see the tests).
     return sum((place == i).astype(jnp.int32) * ref[first + i] for i in range(count))

@@ -12,8 +12,15 @@ class Tiles:
     """The static shape of the work.
 
     Attributes:
-        block_rows: rows of queries of one kv head in a program, a multiple of 8.
-        row_blocks: such blocks a kv head.
+        many: whether query rows are the rows of the products, 64 per warpgroup, or their columns.
+        tokens: tokens of the query as kernels see it, T: the problem's, or 1 where all query rows are laid end to end.
+        token_rows: query rows per token and kv head, G.
+        block_rows: query rows of one kv head in a program: a multiple of 8, or of 64 where they are many.
+        row_blocks: such blocks per kv head.
+        warpgroups: warpgroups that multiply, each for an equal part of the block.
+        query_slots: blocks of query rows that a program holds, this piece's and the next one's.
+        terms: numbers of 16 bits that a weight is written as the sum of.
+        writes_out: whether the first kernel writes the output of sequences that are one piece.
         block_dim: head_dim, padded to a multiple of 64.
         stages: tiles of keys, and as many of values, that a program holds.
         direct: whether copies lay a tile out as products want it. It takes rows that divide by 8 and dimensions by 64; other tiles
@@ -22,13 +29,46 @@ class Tiles:
         schedule: who works on which keys.
     """
 
+    many: bool
+    tokens: int
+    token_rows: int
     block_rows: int
     row_blocks: int
+    warpgroups: int
+    query_slots: int
+    terms: int
+    writes_out: bool
     block_dim: int
     stages: int
     direct: bool
     table: int
     schedule: Schedule
+
+    @property
+    def warpgroup_rows(self) -> int:
+        """Query rows of one warpgroup."""
+        return self.block_rows // self.warpgroups
+
+    @property
+    def num_rows(self) -> int:
+        """Query rows of a kv head."""
+        return self.tokens * self.token_rows
+
+    @property
+    def copy_rows(self) -> int:
+        """Query rows that one copy takes: they lie together in memory, and are a whole number of the products' tiles."""
+        return math.gcd(self.token_rows, 64) if self.many else self.block_rows
+
+    def output(self, problem: Problem) -> dict[str, tuple]:
+        """Shapes and dtypes of output and lse, where query rows are many."""
+        out = problem.batch, self.tokens, problem.num_kv_heads, self.token_rows, self.block_dim
+        lse = problem.batch, problem.num_kv_heads, self.row_blocks * self.block_rows
+        return {"out": (out, problem.out_dtype), "lse": (lse, "float32")}
+
+    @property
+    def registers(self) -> tuple[int, int] | None:
+        """Registers of a thread that multiplies, and of one that copies; None: as the compiler likes."""
+        return REGISTERS[self.warpgroups] if self.many else None
 
     @property
     def align(self) -> int:
@@ -48,14 +88,15 @@ class Tiles:
 
     @property
     def reduction_bytes(self) -> int:
-        """Shared memory in which a sum or maximum over keys passes between warps, all rows at once."""
-        return 128 * self.block_rows
+        """Shared memory in which a sum or maximum over keys passes between warps, all query rows at once."""
+        return 2048 if self.many else 128 * self.block_rows
 
     def shared_bytes(self) -> int:
         """Bytes of shared memory that a program needs, each array beginning at a multiple of 1024."""
         keys, rows, dim = self.schedule.block_keys, self.block_rows, self.block_dim
         tiles = 2 * keys * dim * ITEMSIZE
-        arrays = [tiles * self.stages, tiles * (not self.direct), 2 * rows * dim * ITEMSIZE, MOST_TERMS * rows * keys * ITEMSIZE]
+        weights = 0 if self.many else MOST_TERMS * rows * keys * ITEMSIZE
+        arrays = [tiles * self.stages, tiles * (not self.direct), self.query_slots * rows * dim * ITEMSIZE, weights]
         arrays += [self.reduction_bytes, BARRIERS, self.table * 4]
         return sum(round_up(size, 1024) for size in arrays)
 
@@ -63,7 +104,13 @@ class Tiles:
 # The defaults, as measured on an H100; docs/developers has the log.
 BLOCK_KEYS = 64  # what the tensor cores take at once
 STAGE_BYTES = 64 * 1024  # of tiles of keys and values on their way or worked on; more of them wait for each other
-MAX_ROWS = 64  # rows of queries from here on go into further blocks, each of which reads the cache again
+# Query rows of a block. Up to FEW are columns of the products, up to MOST_FEW where they cannot be rows. Many are rows, and MANY
+# says how many by the number of 64 that there are. More go into further blocks, each of which reads the cache again.
+FEW, MOST_FEW, MANY = 32, 64, (64, 128, 192, 128)
+# Keys of a tile where there are such further blocks. The tensor cores set the pace then, and read the query half as often.
+MANY_KEYS = 128
+# Registers of a thread that multiplies, and of one that copies, by the warpgroups that multiply: ptxas spills none.
+REGISTERS = {1: (232, 40), 2: (240, 24), 3: (160, 32)}
 # Of the second kernel: rows that a program merges at once, where that leaves one for each multiprocessor, partial results of a row
 # that it reads at once at least, and programs of a multiprocessor, as many as find room beside one of the first kernel.
 MERGE_ROWS, LEAST_MERGED, MERGE_PROGRAMS = 4, 4, 4
@@ -86,15 +133,15 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
         ValueError: a hint cannot work, naming the field.
     """
     given = problem.fwd_params
-    keys = round_up(given.block_size_keys or BLOCK_KEYS, 64)
-    rows = round_up(min(given.block_size_heads or MAX_ROWS, problem.num_tokens * problem.group, MAX_ROWS), 8)
+    rows = _block_rows(problem, given.block_size_heads)
+    keys = round_up(given.block_size_keys or _block_keys(problem, rows), 64)
     if given.block_size_heads is None:
-        while rows > 8 and _bytes(problem, keys, rows, given.num_stages or 2) > shared_memory(target):
-            rows = max(rows // 16 * 8, 8)
+        while rows > 8 and _bytes(problem, keys, rows, given.num_stages or 2, target) > shared_memory(target):
+            rows = rows - 64 if rows > 64 else max(rows // 16 * 8, 8)
     stages = given.num_stages or default_stages(problem, keys)
-    while not given.num_stages and stages > 1 and _bytes(problem, keys, rows, stages) > shared_memory(target):
+    while not given.num_stages and stages > 1 and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
         stages -= 1
-    needs = _bytes(problem, keys, rows, stages)
+    needs = _bytes(problem, keys, rows, stages, target)
     if needs > shared_memory(target):
         raise ValueError(
             f"FwdParams.block_size_keys {keys}, block_size_heads {rows} and num_stages {stages} need {needs} bytes of shared "
@@ -123,36 +170,74 @@ def candidates(problem: Problem, target: Target):
 
 def does_not_fit(problem: Problem, target: Target) -> str | None:
     """Why not even the smallest tiles fit, or None."""
-    needs = _bytes(problem, BLOCK_KEYS, 8, 1)
+    needs = _bytes(problem, BLOCK_KEYS, 8, 1, target)
     if needs > shared_memory(target):
         return f"its table of {problem.batch} sequences takes more shared memory than there is"
     return None
 
 
+def _block_rows(problem: Problem, wanted: int | None) -> int:
+    """Query rows of a block."""
+    there = problem.num_tokens * problem.group
+    if not _takes_many(problem):
+        return round_up(min(wanted or MOST_FEW, there, MOST_FEW), 8)
+    if min(wanted or there, there) <= FEW:
+        return round_up(min(wanted or there, there), 8)
+    blocks = -(-there // 64)
+    return min(round_up(wanted, 64), 64 * blocks, MANY[2]) if wanted else MANY[min(blocks, len(MANY)) - 1]
+
+
+def _block_keys(problem: Problem, rows: int) -> int:
+    """Keys of a tile."""
+    blocks = rows >= 128 and problem.num_tokens * problem.group > MANY[2]
+    return MANY_KEYS if blocks and problem.head_dim <= 128 else BLOCK_KEYS
+
+
+def _takes_many(problem: Problem) -> bool:
+    """Whether query rows can be the rows of the products: copies lay tiles out as products want them, and each query row sees
+    whatever the others see of a tile of values."""
+    return _direct(problem) and not problem.junk_between_tokens
+
+
+def _direct(problem: Problem) -> bool:
+    return problem.seq_len % 8 == 0 and problem.head_dim % 64 == 0
+
+
 def tiles(problem: Problem, target: Target) -> Tiles:
     """The shape of the work for a problem whose hints are resolved."""
     hints = problem.fwd_params
-    return _tiles(problem, hints.block_size_keys, hints.block_size_heads, hints.num_stages, _multiprocessors(target))
+    return _tiles(problem, hints.block_size_keys, hints.block_size_heads, hints.num_stages, target)
 
 
-def _tiles(problem, keys, rows, stages, multiprocessors) -> Tiles:
+def _tiles(problem, keys, rows, stages, target) -> Tiles:
     row_blocks = -(-problem.num_tokens * problem.group // rows)
-    schedule = Schedule.of(problem, multiprocessors // (problem.num_kv_heads * row_blocks), keys)
+    schedule = Schedule.of(problem, _multiprocessors(target) // (problem.num_kv_heads * row_blocks), keys)
     alone = schedule.by_sequence or problem.batch == 1
-    return Tiles(
+    many = rows % 64 == 0 and _takes_many(problem)
+    there = problem.num_tokens * problem.group
+    if many and problem.group % 8 == 0:
+        tokens, token_rows = problem.num_tokens, problem.group
+    else:  # up to 8 are one tile, which may be larger than what there is
+        tokens, token_rows = 1, round_up(there, 8) if many or there > 8 else there
+    plan = Tiles(
+        many=many,
+        tokens=tokens,
+        token_rows=token_rows,
         block_rows=rows,
         row_blocks=row_blocks,
+        warpgroups=rows // 64 if many else 1,
+        query_slots=2,
+        terms=MOST_TERMS if problem.keeps_accum_dtype else 1,
+        writes_out=many and not problem.keeps_accum_dtype,
         block_dim=round_up(problem.head_dim, 64),
         stages=stages,
-        direct=problem.seq_len % 8 == 0 and problem.head_dim % 64 == 0,
+        direct=_direct(problem),
         table=0 if alone else round_up(problem.batch, 8) + BLOCK_SEQUENCES - 8,  # where the last sum begins, and what it writes
         schedule=schedule,
     )
-
-
-def terms_of_weights(problem: Problem) -> int:
-    """Numbers of 16 bits that a weight is written as the sum of: more than one where the result is not rounded either."""
-    return MOST_TERMS if problem.keeps_accum_dtype else 1
+    if many and plan.shared_bytes() > shared_memory(target):
+        return dataclasses.replace(plan, query_slots=1)
+    return plan
 
 
 def merging(target: Target, batch: int, rows: int) -> tuple[int, int]:
@@ -164,8 +249,8 @@ def merging(target: Target, batch: int, rows: int) -> tuple[int, int]:
     return at_once, min(batch * rows // at_once, programs)
 
 
-def _bytes(problem, keys, rows, stages) -> int:
-    return _tiles(problem, keys, rows, stages, MULTIPROCESSORS).shared_bytes()
+def _bytes(problem, keys, rows, stages, target) -> int:
+    return _tiles(problem, keys, rows, stages, target).shared_bytes()
 
 
 def _multiprocessors(target) -> int:

@@ -1,0 +1,211 @@
+"""The warpgroups that multiply where query rows are many: query rows are the rows of the products, 64 per warpgroup.
+
+Logits are computed as Q K^T, [query rows, keys], and the output as P V, [query rows, dims]. All warpgroups share the tiles. P stays
+in registers. The products of two tiles overlap: the logits of the next tile are asked for before the output of this one, and the
+softmax of the next tile runs while the tensor cores work on the output.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ._jax import LOWEST, OF_ROWS, plgpu, store, TILE
+from ._line import Piece
+from ._merge import finished, write_out
+from ._program import LOG2_E, over, product, Program, tile_of
+
+
+def compute_piece(program: Program, piece: Piece, warpgroup):
+    """A piece for 64 query rows: the output, if the sequence has no other piece, or partial results."""
+    plan, shared, results = program.plan, program.shared, program.results
+    q_slot = lax.rem(piece.number, plan.query_slots)
+    plgpu.barrier_wait(shared.q_full.at[q_slot])
+    query = shared.q.at[q_slot, warpgroup]
+    query_rows = program.query_rows(warpgroup)
+    tiles = _Tiles(program, piece, warpgroup, query, *_bounds(program, piece, query_rows))
+    of_rows = lambda value: plgpu.layout_cast(jnp.full((query_rows.size,), value, jnp.float32), OF_ROWS)
+    nothing = tile_of((query_rows.size, plan.block_dim), 0), of_rows(LOWEST), of_rows(0)
+
+    def natural(high):
+        return jnp.maximum(high * (program.factor / LOG2_E), LOWEST)
+
+    def keep(acc, high, total):
+        slot = plan.schedule.slot(program.number, piece.sequence)
+        store(results.parts.at[slot, program.head, query_rows, pl.ds(0, plan.block_dim)], acc)
+        for i, values in enumerate((natural(high), total)):
+            store(results.stats.at[slot, program.head, i, query_rows], values)
+
+    def write(acc, high, total):
+        sink = program.sinks_of(piece.sequence, query_rows)
+        out, lse = finished(acc, natural(high), total, sink)
+        store(results.lse.at[piece.sequence, program.head, query_rows], lse)
+        write_out(plan, results.out, query, out, piece.sequence, program.head, query_rows)
+
+    def work():
+        done = tiles.last(*lax.fori_loop(0, piece.num_tiles - 1, tiles.step, tiles.begin(*nothing)))
+        pieces = program.ranges.slots(piece.sequence)[1] if plan.writes_out else 0
+        pl.when(pieces == 1)(lambda: write(*done))
+        pl.when(pieces != 1)(lambda: keep(*done))
+
+    pl.when(piece.num_tiles > 0)(work)
+    pl.when(piece.num_tiles == 0)(lambda: keep(*nothing))
+    plgpu.barrier_arrive(shared.q_free.at[q_slot])
+
+
+def _bounds(program, piece, query_rows):
+    """First rows and ends of the query rows, int32 [query rows] each, or None where tokens have none of their own; and the first
+    row and the end of what all of these query rows see."""
+    problem, bounds, seen_by_all = program.problem, [], []
+    first, last = lax.div(query_rows.start, problem.group), problem.num_tokens - 1
+    count = min(last + 1, (query_rows.size - 2) // problem.group + 2)  # tokens that so many query rows may be of
+    row = plgpu.broadcasted_iota(jnp.int32, (query_rows.size,), 0, layout=OF_ROWS) + query_rows.start
+    for ref, of_all, narrower in zip(program.query_bounds, (piece.start, piece.end), (jnp.maximum, jnp.minimum), strict=True):
+        if ref is None:
+            bounds.append(None)
+        else:
+            of_tokens = [ref[piece.sequence, jnp.minimum(first + i, last)] for i in range(count)]
+            # A product: what is selected from a single number has no sign (see the tests).
+            bounds.append(sum((row // problem.group == first + i).astype(jnp.int32) * x for i, x in enumerate(of_tokens)))
+            of_all = functools.reduce(narrower, of_tokens, of_all)
+        seen_by_all.append(of_all)
+    return bounds, seen_by_all
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """The tiles of a piece, for 64 query rows of one warpgroup: begin, any number of steps, last.
+
+    Each hands on the sums of the output [query rows, dims], the largest logit without its factor, the sum of weights [query rows],
+    and the weights of the tile whose values come next [query rows, keys].
+
+    Attributes:
+        program, piece, warpgroup: whose tiles.
+        query: ref [query rows, D] in shared memory.
+        bounds: first rows and ends, int32 [query rows] or None each.
+        seen_by_all: first row and end of what all query rows see. Only tiles beyond need a mask.
+    """
+
+    program: Program
+    piece: Piece
+    warpgroup: Any
+    query: Any
+    bounds: Any
+    seen_by_all: Any
+
+    def begin(self, acc, high, total):
+        """Weights of the first tile."""
+        slot = self.slot(0)
+        plgpu.barrier_wait(self.program.shared.k_full.at[slot])
+        products = product(self.query, self.keys(slot))
+        weights, high, total, _ = self.softmax(0, products, high, total)
+        return acc, high, total, weights
+
+    def step(self, i, carry):
+        """The output of tile i, and the weights of tile i + 1."""
+        acc, high, total, weights = carry
+        slot, next_slot = self.slot(i), self.slot(i + 1)
+        values = self.values(i)
+        plgpu.barrier_wait(self.program.shared.k_full.at[next_slot])
+        if self.program.interpreted:  # which takes both operands of a product from shared memory
+            products = product(self.query, self.keys(next_slot))
+            acc = self.interpreted_sum(acc, weights, values)
+            weights, high, total, fade = self.softmax(i + 1, products, high, total)
+        else:
+
+            def both(refs):
+                out, *results = refs
+
+                def inner(logits):
+                    plgpu.wgmma(logits, self.query, self.keys(next_slot))
+                    for term in weights:
+                        plgpu.wgmma(out, term, values)
+                    products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
+                    new_weights, *rest = self.softmax(i + 1, products, high, total)
+                    for ref, result in zip(results, (*new_weights, *rest), strict=True):
+                        ref[...] = result
+
+                pl.run_scoped(inner, plgpu.ACC(weights[0].shape, jnp.float32))
+
+            acc, *weights, high, total, fade = pl.run_state(both)((plgpu.ACC.init(acc), *weights, high, total, high))
+        plgpu.barrier_arrive(self.program.shared.v_free.at[slot])
+        return acc * over(fade, acc), high, total, tuple(weights)
+
+    def last(self, acc, high, total, weights):
+        """The output of the last tile."""
+        i = self.piece.num_tiles - 1
+        values = self.values(i)
+        if self.program.interpreted:
+            acc = self.interpreted_sum(acc, weights, values)
+        else:
+
+            def multiply(out):
+                for term in weights:
+                    plgpu.wgmma(out, term, values)
+
+            acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(self.program.shared.v_free.at[self.slot(i)])
+        return acc, high, total
+
+    def softmax(self, i, products, high, total):
+        """Weights of tile i, the largest logit, the sum of weights, and the factor by which a larger logit shrinks earlier sums.
+        The tile's keys are free from now on."""
+        program, piece = self.program, self.piece
+        plgpu.barrier_arrive(program.shared.k_free.at[self.slot(i)])
+        first = program.first_key(piece, i)
+        row = program.row_of(piece, first)
+
+        def masked(x):
+            sees = program.sees(piece, first, row, self.bounds, x.shape, 1)
+            return jnp.where(sees, x, tile_of(x.shape, -jnp.inf))
+
+        x, factor = products if program.factor != 1 else program.logits(products), program.factor
+        start, end = self.seen_by_all
+        x = lax.cond((row < jnp.maximum(first, start)) | (row + x.shape[1] > end), masked, lambda x: x, x)
+        new_high = jnp.maximum(jnp.maximum(high, jnp.max(x, axis=1)), LOWEST)
+        fade = jnp.exp2((high - new_high) * factor)
+        p = jnp.exp2((x - over(new_high, x)) * factor)
+        return tuple(program.terms(p)), new_high, total * fade + jnp.sum(p, axis=1), fade
+
+    def slot(self, i):
+        return lax.rem(self.piece.tiles_before + i, self.program.plan.stages)
+
+    def keys(self, slot):
+        return self.program.shared.k.at[slot].transpose((1, 0))
+
+    def values(self, i):
+        """The values of tile i, once they are there, with zeros in rows outside the range: 0 times what such a row holds may be
+        NaN. The first warpgroup clears these rows, and the others wait for its word."""
+        program, shared, piece, slot = self.program, self.program.shared, self.piece, self.slot(i)
+        values = shared.v.at[slot]
+        row = program.row_of(piece, program.first_key(piece, i))
+
+        def clear():
+            key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=TILE) + row
+            seen = (key >= piece.start) & (key < piece.end)
+            values[...] = jnp.where(seen, plgpu.load(values, layout=TILE), tile_of(values.shape, 0, values.dtype))
+            plgpu.commit_smem()
+
+        def clear_for_all():
+            clear()
+            plgpu.barrier_arrive(shared.v_clear.at[slot])
+
+        def clear_or_wait():
+            pl.when(self.warpgroup == 0)(clear_for_all)
+            pl.when(self.warpgroup > 0)(lambda: plgpu.barrier_wait(shared.v_clear.at[slot]))
+
+        plgpu.barrier_wait(shared.v_full.at[slot])
+        pl.when(program.at_an_end(piece, row))(clear if program.plan.warpgroups == 1 else clear_or_wait)
+        return values
+
+    def interpreted_sum(self, acc, weights, values):
+        """`acc` and the products of the weights and the values, by way of shared memory."""
+        for term in weights:
+            place = self.program.shared.p.at[self.warpgroup]
+            place[...] = term
+            plgpu.commit_smem()
+            acc = acc + product(place, values)
+        return acc

@@ -1,0 +1,149 @@
+"""One program of the kernel that reads the cache: what its warpgroups have in common.
+
+Inside, logits are in base 2: `exp2` is one instruction, and the factor log2(e) rides on the scale. Outside, all logits are natural.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ._jax import LOWEST, OF_ROWS, plgpu, TILE
+from ._line import Piece, Ranges
+from ._tuning import Tiles
+
+
+LOG2_E = math.log2(math.e)
+TILED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # how products want 16-bit operands in shared memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The pieces of one program, for one block of the query rows of a kv head.
+
+    Attributes:
+        problem, plan: the static facts.
+        interpreted: whether Pallas' interpreter runs the kernel.
+        number: which program of the line it is.
+        head: the kv head.
+        query_block: which block of the head's query rows.
+        query: ref [B, T, Hkv, G, D], D padded; `plan` says which T and G.
+        cache: refs of key and value.
+        ranges: where the pieces are.
+        query_bounds: refs of the first row and the end of each query row, as for `split`.
+        sink: ref of each query row's sink, float32 [B or 1, Hkv, query rows of all blocks], or None.
+        results: refs of the results, by name.
+        shared: what is in shared memory, by name.
+    """
+
+    problem: Any
+    plan: Tiles
+    interpreted: bool
+    number: Any
+    head: Any
+    query_block: Any
+    query: Any
+    cache: Any
+    ranges: Ranges
+    query_bounds: Any
+    sink: Any
+    results: Any
+    shared: Any
+
+    def first_key(self, piece: Piece, i):
+        """The first row of tile i of the piece."""
+        return piece.row + i * self.plan.schedule.stride
+
+    def row_of(self, piece: Piece, first):
+        """Where the tile that begins with row `first` is read. The last tile of a range is read further back. It then holds rows
+        that were read just before and are in the GPU's second-level cache, in place of rows that no token sees."""
+        end = (piece.end + self.plan.align - 1) & -self.plan.align
+        return jnp.maximum(jnp.minimum(first, end - self.plan.schedule.block_keys), 0)
+
+    def query_rows(self, warpgroup=0):
+        """The query rows of this program, or of one of its warpgroups, among all of the kv head."""
+        size = self.plan.warpgroup_rows
+        return pl.ds(pl.multiple_of(self.query_block * self.plan.block_rows + warpgroup * size, 8), size)
+
+    def sinks_of(self, sequence, query_rows):
+        """The sink of each query row, or None."""
+        if self.sink is None:
+            return None
+        b = sequence if self.sink.shape[0] > 1 else 0
+        return plgpu.load(self.sink.at[b, self.head, query_rows], layout=OF_ROWS, optimized=False)
+
+    def sees(self, piece: Piece, first, row, bounds, shape, axis):
+        """Which query row sees which row of a tile: bool of `shape`, whose `axis` is that of the rows."""
+        key = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE) + row
+        sees = (key >= jnp.maximum(first, piece.start)) & (key < piece.end)
+        for bound, holds in zip(bounds, (jnp.greater_equal, jnp.less), strict=True):
+            if bound is not None:
+                sees = sees & holds(key, lax.broadcast_in_dim(bound, shape, [1 - axis]))
+        return sees
+
+    def at_an_end(self, piece: Piece, row):
+        """Whether the tile that is read at `row` holds rows outside the range."""
+        return (row < piece.start) | (row + self.plan.schedule.block_keys > piece.end)
+
+    def logits(self, products):
+        """Base-2 logits of the products q . k: scaled, then capped.
+
+        The results are rounded numbers. The minimum changes no finite number, and keeps the compiler from fusing the factor and a
+        later subtraction. What is subtracted is the largest logit, and a rounding of a large logit is much in an exponent.
+        """
+        cap = self.problem.logits_soft_cap
+        if cap is None:
+            return jnp.minimum(products * (self.problem.softmax_scale * LOG2_E), -LOWEST)
+        # The instruction for tanh is good for 11 bits only. 1 - 2 / (exp(2 u) + 1) cancels where u is small. There, tanh is a
+        # polynomial, fitted to float32 for u * u < 1/4.
+        u = products * (self.problem.softmax_scale / cap)
+        v = u * u
+        near = u + u * (v * (-0.33333312 + v * (0.13330514 + v * (-0.05339106 + v * 0.01799922))))
+        far = 1 - 2 / (jnp.exp2(u * (2 * LOG2_E)) + 1)
+        return jnp.minimum(jnp.where(v < 0.25, near, far) * (cap * LOG2_E), -LOWEST)
+
+    @property
+    def factor(self) -> float:
+        """A positive factor that base-2 logits need not have before the largest is subtracted; 1 where there is none. A difference
+        of products is as exact as the products, and 0 for the largest, however large the products are."""
+        factor = self.problem.softmax_scale * LOG2_E
+        return factor if self.problem.logits_soft_cap is None and factor > float(jnp.finfo(jnp.float32).tiny) else 1.0
+
+    def terms(self, p):
+        """`p` as a sum of numbers in the query's dtype: one, or two where the result is not rounded to 16 bits."""
+        for _ in range(self.plan.terms):
+            rounded = p.astype(self.problem.dtype)
+            yield rounded
+            p = p - rounded.astype(jnp.float32)
+
+    def barriers(self, name):
+        """The barriers of a ring: one per place for "full", and one for "free"."""
+        return getattr(self.shared, f"{name}_full"), getattr(self.shared, f"{name}_free")
+
+    def rings(self):
+        """Name and number of places of each ring."""
+        return ("q", self.plan.query_slots), ("k", self.plan.stages), ("v", self.plan.stages)
+
+
+def tile_of(shape, value, dtype=jnp.float32):
+    """An array [.., ..] of one value, spread over the threads of a warpgroup."""
+    return plgpu.layout_cast(jnp.full(shape, value, dtype), TILE)
+
+
+def over(x, like):
+    """`x`, one number per row of the matrix `like`, over all its columns."""
+    return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def product(a, *terms):
+    """`a` times the sum of `terms`, in float32, all in shared memory."""
+
+    def multiply(acc):
+        for b in terms:
+            plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], terms[0].shape[1]), jnp.float32))
