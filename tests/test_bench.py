@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ejk_ragged._tools import bench, devices, inputs, peers, timing
+from ejk_ragged._tools.cases import label, SCALES, variants
 from ejk_ragged._tools.machine import Machine
-from ejk_ragged._tools.rows import label, SCALES, variants
 from ejk_ragged.testing import Case, oracle, TextbookBackend
 
 
@@ -25,13 +25,13 @@ by_label = pytest.mark.parametrize("case", CASES, ids=label)
 
 
 def measure(case=TINY, gradients=False, others=()):
-    entrants = [OURS] + [bench.Candidate(peer.name, peer.make) for peer in others]
+    entrants = [OURS] + [bench.Candidate(peer.name, peer.call) for peer in others]
     row = bench.measure(case, MACHINE, entrants, seed=5, runs=2, gradients=gradients)
     return row, {found["name"]: found for found in row["candidates"]}
 
 
 def peer(call, **fields):
-    return peers.Peer("made up", lambda case: call, ("cpu",), gradients=True, **fields)
+    return peers.Peer("made up", lambda case: call, platforms=("cpu",), gradients=True, **fields)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The benchmark as a command: which rows run in which variants, what fails alone, the tables, and the files that are left."""
+"""The benchmark as a command: which cases run in which variants, what fails alone, the tables, and the files that are left."""
 
 import dataclasses
 import importlib.util
@@ -12,7 +12,7 @@ import pytest
 
 from ejk_ragged.__main__ import main
 from ejk_ragged._registry import registry
-from ejk_ragged._tools import bench, devices, rows, suite, tables
+from ejk_ragged._tools import bench, cases, devices, suite, tables
 from ejk_ragged._tools.inputs import draw
 from ejk_ragged._tools.machine import Machine
 from ejk_ragged._tools.timing import Spread, Timing
@@ -26,8 +26,7 @@ MACHINE = Machine("cpu", "a test", 1 << 30, 1e9, 2e9)
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(rows, "CPU_ROWS", (TINY, FEATURES))
-    monkeypatch.setitem(rows.GROUPS, "cpu", (TINY, FEATURES))
+    monkeypatch.setitem(cases.GROUPS, "cpu", (TINY, FEATURES))
     monkeypatch.setitem(suite.SCALING, "cpu", dataclasses.replace(TINY, seq_len=24))
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls, copying=False: MACHINE))
 
@@ -55,7 +54,7 @@ def instant(monkeypatch):
 
 
 def results_of(data):
-    return [(row["row"], row["variant"], row["direction"]) for row in data["rows"]]
+    return [(case["case"], case["variant"], case["direction"]) for case in data["cases"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -65,33 +64,33 @@ def results_of(data):
 def test_command(capsys, tmp_path, textbook):
     """All of it, measured."""
     options = ["--backends", textbook, "--peers", "--tokens", "2", "--cache-dtype", "int8", "--runs", "1"]
-    assert main(["bench", "--rows", "tiny", *options, "--out", str(tmp_path), "--seed", "7"]) == 0
+    assert main(["bench", "--cases", "tiny", *options, "--out", str(tmp_path), "--seed", "7"]) == 0
     out = capsys.readouterr().out
     assert "Decode steps on a test" in out
     assert "jax.nn xla" in out
-    assert "jax.nn xla: no 8-bit cache (all rows)" in out
+    assert "jax.nn xla: no int8 cache (all cases)" in out
     assert "seed 7" in out
     data = json.loads((tmp_path / "a-test.json").read_text())
     assert data["seed"] == 7
     variants = ["", "T 2", "int8", "int8, T 2"]
     assert results_of(data) == [("tiny", variant, "forward") for variant in variants]
-    assert all(row["beside_plain"] > 0 for row in data["rows"] if row["variant"])
+    assert all(case["beside_plain"] > 0 for case in data["cases"] if case["variant"])
 
 
 def test_scaling(instant):
     """By default, and over the sizes that it speaks of."""
     data = suite.run()
-    assert [row["row"] for row in data["rows"]] == ["tiny", "features"]
+    assert [case["case"] for case in data["cases"]] == ["tiny", "features"]
     assert [point["seq_len"] for point in data["scaling"]["size"]] == [6, 12, 24, 48, 96]
     assert len({point["live_tokens"] for point in data["scaling"]["size"]}) == 1
     assert len({point["live_tokens"] for point in data["scaling"]["live"]}) == 6
     assert "scaling" not in suite.run(names=["tiny"])
 
 
-def test_rows_of_a_group(instant, monkeypatch):
+def test_cases_of_a_group(instant, monkeypatch):
     """Tokens and gradients are for some of a group, and for all that are named; quantised caches are for all."""
-    monkeypatch.setattr(rows, "TOKEN_ROWS", {"features"})
-    monkeypatch.setattr(rows, "GRADIENT_ROWS", {"tiny"})
+    monkeypatch.setattr(cases, "TOKEN_CASES", {"features"})
+    monkeypatch.setattr(cases, "GRADIENT_CASES", {"tiny"})
     options = {"tokens": [2, 3, 2], "cache_dtypes": ["int8"], "grad": "also", "scaling": False}
     few, all_of_it = ["", "int8"], ["", "T 2", "T 3", "int8", "int8, T 2", "int8, T 3"]
     forward = [("tiny", variant, "forward") for variant in few] + [("features", variant, "forward") for variant in all_of_it]
@@ -100,12 +99,12 @@ def test_rows_of_a_group(instant, monkeypatch):
     assert results_of(named) == [("tiny", variant, d) for d in ("forward", "gradient") for variant in all_of_it]
 
 
-def test_gradients_of_named_rows(instant, capsys):
-    assert main(["bench", "--rows", "tiny", "--grad", "only", "--json", "--dtype", "bfloat16"]) == 0
+def test_gradients_of_named_cases(instant, capsys):
+    assert main(["bench", "--cases", "tiny", "--grad", "only", "--json", "--dtype", "bfloat16"]) == 0
     data = json.loads(capsys.readouterr().out)
-    (row,) = data["rows"]
-    assert row["direction"] == "gradient"
-    assert "bfloat16" in row["problem"]
+    (case,) = data["cases"]
+    assert case["direction"] == "gradient"
+    assert "bfloat16" in case["problem"]
     assert "scaling" not in data
     (made,) = data["tables"]
     assert made["columns"][2:4] == ["forward + backward", "backward"]
@@ -113,7 +112,7 @@ def test_gradients_of_named_rows(instant, capsys):
 
 def test_beside_plain(instant):
     data = suite.run(names=["tiny"], tokens=[4], cache_dtypes=["int8"], grad="also")
-    beside = {(row["variant"], row["direction"]): row["beside_plain"] for row in data["rows"]}
+    beside = {(case["variant"], case["direction"]): case["beside_plain"] for case in data["cases"]}
     assert beside == {
         ("", "forward"): None,
         ("T 4", "forward"): pytest.approx(1.4),
@@ -121,12 +120,12 @@ def test_beside_plain(instant):
         ("int8, T 4", "forward"): pytest.approx(0.7),
         ("", "gradient"): None,
         ("T 4", "gradient"): pytest.approx(1.4),
-        ("int8", "gradient"): None,  # other gradients than the plain row's
+        ("int8", "gradient"): None,  # other gradients than the plain case's
         ("int8, T 4", "gradient"): None,
     }
     made = {table["title"].split(" on ")[0]: table for table in data["tables"]}
-    assert list(made) == list(tables.TITLES.values())
-    assert made["Quantised caches"]["columns"] == ["row", "MB", "time", "fraction", "beside plain"]
+    assert list(made) == [title for (_, kind), title in tables.TITLES.items() if kind != "pages"]
+    assert made["Quantised caches"]["columns"] == ["case", "MB", "time", "fraction", "beside plain"]
     assert [row[-1] for row in made["Quantised caches"]["rows"]] == ["0.50x", "0.70x"]
     assert "of 1 GB/s reading" in made["Gradients to the query, quantised caches"]["title"]
     assert "of 2 GB/s copying" in made["Gradients, several query tokens"]["title"]
@@ -143,14 +142,14 @@ def test_split(monkeypatch, capsys, tmp_path, textbook):
     timing = Timing("loop", Spread.of([0.1]))
     monkeypatch.setattr(devices, "loop_times", lambda *args: timing)
     options = ["--backends", textbook, "--split", "only", "--runs", "1", "--out", str(tmp_path)]
-    assert main(["bench", "--rows", "tiny", *options]) == 0
+    assert main(["bench", "--cases", "tiny", *options]) == 0
     out = capsys.readouterr().out
     assert "Decode steps on 8 of a test, the cache split" in out
     assert "100.0 ms (1.00x)" in out
     assert "batch: batch 3 is no multiple of 8 devices" in out
     data = json.loads((tmp_path / "a-test.json").read_text())
-    assert data["rows"] == []
-    assert [row["row"] for row in data["splits"]] == ["tiny"]
+    assert data["cases"] == []
+    assert [case["case"] for case in data["splits"]] == ["tiny"]
     monkeypatch.setattr(devices, "fit", lambda case, memory, copies: dataclasses.replace(case, batch=2))
     (made,) = suite.run(names=["tiny"], backends=[textbook], split="only", runs=1)["tables"]
     assert "B 2 sequences instead of 3, to fit into memory (tiny)" in made["notes"]
@@ -179,11 +178,11 @@ def test_a_part_that_fails_loses_nothing_else(part, instant, monkeypatch, tmp_pa
     name = "scaling" if part == "scaling" else "measure"
     monkeypatch.setattr(bench, name, fails(getattr(bench, name)))
     monkeypatch.setattr(suite, "draw", lambda data, folder: [])
-    assert main(["bench", "--out", str(tmp_path), "--rows", "tiny", "features", "--scaling"]) == 1
+    assert main(["bench", "--out", str(tmp_path), "--cases", "tiny", "features", "--scaling"]) == 1
     assert f"failed {part}: ValueError: not today" in capsys.readouterr().out
     data = json.loads((tmp_path / "a-test.json").read_text())
     assert data["failed"] == {part: "ValueError: not today"}
-    assert "features" in [row["row"] for row in data["rows"]]
+    assert "features" in [case["case"] for case in data["cases"]]
     assert (part == "scaling") == ("scaling" not in data)
 
 
@@ -205,7 +204,7 @@ def test_a_run_that_is_cut_short_leaves_what_it_has(instant, monkeypatch, tmp_pa
 
 def test_too_large_is_skipped(monkeypatch, capsys):
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls, copying=False: dataclasses.replace(MACHINE, memory=1000)))
-    assert main(["bench", "--rows", "tiny"]) == 0
+    assert main(["bench", "--cases", "tiny"]) == 0
     assert "skipped tiny: one sequence needs" in capsys.readouterr().out
 
 
@@ -213,7 +212,7 @@ def test_too_large_is_skipped(monkeypatch, capsys):
 def test_points_that_are_left_out(left_out, instant, monkeypatch, capsys):
     scaling = {"problem": "a problem", "live": [], "size": [], "left_out": {"3 of 4 rows": left_out}}
     monkeypatch.setattr(bench, "scaling", lambda *args: scaling)
-    assert main(["bench", "--rows", "tiny", "--scaling"]) == ("refused" in left_out)
+    assert main(["bench", "--cases", "tiny", "--scaling"]) == ("refused" in left_out)
     assert f"left out 3 of 4 rows: {next(iter(left_out.values()))}" in capsys.readouterr().out
 
 
@@ -225,14 +224,14 @@ def test_wrong_backend_is_an_exit_status(monkeypatch, capsys):
             return values * 0
 
     monkeypatch.setattr(registry, "get", lambda name: Zeros())
-    assert main(["bench", "--rows", "tiny", "--backends", "zeros"]) == 1
+    assert main(["bench", "--cases", "tiny", "--backends", "zeros"]) == 1
     assert "ejk-ragged zeros: differs from the oracle: out 1.0e+00" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--rows", "nonsense"], "nonsense"),
+        (["--cases", "nonsense"], "nonsense"),
         (["--backends", "nonsense"], "nonsense"),
         (["--tokens", "0"], "must be a whole number of at least 1, got '0'"),
         (["--cache-dtype", "int4"], "int4"),
@@ -265,7 +264,7 @@ def test_pictures(measured, tmp_path):
 def test_pictures_of_less(instant, tmp_path):
     """Nothing is drawn of what was not measured, and points may be missing."""
     pytest.importorskip("matplotlib")
-    assert suite.draw(suite.run(names=["cpu"], grad="only"), tmp_path) == []  # none of these rows has gradients
+    assert suite.draw(suite.run(names=["cpu"], grad="only"), tmp_path) == []  # none of these cases has gradients
     data = suite.run(names=["tiny"], grad="only")
     assert [file.name for file in suite.draw(data, tmp_path)] == ["a-test-gradient.png"]
     data["scaling"] = {"problem": "a problem", "live": [], "size": [], "left_out": {}}
@@ -274,7 +273,7 @@ def test_pictures_of_less(instant, tmp_path):
 
 def test_names_of_files(instant, capsys, tmp_path):
     for name in ([], ["--name", "Quantised caches"]):
-        assert main(["bench", "--rows", "tiny", "--out", str(tmp_path / "new"), *name]) == 0
+        assert main(["bench", "--cases", "tiny", "--out", str(tmp_path / "new"), *name]) == 0
     written = {file.name for file in (tmp_path / "new").glob("*.json")}
     assert written == {"a-test.json", "a-test-quantised-caches.json"}
     assert "wrote" in capsys.readouterr().err
@@ -288,16 +287,16 @@ def test_page_of_results(measured, tmp_path):
     assert spec.loader is not None
     results = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(results)
-    for name in ("", "tiny rows"):
+    for name in ("", "tiny cases"):
         suite.write(measured | {"name": name}, tmp_path / "performance")
-    (tmp_path / "performance" / "a-test-tiny-rows-cache.png").touch()
+    (tmp_path / "performance" / "a-test-tiny-cases-cache.png").touch()
     page = results.on_page_markdown("before <!-- results --> after", None, types.SimpleNamespace(docs_dir=tmp_path), None)
     assert page.startswith('before ??? note "a test: ')
-    assert '??? note "a test: tiny rows"' in page
+    assert '??? note "a test: tiny cases"' in page
     assert page.endswith("after")
     assert "| tiny | " in page
     assert "| tiny&nbsp;int8,&nbsp;T&nbsp;4 | " in page
-    assert "(a-test-tiny-rows-cache.png)" in page
+    assert "(a-test-tiny-cases-cache.png)" in page
     assert "-forward.png)" not in page
     line = {"batch": 2, "live": 9, "cache": "int8", "attention": "ours", "tokens": 4, "ms": 0.5, "tokens_per_second": 16000.0}
     whole = {"model": "small", "rows": 32, "device": "a test", "jax": "1", "steps": [line, line | {"tokens": 1, "batch": 3}]}
@@ -322,7 +321,7 @@ def test_on_a_terminal(instant, monkeypatch, capsys):
     pytest.importorskip("rich")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert main(["bench", "--rows", "tiny", "--scaling"]) == 0
+    assert main(["bench", "--cases", "tiny", "--scaling"]) == 0
     out, err = capsys.readouterr()
     assert "fraction" in out
     assert "tiny" in out
@@ -330,9 +329,9 @@ def test_on_a_terminal(instant, monkeypatch, capsys):
     assert "[1/2]" not in err
 
 
-def test_help_names_the_rows(capsys):
+def test_help_names_the_cases(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
     words = capsys.readouterr().out.split()
-    assert {row.name for row in rows.ROWS} <= set(words)
-    assert set(rows.GROUPS) <= set(words)
+    assert {case.name for group in cases.GROUPS.values() for case in group} <= set(words)
+    assert set(cases.GROUPS) <= set(words)
