@@ -12,7 +12,7 @@ import pytest
 
 from ejk_ragged.__main__ import main
 from ejk_ragged._registry import registry
-from ejk_ragged._tools import bench, cases, devices, suite, tables
+from ejk_ragged._tools import bench, cases, devices, peers, suite, tables
 from ejk_ragged._tools.inputs import draw
 from ejk_ragged._tools.machine import Machine
 from ejk_ragged._tools.timing import Spread, Timing
@@ -41,10 +41,12 @@ def textbook(monkeypatch):
 
 @pytest.fixture
 def instant(monkeypatch):
-    """Times that are made up, and nobody but us takes part: 100 us, 10 more a token, half of it with 8 bits."""
+    """Times that are made up, and nobody but us takes part: 100 us, 10 more per token, half of it with 8 bits, a quarter more in
+    pages."""
 
     def measure(case, machine, entrants, seed, runs, gradients=False):
         seconds = (100e-6 + 10e-6 * (case.num_tokens or 0)) * (0.5 if case.cache_dtype else 1)
+        seconds *= 1.25 if case.page_size else 1
         timing = Timing("kernels", Spread(seconds, seconds, seconds, seconds))
         timings = dict.fromkeys(("gradient", "backward") if gradients else ("forward",), timing)
         found = {one.name: {"ok": True, "timings": timings} if one.ours else {"refused": "not today"} for one in entrants}
@@ -130,6 +132,61 @@ def test_beside_plain(instant):
     assert "of 1 GB/s reading" in made["Gradients to the query, quantised caches"]["title"]
     assert "of 2 GB/s copying" in made["Gradients, several query tokens"]["title"]
     assert "beside plain" not in made["Gradients to the query, quantised caches"]["columns"]
+
+
+def test_pages(instant):
+    """All that is asked for is measured in pages too, and each case in pages stands beside the padded one of the same variant."""
+    data = suite.run(names=["tiny"], tokens=[4], cache_dtypes=["int8"], page_sizes=[0, 16, 16, 20], grad="also")
+    found = {(case["variant"], case["direction"]): case for case in data["cases"]}
+    variants = ["", "T 4", "int8", "int8, T 4"]
+    in_pages = [", ".join(filter(None, (f"pages of {size}", variant))) for size in (16, 20) for variant in variants]
+    assert list(found) == [(variant, direction) for direction in ("forward", "gradient") for variant in (*variants, *in_pages)]
+    case, padded = found["pages of 20, int8, T 4", "forward"], found["int8, T 4", "forward"]
+    assert case["beside_padded"] == pytest.approx(1.25)
+    assert case["beside_plain"] is None
+    assert case["padded_fraction"] == padded["candidates"][0]["fraction"]
+    assert found["pages of 16", "gradient"]["beside_padded"] is None  # other gradients than the padded case's
+    assert found["pages of 16, int8", "gradient"]["beside_padded"] == pytest.approx(1.25)
+    made = {table["title"].split(" on ")[0]: table for table in data["tables"]}
+    assert list(made) == list(tables.TITLES.values())
+    table = made["Caches in pages"]
+    assert table["columns"] == ["case", "MB", "time", "fraction", "padded", "beside padded"]
+    assert [row[0] for row in table["rows"]] == [f"tiny {variant}" for variant in in_pages]
+    fraction = f"{found['', 'forward']['candidates'][0]['fraction']:.3f}"
+    assert table["rows"][0][-2:] == [fraction, "1.25x"]
+    assert "of 1 GB/s reading" in made["Gradients to the query, caches in pages"]["title"]
+    assert "beside padded" in made["Gradients to the query, caches in pages"]["columns"]
+
+
+def test_pages_from_the_command_line(capsys, textbook):
+    """Ours is measured, and a peer that has no pages, is not installed or fails is named with its reason, and ends nothing."""
+
+    def fails(case):
+        raise ArithmeticError("not today")
+
+    def absent(case):
+        import no_such_module  # noqa: F401  # pyright: ignore
+
+    made_up = [peers.Peer(name, make, ("pages", "apart"), ("cpu",)) for name, make in (("failing", fails), ("absent", absent))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "PEERS", (*bench.PEERS, *made_up))
+        options = ["--backends", textbook, "--page-size", "16", "--peers", "--runs", "1", "--seed", "7"]
+        assert main(["bench", "--cases", "tiny", *options]) == 0
+    out = capsys.readouterr().out
+    assert "Caches in pages on a test" in out
+    assert "tiny pages of 16" in out
+    assert "jax.nn xla: no pages (tiny pages of 16)" in out
+    assert "failing: ArithmeticError: not today (tiny pages of 16)" in out
+    assert "absent: no_such_module is not installed (tiny pages of 16)" in out
+    assert "failing, absent: caches in pages only (tiny)" in out
+
+
+def test_splits_are_of_padded_caches(instant, monkeypatch):
+    split = []
+    monkeypatch.setattr(devices, "measure", lambda case, *args: split.append(case.page_size) or {"case": case.name})
+    monkeypatch.setattr(tables, "of", lambda data: [])
+    suite.run(names=["tiny"], page_sizes=[16], split="only")
+    assert split == [None]
 
 
 def test_fewer_sequences_are_noted(monkeypatch, textbook):
@@ -232,6 +289,11 @@ def test_wrong_backend_is_an_exit_status(monkeypatch, capsys):
     ("arguments", "says"),
     [
         (["--cases", "nonsense"], "nonsense"),
+        (["--rows", "nonsense"], "nonsense"),  # as it was called before
+        (["--runs", "0"], "argument --runs: must be a whole number of at least 1, got '0'"),
+        (["--runs", "-1"], "argument --runs: must be a whole number of at least 1, got '-1'"),
+        (["--page-size", "-16"], "argument --page-size: must be a whole number of at least 0, got '-16'"),
+        (["--page-size", "16", "--cache-dtype", "int8", "--scales", "sequence"], "choose from row, head, number"),
         (["--backends", "nonsense"], "nonsense"),
         (["--tokens", "0"], "must be a whole number of at least 1, got '0'"),
         (["--cache-dtype", "int4"], "int4"),
@@ -242,7 +304,9 @@ def test_wrong_arguments(arguments, says, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["bench", *arguments])
     assert exit.value.code == 2
-    assert says in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.startswith("usage: python -m ejk_ragged bench ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -269,6 +333,25 @@ def test_pictures_of_less(instant, tmp_path):
     assert [file.name for file in suite.draw(data, tmp_path)] == ["a-test-gradient.png"]
     data["scaling"] = {"problem": "a problem", "live": [], "size": [], "left_out": {}}
     assert [file.name for file in suite.draw(data, tmp_path)] == ["a-test-gradient.png"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_json_is_all_that_stdout_has(before, instant, tmp_path, capsys):
+    arguments = ["bench", "--cases", "tiny", "--page-size", "16", "--scaling", "--peers", "--out", str(tmp_path)]
+    assert main(["--json", *arguments] if before else [*arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == json.loads((tmp_path / "a-test.json").read_text())
+    assert "1 of 3: tiny" in err
+    assert "wrote" in err
+
+
+def test_the_option_of_before(instant, capsys):
+    """`--rows` is `--cases`."""
+    assert main(["bench", "--rows", "tiny", "--json"]) == 0
+    assert results_of(json.loads(capsys.readouterr().out)) == [("tiny", "", "forward")]
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    assert "--rows" not in capsys.readouterr().out
 
 
 def test_names_of_files(instant, capsys, tmp_path):

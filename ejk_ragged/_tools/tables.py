@@ -116,10 +116,8 @@ def _others(shown) -> list[str]:
 
 def _title(machine, direction, kind, compared, others) -> str:
     copying = direction == "gradient" and kind in ("plain", "tokens")
-    title = (
-        f"{TITLES[direction, kind]} on {machine['device']}; fraction of {machine['copy' if copying else 'read'] / 1e9:.0f} GB/s "
-    )
-    title += f"{'copying' if copying else 'reading'} memory, measured in the same run"
+    bandwidth = f"{machine['copy'] / 1e9:.0f} GB/s copying" if copying else f"{machine['read'] / 1e9:.0f} GB/s reading"
+    title = f"{TITLES[direction, kind]} on {machine['device']}; fraction of {bandwidth} memory, measured in the same run"
     return title + "".join(column.title for column in compared) + ("; others by their times beside ours" if others else "")
 
 
