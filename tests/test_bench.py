@@ -92,6 +92,8 @@ def test_a_pool_in_random_order(case):
     assert sorted(table.flat) == list(range(table.size))
     assert (np.diff(table) != 1).any()
     assert all(cache["key"].shape[:2] == (table.size, 20) for cache in drawn.caches)
+    padded = inputs.draw(inputs.padded(case), 5, 1, on_device=False)
+    np.testing.assert_array_equal(drawn.rest["sequence_end"], padded.rest["sequence_end"])
 
     def other_order(case):
         call = bench.decode_step(case, backend=TextbookBackend())
@@ -284,6 +286,17 @@ def test_split(monkeypatch):
         "kv heads": ("loop", 2, None),
         "rows": ("loop", 2, None),
     }
+
+
+def test_split_with_a_narrow_value(monkeypatch):
+    """The loop goes on though the output is narrower than the query."""
+    shapes = []
+    timing_of = lambda loop, *args: shapes.append(loop(3)().shape) or timing.Timing("loop", timing.Spread.of([1.0]))
+    monkeypatch.setattr(devices, "loop_times", timing_of)
+    case = dataclasses.replace(SPLIT, value_dim=8, sinks=None)
+    row = devices.measure(case, MACHINE, jax.devices()[:2], 5, TextbookBackend(), runs=2)
+    assert all("seconds" in way for way in row["ways"].values())
+    assert set(shapes) == {(4, 8, 16)}
 
 
 def test_only_what_is_right_is_timed(monkeypatch):

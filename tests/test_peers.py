@@ -262,8 +262,8 @@ def fake_xqa(
     assert (kv_layout, backend, seq_lens.dtype) == ("NHD", "xqa", np.uint32)
     assert max_seq_len == block_tables.shape[1] * key.shape[1]
     if tokens > 1:
-        assert mask.dtype == np.uint16
-        seen = np.unpackbits(np.ascontiguousarray(mask).view(np.uint8), axis=-1, bitorder="little")[..., :tokens]
+        assert np.asarray(mask).dtype == np.uint16
+        seen = np.unpackbits(np.ascontiguousarray(np.asarray(mask)).view(np.uint8), axis=-1, bitorder="little")[..., :tokens]
         assert (seen == np.tri(tokens)).all()
         query = query.reshape(-1, tokens, *query.shape[1:])
     quantised = {"key_scale": 1.0, "value_scale": 1.0} if key.dtype != query.dtype else {}

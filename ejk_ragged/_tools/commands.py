@@ -46,7 +46,8 @@ def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
     if folder:
         _make(parser, "--out", folder)
     _say(f"Results are kept in {folder}, after each part." if folder else "Results are printed at the end; --out DIR keeps them.")
-    how = {name: x for name, x in vars(arguments).items() if name not in ("run", "command", "checks", "json", "out")}
+    not_asked = ("run", "command", "checks", "json", "out", *(["seed"] if arguments.seed is None else []))
+    how = {name: x for name, x in vars(arguments).items() if name not in not_asked}
     keep = (lambda data: parts.append(suite.write(data, folder))) if folder else (lambda data: None)
     lost = "Nothing is kept." if folder else "Nothing is kept, for want of --out DIR."
     with interrupt.says(lambda: f"What was measured is kept in {parts[-1]} (parts: {len(parts)})." if parts else lost):

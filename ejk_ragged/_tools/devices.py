@@ -28,7 +28,7 @@ def measure(
 ) -> dict[str, Any]:
     """One case, checked and timed on the first device and on all of them for each way to split its cache, or the reason why not.
 
-    The time is that of a call in a loop on the devices, where each query is the output of the call before.
+    The time is that of a call in a loop on the devices, where each query has the output of the call before.
 
     Raises:
         TooLarge: the case does not fit into memory.
@@ -71,7 +71,8 @@ def _timed(call, inputs, sample, runs) -> dict[str, Any]:
 
     @functools.partial(jax.jit, static_argnums=0)
     def loop(rounds, rest, caches):
-        step = lambda query, cache: call(**rest | {"query": query}, **cache)
+        first = (0,) * rest["query"].ndim  # an output that is narrower than the query becomes its first columns
+        step = lambda query, cache: jax.lax.dynamic_update_slice(query, call(**rest | {"query": query}, **cache), first)
         return jax.lax.fori_loop(0, rounds, lambda _, query: functools.reduce(step, caches, query), rest["query"])
 
     timing = loop_times(lambda rounds: lambda: loop(rounds, inputs.rest, inputs.caches), len(inputs.caches), runs)

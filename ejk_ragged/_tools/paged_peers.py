@@ -111,8 +111,8 @@ def flashinfer(case: Case):
             kv_data_type=key.dtype,
             sm_scale=case.softmax_scale,
         )
-        scales = {} if key_scale is None else {"k_scale": float(key_scale), "v_scale": float(value_scale)}
-        return query, (key, value), scales
+        scales = {"k_scale": key_scale, "v_scale": value_scale}
+        return query, (key, value), {name: float(scale) for name, scale in scales.items() if scale is not None}
 
     return prepare, lambda query, cache, scales: wrapper.run(query, cache, **scales)
 
@@ -131,9 +131,8 @@ def xqa(case: Case):
     options["max_seq_len"] = pages(case) * (case.page_size or 0)
     workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")  # its semaphores begin at 0
 
-    def prepare(query, key, value, sequence_start, sequence_end, page_table, softmax_aux=None, key_scale=None, value_scale=None):
-        given: dict[str, Any] = {"bmm1_scale": scale * (1.0 if key_scale is None else float(key_scale))}
-        given["bmm2_scale"] = 1.0 if value_scale is None else float(value_scale)
+    def prepare(query, key, value, sequence_start, sequence_end, page_table, softmax_aux=None, key_scale=1.0, value_scale=1.0):
+        given: dict[str, Any] = {"bmm1_scale": scale * float(key_scale), "bmm2_scale": float(value_scale)}
         if softmax_aux is not None:
             given["sinks"] = tensor(torch, softmax_aux.reshape(-1))
         if tokens > 1:

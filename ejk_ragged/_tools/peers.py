@@ -219,7 +219,7 @@ def fa3(case: Case):
         "causal": several,
     }
 
-    def prepare(query, key, sequence_start, sequence_end, value=None):
+    def prepare(query, key, sequence_start, sequence_end, value: Any = None):
         query, key, end = (tensor(torch, x) for x in (query if several else query[:, None], key, sequence_end))
         if columns:
             return query[..., columns:], key[..., columns:], key[..., :columns], end, query[..., :columns]

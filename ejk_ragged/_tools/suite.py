@@ -29,6 +29,10 @@ SCALING = {
 PACKAGES = ("ejk-ragged", "jax", "jaxlib", "torch", "tokamax", "ejkernel", "flash-attn3-jax", "fa3-fwd", "flashinfer-python")
 
 
+def new_seed() -> int:
+    return int.from_bytes(os.urandom(3), "little")
+
+
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """What is measured.
@@ -46,7 +50,7 @@ class Asked:
         peers: also measure other implementations.
         split: None, "also" for steps whose cache is split over all devices, or "only"; of cases as with `grad`.
         scaling: also measure how time follows live tokens and the cache's size.
-        seed: of lengths and data; None draws one.
+        seed: of lengths and data.
         runs: of each call.
         name: of the run, where a device has several that are to be kept.
     """
@@ -62,7 +66,7 @@ class Asked:
     peers: bool = False
     split: str | None = None
     scaling: bool | None = None
-    seed: int | None = None
+    seed: int = dataclasses.field(default_factory=new_seed)
     runs: int = 15
     name: str | None = None
 
@@ -85,10 +89,6 @@ def default_cases() -> list[Case]:
     return cases.named(("cpu",) if default_platform() == "cpu" else ("shapes", "models"))
 
 
-def new_seed() -> int:
-    return int.from_bytes(os.urandom(3), "little")
-
-
 def run(keep: Callable[[dict[str, Any]], Any] = lambda data: None, **asked: Any) -> dict[str, Any]:
     """The whole benchmark, as data.
 
@@ -99,7 +99,6 @@ def run(keep: Callable[[dict[str, Any]], Any] = lambda data: None, **asked: Any)
         asked: as `Asked` has it.
     """
     ask, began = Asked(**asked), time.monotonic()
-    ask = dataclasses.replace(ask, seed=new_seed() if ask.seed is None else ask.seed)
     machine = Machine.here(copying=ask.grad is not None)
     data = _nothing_yet(ask, machine)
     parts = [*_of_cases(ask, machine), *_of_splits(ask, machine), *_of_scaling(ask, machine)]
