@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from ejk_ragged import ragged_decode_attention
 from ejk_ragged._tools import inputs, peers
@@ -411,10 +412,13 @@ def test_what_only_some_cases_ask(name, case, lacks, monkeypatch):
         peer(name).call(case)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # by JAX 0.11
 @pytest.mark.parametrize("dtypes", [{}, {"cache_dtype": "int8", "scales": "row"}], ids=["bfloat16", "int8"])
 def test_jax_lowers_its_own_peer_for_pages(dtypes):
     """The operation is there, takes these arguments, and becomes a kernel of a GPU; none is needed to see that."""
     case = Case("", 2, 256, 8, 2, 64, "bfloat16", ("uniform", 1, 256), page_size=16, **dtypes)
     drawn = inputs.draw(case, 5, 1, on_device=False)
-    lowered = jax.jit(peer("jax paged op").call(case)).trace(**drawn.arguments()).lower(lowering_platforms=("cuda",))
+    gpu = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100", None, "gpu"))
+    with jax.sharding.use_abstract_mesh(gpu):
+        lowered = jax.jit(peer("jax paged op").call(case)).trace(**drawn.arguments()).lower(lowering_platforms=("cuda",))
     assert "paged_attention" in lowered.as_text()
