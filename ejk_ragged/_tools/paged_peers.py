@@ -17,8 +17,8 @@ from .inputs import pages
 
 
 WORKSPACE_BYTES = 256 << 20  # twice what FlashInfer recommends
-TENSOR_CORES_FROM = 4  # query heads of a kv head: fewer are faster without, as servers choose it
-KEYS_OF_BLOCK = 128  # of JAX's operation: more do not fit into a multiprocessor with a head dimension of 128
+TENSOR_CORES_FROM = 4  # query heads of a kv head, as servers call FlashInfer
+BLOCK = 128 * 128  # elements of a block of keys in JAX's operation: two blocks of keys and two of values fit into a multiprocessor
 
 
 class CannotExpress(Exception):
@@ -43,7 +43,7 @@ def jax_paged(case: Case):
     assert case.page_size is not None
     scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
     splits = math.gcd(16, pages(case))
-    block = math.gcd(max(KEYS_OF_BLOCK // case.page_size, 1), pages(case) // splits)
+    block = math.gcd(max(BLOCK // (case.head_dim * case.page_size), 1), pages(case) // splits)
 
     def scales(key, scale):
         """[kv heads, pages, rows of a page], whatever axes the scale has."""

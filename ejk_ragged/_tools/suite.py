@@ -177,7 +177,7 @@ def _measure(part: Part, data: dict[str, Any]):
 def _beside(before, result) -> dict[str, Any]:
     """Its time beside that of the same case without tokens and 8 bits, or, in pages, of the same variant without pages."""
     alike = ("case", "direction", "differentiated", "batch")
-    variant = ("num_tokens", "cache_dtype", "scales")
+    variant = ("num_tokens", "cache_dtype")  # all quantised caches of a run have the same scales
     in_pages = result["page_size"] is not None
     same = lambda one, names: all(one[name] == result[name] for name in names)
     padded = next((one for one in before if one["page_size"] is None and same(one, alike + variant)), None) if in_pages else None
