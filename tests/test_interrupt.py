@@ -9,6 +9,11 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="it has no SIGINT for one process")
 
+# Where the tests run in the background, SIGINT is ignored, and a process inherits that.
+HEARD = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
 # A part that has begun waits for the signal, so that the test has not to be quick.
 BEFORE = """
 import itertools, sys, time
@@ -43,7 +48,7 @@ from ejk_ragged import __main__
 
 def interrupted(script, *arguments, until, on="stderr"):
     """What a command leaves on both streams, if Ctrl-C comes after a line that begins with `until`; and its status."""
-    command = [sys.executable, "-c", script + RUN, *arguments]
+    command = [sys.executable, "-c", HEARD + script + RUN, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             lines = []
