@@ -1,158 +1,17 @@
 """The command line: `python -m ejk_ragged`, and its subcommands."""
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-import jax
-
-from . import _hints
-from ._explain import explain
-from ._registry import registry
-from ._tools import interrupt, options, rows, suite, tables
-from ._tools import report as tool
-from ._tools import tune as tuner
-from ._tools.inputs import types
-from ._tools.progress import progress
+from ._tools import interrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     with interrupt.says(lambda: "Nothing is kept."):
-        whole = options.parser(report, bench, tune, explain_shapes)
-        arguments = whole.parse_args(argv)
-        if arguments.checks is not None and arguments.command is not whole:
-            whole.error("argument --checks: the report has checks, and no command has")
-        return arguments.run(arguments.command, arguments)
+        from ._tools import commands  # what it imports takes a moment, in which Ctrl-C may come
 
-
-def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """The benchmark. The exit status is 1 if a backend of ours was wrong or failed."""
-    try:
-        rows.named(arguments.names or [])
-        for name in arguments.backends:
-            registry.get(name)
-    except (ValueError, RuntimeError) as error:
-        parser.error(str(error))
-    if arguments.split and len(jax.devices()) < 2:
-        parser.error("argument --split: there is only one device here")
-    folder, parts = arguments.out, []
-    if folder:
-        _make(parser, "--out", folder)
-    _say(f"Results are kept in {folder}, after each part." if folder else "Results are printed at the end; --out DIR keeps them.")
-    how = {name: x for name, x in vars(arguments).items() if name not in ("run", "command", "checks", "json", "out")}
-    keep = (lambda data: parts.append(suite.write(data, folder))) if folder else (lambda data: None)
-    lost = "Nothing is kept." if folder else "Nothing is kept, for want of --out DIR."
-    with interrupt.says(lambda: f"What was measured, {len(parts)} parts, is kept in {parts[-1]}." if parts else lost):
-        data = suite.run(**how, keep=keep)
-    if arguments.json:
-        print(json.dumps(data, indent=1, allow_nan=False))
-    else:
-        tables.show(data)
-    if folder:
-        for file in (suite.write(data, folder), *suite.draw(data, folder)):
-            _say(f"wrote {file}")
-    return 1 if suite.failed(data) else 0
-
-
-def _say(text: str):
-    """On the error stream: what goes to standard output may be JSON."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def _make(parser, option, folder):
-    """The folder where results will be kept, before any time is spent on them."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument {option}: {error}")
-
-
-def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """The tuner. The exit status is 1 if nothing was saved."""
-    try:
-        cases = [*rows.named(arguments.rows), *map(tuner.parse, arguments.problem)]
-        for name in arguments.backends:
-            registry.get(name)
-    except (ValueError, RuntimeError) as error:
-        parser.error(str(error))
-    file = arguments.file or _hints.default_file()
-    if file is None:
-        parser.error("without --file it needs platformdirs, which is not installed: pip install 'ejk-ragged[tune]'")
-    _make(parser, "--file", file.parent)
-    try:
-        why = _hints.cannot_save(file)
-    except OSError as error:
-        why = str(error)
-    if why:
-        parser.error(f"nothing could be saved in {file}: {why} Choose another with --file.")
-    cases = cases or suite.default_rows()
-    seed = suite.new_seed() if arguments.seed is None else arguments.seed
-    total, kept = len(cases) * max(len(arguments.backends), 1), []
-    said = lambda: f"The best hints of {len(kept)} of {total} problems are saved in {file}." if kept else "Nothing is saved."
-    _say(f"The best hints are saved in {file}, after each problem.")
-    with interrupt.says(said), progress(total) as advance:
-        results = tuner.run(cases, arguments.backends, file, arguments.limit, seed, arguments.runs, advance, kept.append)
-    print(json.dumps(results, indent=1) if arguments.json else tuner.text(results, file))
-    return 0 if any(map(tuner.saved, results)) else 1
-
-
-def explain_shapes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """What would run where. The exit status is 1 if a problem is one that a call would refuse."""
-    try:
-        registry.resolve(arguments.backend)
-        cases = [case for text in arguments.problems for case in ([tuner.parse(text)] if "," in text else rows.named([text]))]
-    except (ValueError, RuntimeError) as error:
-        parser.error(str(error))
-    found: list[dict[str, Any]] = []
-    for case in cases:
-        try:
-            explanation = explain(**types(case), backend=arguments.backend)
-        except ValueError as error:
-            found.append({"problem": case.name, "error": str(error)})
-        else:
-            found.append(tool.dispatch(explanation))
-            if not arguments.json:
-                print(explanation)
-    if arguments.json:
-        print(json.dumps(found, indent=1))
-    for one in found:
-        if "error" in one:
-            _say(f"{one['problem']}: {one['error']}")
-    return 1 if any("error" in one for one in found) else 0
-
-
-def report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """The quick report."""
-    cases = tool.CHECKS
-    if arguments.checks:
-        known = {case.name: case for case in cases}
-        if unknown := [name for name in arguments.checks if name not in known]:
-            parser.error(f"argument --checks: {', '.join(unknown)} not known; choose from {', '.join(known)}")
-        cases = [known[name] for name in arguments.checks]
-
-    sections = (
-        ("installation", tool.installation, tool.show_installation),
-        ("dispatch", lambda: tool.dispatch(explain(**types(tool.realistic()))), tool.show_dispatch),
-        ("checks", lambda: tool.checks(cases), tool.show_checks),
-        ("step", lambda: tool.step(tool.realistic()), tool.show_step),
-    )
-    data = {}
-    for name, gather, show in sections:
-        data[name] = gather()
-        if not arguments.json:
-            print(show(data[name]), end="\n\n", flush=True)
-    results = [check["ok"] for check in data["checks"]]
-    data["ok"] = any(results) and False not in results and "error" not in data["step"]
-    if arguments.json:
-        print(json.dumps(data, indent=2, allow_nan=False))
-    else:
-        print(
-            f"{results.count(True)} checks passed, {results.count(False)} failed. {'All is well.' if data['ok'] else 'NOT WELL.'}"
-        )
-    return 0 if data["ok"] else 1
+        return commands.run(argv)
 
 
 if __name__ == "__main__":

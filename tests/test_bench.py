@@ -9,33 +9,36 @@ import numpy as np
 import pytest
 
 from ejk_ragged._tools import bench, devices, inputs, peers, timing
+from ejk_ragged._tools.cases import label, SCALES, variants
 from ejk_ragged._tools.machine import Machine
-from ejk_ragged._tools.rows import label, SCALES, variants
 from ejk_ragged.testing import Case, oracle, TextbookBackend
 
 
 TINY = Case("tiny", 3, 48, 4, 2, 64, lengths=("uniform", 3, 40))
 FEATURES = Case("features", 3, 48, 4, 2, 64, "bfloat16", ("skew", 3, 9), 0.2, (20, 0), 1.5, ("query", 1))
 TOKENS, INT8, BOTH = variants(FEATURES, [3], ["int8"])[1:]
-CASES = [TINY, FEATURES, TOKENS, INT8, BOTH]
+LATENT = dataclasses.replace(TINY, num_kv_heads=1, softmax_scale=0.2, value_columns=(0, 48))
+NARROW = dataclasses.replace(TINY, value_dim=32, lengths=("full",))
+IN_PAGES = [variants(case, page_sizes=[20])[-1] for case in (TINY, BOTH, LATENT, NARROW)]  # 20 does not divide 48
+CASES = [TINY, FEATURES, TOKENS, INT8, BOTH, LATENT, NARROW, *IN_PAGES]
 MACHINE = Machine("cpu", "a test", 1 << 30, 1e9, 2e9)
 OURS = bench.Candidate("ours", functools.partial(bench.decode_step, backend=TextbookBackend()), ours=True)  # quickly compiled
 
-by_label = pytest.mark.parametrize("case", CASES, ids=label)
+by_label = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def measure(case=TINY, gradients=False, others=()):
-    entrants = [OURS] + [bench.Candidate(peer.name, peer.make) for peer in others]
+    entrants = [OURS] + [bench.Candidate(peer.name, peer.call) for peer in others]
     row = bench.measure(case, MACHINE, entrants, seed=5, runs=2, gradients=gradients)
     return row, {found["name"]: found for found in row["candidates"]}
 
 
 def peer(call, **fields):
-    return peers.Peer("made up", lambda case: call, ("cpu",), gradients=True, **fields)
+    return peers.Peer("made up", lambda case: call, platforms=("cpu",), gradients=True, **fields)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Rows
+# Cases
 
 
 @pytest.mark.parametrize("case", [TINY, BOTH], ids=label)
@@ -63,6 +66,42 @@ def test_gradient(case):
     bandwidth = MACHINE.read if case.cache_dtype else MACHINE.copy
     seconds = found["ours"]["timings"]["backward"]["seconds"]
     assert found["ours"]["fraction"] == pytest.approx(row["moved_bytes"] / seconds / bandwidth)
+
+
+@pytest.mark.parametrize("case", [LATENT, NARROW, *IN_PAGES], ids=str)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_pages_and_widths(case, gradients):
+    """The bytes of a pool are those of the padded cache and the entries of the table; it has no gradient."""
+    row, found = measure(case, gradients=gradients)
+    assert found["ours"].get("refused") is None
+    padded = dataclasses.replace(case, page_size=None)
+    entries = 4 * -(-padded.live_tokens(5) // 20) if case.page_size else 0
+    assert row["live_bytes"] == padded.live_bytes(5)
+    written = inputs.cache_bytes(case) if gradients and case.page_size is None else 0
+    assert row["moved_bytes"] == padded.live_bytes(5) + entries + written
+    assert row["page_size"] == case.page_size
+    names = ["query"] if case.page_size else ["query", "key"] if case.value_columns else ["query", "key", "value"]
+    assert row["differentiated"] == (names if gradients else [])
+
+
+@pytest.mark.parametrize("case", IN_PAGES, ids=str)
+def test_a_pool_in_random_order(case):
+    """Each sequence has pages of its own; one that is read in another order gives another answer, which is found."""
+    drawn = inputs.draw(case, 5, 2, on_device=False)
+    table = np.asarray(drawn.rest["page_table"])
+    assert sorted(table.flat) == list(range(table.size))
+    assert (np.diff(table) != 1).any()
+    assert all(cache["key"].shape[:2] == (table.size, 20) for cache in drawn.caches)
+    padded = inputs.draw(inputs.padded(case), 5, 1, on_device=False)
+    np.testing.assert_array_equal(drawn.rest["sequence_end"], padded.rest["sequence_end"])
+
+    def other_order(case):
+        call = bench.decode_step(case, backend=TextbookBackend())
+        return lambda page_table, **rest: call(page_table=page_table[:, ::-1], **rest)
+
+    entrants = [bench.Candidate("ours", other_order, ours=True)]
+    (found,) = bench.measure(case, MACHINE, entrants, seed=5, runs=2)["candidates"]
+    assert found["refused"].startswith("differs from the oracle: out ")
 
 
 @pytest.mark.parametrize(("case", "what"), [(TOKENS, "d_key"), (BOTH, "d_query")], ids=["tokens", "both"])
@@ -103,9 +142,17 @@ def test_fresh_data():
     assert first.arguments(3)["key"] is first.caches[1]["key"]
 
 
-@pytest.mark.parametrize(("scales", "letters"), [*zip(SCALES, ("bhs", "bh", "h", ""), strict=True)], ids=SCALES)
-def test_caches_are_alike_wherever_they_are_drawn(scales, letters):
-    case = dataclasses.replace(BOTH, scales=scales)
+@pytest.mark.parametrize(
+    ("scales", "page_size", "letters"),
+    [
+        *zip(SCALES, [None] * 4, ("bhs", "bh", "h", ""), strict=True),
+        ("row", 16, "phr"),
+        ("head", 16, "h"),
+        ("number", 16, ""),
+    ],
+)
+def test_caches_are_alike_wherever_they_are_drawn(scales, page_size, letters):
+    case = dataclasses.replace(BOTH, scales=scales, page_size=page_size)
     here, there = (inputs.draw(case, 1, 1, on_device).arguments() for on_device in (False, True))
     assert {name: (x.shape, x.dtype) for name, x in here.items()} == {name: (x.shape, x.dtype) for name, x in there.items()}
     for arguments in (here, there):
@@ -239,6 +286,17 @@ def test_split(monkeypatch):
         "kv heads": ("loop", 2, None),
         "rows": ("loop", 2, None),
     }
+
+
+def test_split_with_a_narrow_value(monkeypatch):
+    """The loop goes on though the output is narrower than the query."""
+    shapes = []
+    timing_of = lambda loop, *args: shapes.append(loop(3)().shape) or timing.Timing("loop", timing.Spread.of([1.0]))
+    monkeypatch.setattr(devices, "loop_times", timing_of)
+    case = dataclasses.replace(SPLIT, value_dim=8, sinks=None)
+    row = devices.measure(case, MACHINE, jax.devices()[:2], 5, TextbookBackend(), runs=2)
+    assert all("seconds" in way for way in row["ways"].values())
+    assert set(shapes) == {(4, 8, 16)}
 
 
 def test_only_what_is_right_is_timed(monkeypatch):

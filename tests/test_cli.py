@@ -191,7 +191,9 @@ def test_unknown_check(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["--checks", "window", "nonsense"])
     assert exit.value.code == 2
-    assert "nonsense not known; choose from mha," in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "nonsense not known; choose from mha," in err
+    assert err.startswith("usage: python -m ejk_ragged [-h]")
 
 
 @pytest.mark.parametrize("arguments", [[], ["bench"], ["tune"]], ids=str)
@@ -221,9 +223,17 @@ def test_explain_command(capsys):
     assert main(["explain", "full", "--backend", "mosaic_gpu"]) in (0, 1)
 
 
+def test_explain_command_of_a_case_of_mla(capsys):
+    """Cases whose values are in the key's rows, or narrower than the keys, have names too."""
+    assert main(["explain", "mla", "narrow-value"]) == 0
+    text = capsys.readouterr().out
+    assert "B 128, S 4096, heads 16:1, D 576" in text
+    assert "B 16, S 8192, heads 32:8, D 192" in text
+
+
 def test_explain_command_refuses(capsys):
     for wrong in (["nothing"], ["full", "--backend", "nobody"]):
         with pytest.raises(SystemExit) as stopped:
             main(["explain", *wrong])
         assert stopped.value.code == 2
-        assert "usage: " in capsys.readouterr().err
+        assert capsys.readouterr().err.startswith("usage: python -m ejk_ragged explain ")

@@ -9,6 +9,7 @@ import pytest
 from test_ejk_ragged_dense import test_dense as test_dense  # the plug-in's own tests, collected here
 
 import ejk_ragged.testing
+from ejk_ragged._tools import options
 
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -45,6 +46,18 @@ def test_page(page):
     with jax.numpy_rank_promotion("allow"):  # they show what people write
         for block in blocks:
             exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))])
+def test_command_lines(page):
+    """The command takes what a page says, and by the names that are said first."""
+    text = (ROOT / page).read_text()
+    lines = re.findall(r"python -m ejk_ragged((?: [^`#\n]+)?)", text)
+    assert "--rows" not in "".join(lines)
+    parser = options.parser(*[lambda *args: None] * 4)
+    for line in lines:
+        if "--help" not in line:
+            parser.parse_args(line.split())
 
 
 @pytest.mark.parametrize("module", [ejk_ragged, ejk_ragged.testing], ids=lambda module: module.__name__)

@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ejk_ragged._tools.rows import CPU_STEP, ROWS
+from ejk_ragged._tools.cases import CPU_STEP, GROUPS
 from ejk_ragged.testing import CHECKS, live_rows, oracle, oracle_gradients, relative_error, seen_rows, tolerance, verify
+
+
+REALISTIC = [case for group in GROUPS.values() for case in group]
 
 
 def test_worked_by_hand():
@@ -140,7 +143,7 @@ def test_tolerance():
     assert tolerance("float32", 256, gradient=True) == 4e-6
 
 
-@pytest.mark.parametrize("case", [*CHECKS, *ROWS, CPU_STEP], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CHECKS, *REALISTIC, CPU_STEP], ids=lambda case: case.name)
 def test_cases_are_sound(case):
     """Heads divide, the live part is neither nothing nor more than there is, and a name stands for one problem."""
     assert case.num_q_heads % case.num_kv_heads == 0
@@ -151,8 +154,9 @@ def test_cases_are_sound(case):
         value = max(case.value_columns[1] - max(case.value_columns[0], key), 0)
     scales = 4 * (case.scales == "row") * (1 if case.value_columns else 2)
     assert case.live_bytes() == case.live_tokens() * case.num_kv_heads * ((key + value) * itemsize + scales)
-    group = CHECKS if case in CHECKS else ROWS
+    group = CHECKS if case in CHECKS else REALISTIC
     assert [other.name for other in group].count(case.name) == (case is not CPU_STEP)
+    assert case.name not in GROUPS
 
 
 def test_pages_by_hand():

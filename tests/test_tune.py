@@ -146,6 +146,26 @@ def test_problems_that_cannot_be_read(text, capsys):
     assert "a problem is written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--limit", "-5"], "argument --limit: must be a number of seconds above 0, got '-5'"),
+        (["--limit", "nan"], "argument --limit: must be a number of seconds above 0, got 'nan'"),
+        (["--runs", "0"], "argument --runs: must be a whole number of at least 1, got '0'"),
+        (["--cases", "nonsense"], "nonsense not known; choose from full,"),
+        (["--backends", "nonsense"], "nonsense"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(arguments, says, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["tune", *arguments])
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.startswith("usage: python -m ejk_ragged tune ")
+
+
 def test_candidates_of_the_xla_backend():
     with warnings.catch_warnings(action="error"):
         hints = list(XlaBackend().candidates(PROBLEM, TARGET))

@@ -5,7 +5,7 @@ import pathlib
 
 
 MAIN, REST = "<!-- main result -->", "<!-- results -->"
-# The benchmark's files call a case a row; on the pages a row is a row of the cache.
+# Older files of the benchmark call a case a row; on the pages a row is a row of the cache.
 WORDS = {"the same row": "the same case", "(all rows)": "(all cases)"}
 NOT_INSTALLED = "is not installed"
 

@@ -7,6 +7,7 @@ Everything comes out as plain data; `tables` shows it and `plots` draws it.
 import contextlib
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +19,10 @@ import jax.numpy as jnp
 from ejk_ragged import explain, FwdParams, ragged_decode_attention
 from ejk_ragged.testing import Case
 
-from .inputs import cache_bytes, differentiated, differs, draw_cold, fit, Sample, settings, TooLarge, Wrong
+from .cases import variant
+from .inputs import cache_bytes, differentiated, differs, draw_cold, fit, padded, Sample, settings, TooLarge, Wrong
 from .machine import Machine
 from .peers import CannotExpress, Peer, PEERS
-from .rows import variant
 from .timing import graph_times, kernel_times, NotTimed, Timing, wall_times
 
 
@@ -31,7 +32,7 @@ from .timing import graph_times, kernel_times, NotTimed, Timing, wall_times
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """An implementation that takes part. `make` is as in `Peer`."""
+    """An implementation that takes part. `make` is as in `Peer`, and says itself what it cannot express."""
 
     name: str
     make: Callable[[Case], Any]
@@ -49,14 +50,15 @@ def candidates(platform: str, backends: Sequence[str | None], peers: bool, gradi
 
 
 def _peer(peer: Peer) -> Candidate:
-    return Candidate(peer.name, peer.make, torch=peer.torch)
+    return Candidate(peer.name, peer.call, torch=peer.torch)
 
 
 def decode_step(case: Case, backend: Any = None, fwd_params: FwdParams | None = None, function=ragged_decode_attention):
     """Our call for a case, as `Peer.make` gives those of others; or another function of the same arguments."""
 
     def call(sequence_start, sequence_end, **arrays):
-        bounds = {} if case.lengths == ("full",) else {"sequence_end": sequence_end}
+        whole = case.lengths == ("full",) and case.seq_len % (case.page_size or 1) == 0
+        bounds = {} if whole else {"sequence_end": sequence_end}
         bounds |= {"sequence_start": sequence_start} if case.lengths[0] == "ranges" else {}
         return function(**arrays, **bounds, **settings(case), fwd_params=fwd_params, backend=backend)
 
@@ -159,18 +161,19 @@ def reason(error: BaseException) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Rows
+# Cases
 
 
 def measure(
     case: Case, machine: Machine, entrants: Sequence[Candidate], seed: int, runs: int = 15, gradients: bool = False
 ) -> dict[str, Any]:
-    """One row: every candidate checked on a sample of it and timed, or the reason why not.
+    """One case: every candidate checked on a sample of it and timed, or the reason why not.
 
     Raises:
-        TooLarge: the row does not fit into memory.
+        TooLarge: the case does not fit into memory.
     """
-    per_copy = (2 + 2 * (case.cache_dtype is None)) if gradients else 1  # the cache, its copy among the residuals, and gradients
+    written = gradients and "key" in differentiated(case)
+    per_copy = 2 + 2 * written if gradients else 1  # the cache, its copy among the residuals, and gradients
     asked, case = case, fit(case, machine.memory, per_copy)
     inputs = draw_cold(case, seed, machine, runs, per_copy)
     sample = Sample(case, inputs, gradients)
@@ -229,45 +232,53 @@ def _compile(program):
 
 
 def _summary(asked, case, machine, inputs, entrants, found, seed, gradients) -> dict[str, Any]:
-    live = case.live_bytes(seed)
-    written = cache_bytes(case) if gradients and case.cache_dtype is None else 0
-    bandwidth = machine.copy if written else machine.read
+    """One case as data: what it is, what has to move, and what was found."""
     explanation = decode_step(case, function=explain)(**inputs.arguments())
     chosen = explanation[machine.platform]
-    results = []
-    first = None
-    for entrant in entrants:
-        result = {"name": entrant.name, "ours": entrant.ours} | found[entrant.name]
-        if "timings" in result:
-            result["timings"] = {name: timing.as_dict() for name, timing in result["timings"].items()}
-            seconds = result["timings"]["backward" if gradients else "forward"]["seconds"]
-            result |= {"bytes_per_second": (live + written) / seconds, "fraction": (live + written) / seconds / bandwidth}
-            whole = result["timings"]["gradient" if gradients else "forward"]["seconds"]
-            first = first or (whole if entrant.ours else None)
-            result["ratio"] = None if first is None else whole / first
-        results.append(result)
-    return {
-        "row": case.name,
+    live_tokens, live_bytes = padded(case).live_tokens(seed), padded(case).live_bytes(seed)
+    entries = 4 * math.ceil(live_tokens / case.page_size) if case.page_size else 0  # of the page table
+    written = cache_bytes(case) if gradients and "key" in differentiated(case) else 0
+    moved = live_bytes + entries + written
+    bandwidth = machine.copy if written else machine.read
+    summary = {
+        "case": case.name,
         "variant": variant(case),
         "direction": "gradient" if gradients else "forward",
         "problem": str(explanation.problem),
         "batch": case.batch,
         "batch_asked": asked.batch,
-        "num_tokens": case.num_tokens or 1,
         "group": case.num_q_heads // case.num_kv_heads,
-        "cache_dtype": case.cache_dtype,
-        "scales": case.scales,
-        "lengths": list(case.lengths),
-        "sliding_window": case.sliding_window,
-        "sinks": case.sinks,
         "differentiated": list(differentiated(case)) if gradients else [],
         "backend": chosen.backward if gradients else chosen.forward,
-        "live_tokens": case.live_tokens(seed),
-        "live_bytes": live,
-        "moved_bytes": live + written,
+        "live_tokens": live_tokens,
+        "live_bytes": live_bytes,
+        "moved_bytes": moved,
         "copies": len(inputs.caches),
-        "candidates": results,
+        "candidates": _ratios([_result(one, found[one.name], moved, bandwidth) for one in entrants]),
     }
+    features = ("page_size", "cache_dtype", "scales", "sliding_window", "sinks")
+    return summary | {"num_tokens": case.num_tokens or 1, "lengths": list(case.lengths)} | {x: getattr(case, x) for x in features}
+
+
+def _result(entrant, found, moved, bandwidth) -> dict[str, Any]:
+    """One candidate as data; the fraction is of what has its own clock: the backward operation, or the forward step."""
+    result = {"name": entrant.name, "ours": entrant.ours} | found
+    if "timings" in result:
+        result["timings"] = {name: timing.as_dict() for name, timing in result["timings"].items()}
+        clocked = result["timings"].get("backward") or result["timings"]["forward"]
+        per_second = moved / clocked["seconds"]
+        result |= {"bytes_per_second": per_second, "fraction": per_second / bandwidth}
+    return result
+
+
+def _ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With each candidate's time as a multiple of that of our first one: of what users wait for."""
+    whole = lambda result: (result["timings"].get("gradient") or result["timings"]["forward"])["seconds"]
+    timed = [result for result in results if "timings" in result]
+    first = next((whole(result) for result in timed if result["ours"]), None)
+    for result in timed:
+        result["ratio"] = None if first is None else whole(result) / first
+    return results
 
 
 def scaling(machine: Machine, base: Case, seed: int, backend: str | None = None, runs: int = 15) -> dict[str, Any]:
@@ -284,13 +295,13 @@ def scaling(machine: Machine, base: Case, seed: int, backend: str | None = None,
             with findings(left_out, name):
                 if fit(case, machine.memory, 1).batch < case.batch:
                     raise TooLarge("not all sequences fit into memory")
-                row = measure(case, machine, ours, seed, runs)
-                (found,) = row["candidates"]
+                measured = measure(case, machine, ours, seed, runs)
+                (found,) = measured["candidates"]
                 if "refused" in found:
                     left_out[name] = found
                     continue
                 timing = found["timings"]["forward"]
-                sizes = {"seq_len": case.seq_len, "live_tokens": row["live_tokens"], "live_bytes": row["live_bytes"]}
+                sizes = {"seq_len": case.seq_len} | {x: measured[x] for x in ("live_tokens", "live_bytes")}
                 yield sizes | {"seconds": timing["seconds"], "time": timing["time"]}
 
     longest = [base.seq_len * i // 6 for i in range(1, 7)]

@@ -12,9 +12,9 @@ from ejk_ragged import Backend
 from ejk_ragged.testing import Case
 
 from .bench import decode_step, findings
+from .cases import variant
 from .inputs import draw_cold, fit, Inputs, letters_of, Sample
 from .machine import Machine
-from .rows import variant
 from .timing import loop_times
 
 
@@ -26,12 +26,12 @@ SPLITS = {"batch": ("batch", "b"), "kv heads": ("num_kv_heads", "qh"), "rows": (
 def measure(
     case: Case, machine: Machine, devices: Sequence[Any], seed: int, backend: str | Backend | None = None, runs: int = 15
 ) -> dict[str, Any]:
-    """One row, checked and timed on the first device and on all of them for each way to split its cache, or the reason why not.
+    """One case, checked and timed on the first device and on all of them for each way to split its cache, or the reason why not.
 
-    The time is that of a call in a loop on the devices, where each query is the output of the call before.
+    The time is that of a call in a loop on the devices, where each query has the output of the call before.
 
     Raises:
-        TooLarge: the row does not fit into memory.
+        TooLarge: the case does not fit into memory.
     """
     asked, case = case, fit(case, machine.memory, 2)  # the first device has its share of the split copies beside the whole ones
     inputs = draw_cold(case, seed, machine, runs, 2)
@@ -51,7 +51,7 @@ def measure(
         if name != ONE and "seconds" in way and "seconds" in found[ONE]:
             way["speedup"] = found[ONE]["seconds"] / way["seconds"]
     sizes = {"batch": case.batch, "batch_asked": asked.batch, "live_bytes": case.live_bytes(seed)}
-    return {"row": case.name, "variant": variant(case), "devices": len(devices), "ways": found} | sizes
+    return {"case": case.name, "variant": variant(case), "devices": len(devices), "ways": found} | sizes
 
 
 def _split(case, inputs: Inputs, mesh, letters: str) -> Inputs:
@@ -71,7 +71,8 @@ def _timed(call, inputs, sample, runs) -> dict[str, Any]:
 
     @functools.partial(jax.jit, static_argnums=0)
     def loop(rounds, rest, caches):
-        step = lambda query, cache: call(**rest | {"query": query}, **cache)
+        first = (0,) * rest["query"].ndim  # an output that is narrower than the query becomes its first columns
+        step = lambda query, cache: jax.lax.dynamic_update_slice(query, call(**rest | {"query": query}, **cache), first)
         return jax.lax.fori_loop(0, rounds, lambda _, query: functools.reduce(step, caches, query), rest["query"])
 
     timing = loop_times(lambda rounds: lambda: loop(rounds, inputs.rest, inputs.caches), len(inputs.caches), runs)

@@ -1,4 +1,4 @@
-"""The arrays of a row, drawn afresh for every run, and a sample of them for which the oracle says what is right."""
+"""The arrays of a case, drawn afresh for every run, and a sample of them for which the oracle says what is right."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ CACHE = ("key", "value", "key_scale", "value_scale")
 
 
 class TooLarge(ValueError):
-    """A row does not fit into memory."""
+    """A case does not fit into memory."""
 
 
 def fit(case: Case, memory: int, copies: int) -> Case:
@@ -42,31 +42,63 @@ def fit(case: Case, memory: int, copies: int) -> Case:
     return dataclasses.replace(case, batch=batch)
 
 
+def padded(case: Case) -> Case:
+    """The case with its cache not in pages: its lengths and its bytes are those of the case in pages."""
+    return dataclasses.replace(case, page_size=None)
+
+
+def stored(case: Case) -> Case:
+    """A case whose padded cache has the shape of the cache of `case`: each page is a sequence of it, if there are pages."""
+    if case.page_size is None:
+        return case
+    pool = {"batch": case.batch * pages(case), "seq_len": case.page_size, "lengths": ("full",), "page_size": None}
+    return dataclasses.replace(case, **pool, num_q_heads=case.num_kv_heads, num_tokens=None, sinks=None)
+
+
+def pages(case: Case) -> int:
+    """Pages of each sequence: entries of a sequence in the page table."""
+    return -(-case.seq_len // (case.page_size or case.seq_len))
+
+
+def value_dim(case: Case) -> int:
+    """Columns of the value, and of the output."""
+    return case.value_columns[1] - case.value_columns[0] if case.value_columns else case.value_dim or case.head_dim
+
+
 def cache_bytes(case: Case) -> int:
     """Of K and V, and of a scale for each of their rows."""
-    row = case.head_dim * jnp.dtype(case.cache_dtype or case.dtype).itemsize + 4 * (case.scales == "row")
-    return 2 * case.batch * case.seq_len * case.num_kv_heads * row
+    widths = [case.head_dim] if case.value_columns else [case.head_dim, value_dim(case)]
+    itemsize = jnp.dtype(case.cache_dtype or case.dtype).itemsize
+    row = sum(width * itemsize + 4 * (case.scales == "row") for width in widths)
+    return case.batch * pages(case) * (case.page_size or case.seq_len) * case.num_kv_heads * row
 
 
 def settings(case: Case) -> dict[str, Any]:
     """The arguments of a call for `case` that are no arrays."""
-    return {name: getattr(case, name) for name in ("softmax_scale", "sliding_window", "logits_soft_cap")}
+    in_rows = {"value": None, "value_columns": case.value_columns} if case.value_columns else {}
+    return {name: getattr(case, name) for name in ("softmax_scale", "sliding_window", "logits_soft_cap")} | in_rows
 
 
 def differentiated(case: Case) -> tuple[str, ...]:
-    """What gradients are taken with respect to: a quantised cache has none."""
-    return ("query",) if case.cache_dtype else ("query", "key", "value")
+    """What gradients are taken with respect to: a quantised cache and a pool of pages have none."""
+    if case.cache_dtype or case.page_size:
+        return ("query",)
+    return ("query", "key") if case.value_columns else ("query", "key", "value")
 
 
 def letters_of(name: str, x, case: Case) -> str:
-    """The axes of an argument: b sequence, t token, q query head, h kv head, s row of the cache, d head dimension, n sink."""
+    """The axes of an argument: b sequence, t token, q query head, h kv head, s row of the cache, d head dimension, n sink; p page
+    of a pool, r row of a page, e entry of a page table."""
+    first, rows = ("b", "s") if case.page_size is None else ("p", "r")
     match name:
         case "query":
             return "bqd" if np.ndim(x) == 3 else "btqd"
         case "key" | "value":
-            return "bshd"
+            return f"{first}{rows}hd"
         case "key_scale" | "value_scale":
-            return ("", "h", "bh", "bhs")[np.ndim(x)]
+            return ("", "h", "bh", f"{first}h{rows}")[np.ndim(x)]
+        case "page_table":
+            return "be"
         case "softmax_aux":
             return "n" if np.ndim(x) == 1 else "qn" if case.sinks and case.sinks[0] == "query" else "hn"
     return "b"
@@ -78,10 +110,10 @@ def letters_of(name: str, x, case: Case) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Arrays of one row, by the names of a call's arguments.
+    """Arrays of one case, by the names of a call's arguments.
 
     Attributes:
-        rest: all but the cache; `sequence_start` and `sequence_end` also where they say nothing.
+        rest: all but the cache; `sequence_start` and `sequence_end` also where they say nothing; `page_table` if there are pages.
         caches: copies of the cache with values of their own, to be used in turn.
         d_out: a cotangent of the output.
     """
@@ -108,31 +140,38 @@ def types(case: Case) -> dict[str, Any]:
 
 def draw(case: Case, seed: int, copies: int, on_device: bool) -> Inputs:
     """Everything but the caches as the case draws it; those, being large, are drawn where they are used."""
-    start, end = case.ranges(seed)
+    start, end = padded(case).ranges(seed)
     bounds = {
         "sequence_start": np.zeros(case.batch, np.int32) if start is None else start,
         "sequence_end": np.full(case.batch, case.seq_len, np.int32) if end is None else end,
     }
-    small = dataclasses.replace(case, seq_len=1, lengths=("full",), cache_dtype=None, scales=None).draw(seed)
+    small = dataclasses.replace(padded(case), seq_len=1, lengths=("full",), cache_dtype=None, scales=None).draw(seed)
     rest = {name: small[name] for name in ("query", "softmax_aux", "query_lengths") if name in small} | bounds
+    rest |= {} if case.page_size is None else {"page_table": _page_table(case, seed)}
     *keys, last = jax.random.split(jax.random.key(seed), copies + 1)
     if on_device:
-        caches = [_cache(case, key) for key in keys]
+        caches = [_cache(stored(case), key) for key in keys]
     else:  # NumPy is faster there
-        drawn = [case.draw(seed + i) for i in range(copies)]
-        caches = [{name: jnp.asarray(one[name]) for name in CACHE if name in one} for one in drawn]
-    d_out = jax.random.normal(last, small["query"].shape, jnp.dtype(case.dtype))
+        drawn = [stored(case).draw(seed + i) for i in range(copies)]
+        caches = [{name: jnp.asarray(one[name]) for name in CACHE if one.get(name) is not None} for one in drawn]
+    d_out = jax.random.normal(last, (*small["query"].shape[:-1], value_dim(case)), jnp.dtype(case.dtype))
     return Inputs({name: jnp.asarray(x) for name, x in rest.items()}, caches, d_out)
+
+
+def _page_table(case: Case, seed: int) -> np.ndarray:
+    """The pool has a page for every entry, and they are in random order."""
+    count = case.batch * pages(case)
+    return np.random.default_rng([seed, 3]).permutation(count).astype(np.int32).reshape(case.batch, -1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _cache(case: Case, key) -> dict[str, jax.Array]:
     """Normal values, quantised row by row if the cache is; scales of fewer axes are the means of those, for any will do."""
-    shape = (case.batch, case.seq_len, case.num_kv_heads, case.head_dim)
+    widths = {"key": case.head_dim} if case.value_columns else {"key": case.head_dim, "value": value_dim(case)}
     means = {"row": (), "sequence": 2, "head": (0, 2), "number": (0, 1, 2)}
     cache = {}
-    for name, one in zip(("key", "value"), jax.random.split(key), strict=True):
-        cache[name] = jax.random.normal(one, shape, jnp.dtype(case.dtype))
+    for (name, width), one in zip(widths.items(), jax.random.split(key, len(widths)), strict=True):
+        cache[name] = jax.random.normal(one, (case.batch, case.seq_len, case.num_kv_heads, width), jnp.dtype(case.dtype))
         if case.cache_dtype:
             cache[name], scale = quantize(cache[name], case.cache_dtype)
             if case.scales:
@@ -145,8 +184,9 @@ def draw_cold(case: Case, seed: int, machine: Machine, runs: int, per_copy: int 
 
     `per_copy` is how many times the cache's size each copy needs.
     """
-    wanted = max(2, min(math.ceil(COLD_BYTES / max(case.live_bytes(seed), 1)), runs, MOST_COPIES)) if machine.counts_kernels else 1
-    gc.collect()  # what the row before has left behind takes memory
+    cold = math.ceil(COLD_BYTES / max(padded(case).live_bytes(seed), 1))
+    wanted = max(2, min(cold, runs, MOST_COPIES)) if machine.counts_kernels else 1
+    gc.collect()  # what the case before has left behind takes memory
     copies = max(1, min(wanted, int(0.6 * machine.memory // (per_copy * cache_bytes(case)))))
     return draw(case, seed, copies, machine.platform != "cpu")
 
@@ -160,11 +200,15 @@ class Wrong(Exception):
 
 
 class Sample:
-    """A few sequences and heads of a row, and what the oracle says of them: whole rows would take it minutes."""
+    """A few sequences and heads of a case, and what the oracle says of them: whole cases would take it minutes.
+
+    Of a pool, the pages of these sequences are put one after another, so that the oracle has a padded cache.
+    """
 
     def __init__(self, case: Case, inputs: Inputs, gradients: bool):
         self.case, self.gradients = case, gradients
         arguments = inputs.arguments()
+        self.page_table = np.asarray(arguments.pop("page_table", ()))
         lengths = np.asarray(arguments["sequence_end"]) - np.asarray(arguments["sequence_start"])
         self.batch = np.unique([np.argmax(lengths), np.argmin(lengths)])
         last = case.num_kv_heads - 1
@@ -183,10 +227,12 @@ class Sample:
         """The sample's part of an argument, or of a result that is shaped like the argument `name`."""
         letters = letters_of(name, x, self.case)
         part = {"q": self.heads, "h": self.kv_heads}
-        index = tuple(part.get(letter, slice(None)) for letter in letters.lstrip("b"))
-        if not letters.startswith("b"):
-            return np.asarray(x[index])
-        return np.stack([np.asarray(x[b][index]) for b in self.batch])
+        index = tuple(part.get(letter, slice(None)) for letter in letters.lstrip("bp"))
+        if letters.startswith("b"):
+            return np.stack([np.asarray(x[b][index]) for b in self.batch])
+        if letters.startswith("p"):
+            return np.stack([_joined(np.asarray(x[self.page_table[b]])[:, *index], letters.index("r")) for b in self.batch])
+        return np.asarray(x[index])
 
     def verify(self, call: Callable[[int], Any]):
         """Raises `Wrong` unless a forward call of ours is right."""
@@ -207,6 +253,11 @@ class Sample:
             if not worst["ok"]:
                 break
         return worst
+
+
+def _joined(pages: np.ndarray, axis: int) -> np.ndarray:
+    """The rows of pages [P, ...], which are on an axis of the pages, one after another."""
+    return np.concatenate(list(pages), axis - 1)
 
 
 def differs(verdict: Mapping[str, Any]) -> str:

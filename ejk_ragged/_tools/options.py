@@ -10,7 +10,7 @@ from ejk_ragged import __version__
 from ejk_ragged._formats import QUANTISED
 from ejk_ragged.testing import CHECKS
 
-from . import rows
+from . import cases
 from .tune import PROBLEM
 
 
@@ -38,9 +38,9 @@ examples:
   python -m ejk_ragged explain 64,16384,32:8,128,bfloat16
 """
 
-BENCH_HELP = "how fast: realistic rows, beside other implementations"
+BENCH_HELP = "how fast: realistic cases, beside other implementations"
 BENCH = """\
-How fast decode steps are here: realistic rows, each checked against a float64 oracle and then timed.
+How fast decode steps are here: realistic cases, each checked against a float64 oracle and then timed.
 
 On a GPU the time is that of the kernels, as JAX's profiler sees them, with the cache rotated so that none of it comes
 from the GPU's own caches; on a CPU it is wall time, the least of several runs. The output also has the memory's bandwidth,
@@ -48,26 +48,33 @@ measured in the same run: "fraction" is the live bytes of K and V, divided by th
 gradients it is the backward operation's: the live K and V read, and gradients of the whole cache written, beside the
 bandwidth of copying. Lengths and data are drawn afresh for every run; the seed is printed.
 
-With --tokens and --cache-dtype rows are measured with several query tokens and with quantised caches as well, whose
-bytes count their scales and whose gradient is the query's alone; "beside plain" is their time, beside that of the same
-row without.
+With --tokens and --cache-dtype cases are measured with several query tokens and with quantised caches as well, whose
+bytes count their scales and whose gradient is the query's alone. "Beside plain" is their time, divided by that of the same
+case without.
 
-A peer that is not installed, cannot express a row, fails, or differs from the oracle is named with the reason, not timed.
+With --page-size all of this is measured with the cache in pages as well, which are in random order. The bytes are those of
+the padded cache and the entries of the page table, and the gradient is the query's alone. "Padded" is the fraction of the
+same call on a padded cache, and "beside padded" is the time, divided by that call's.
+
+A peer that is not installed, cannot express a case, fails, or differs from the oracle is named with the reason, not timed.
 """
-BENCH_EPILOG = """\
-rows:
-  shapes   full ragged skew one small many-small mha mqa window cap
-  models   llama-3-8b llama-3-70b qwen-2.5-7b mistral-7b gemma-2-9b gpt-oss-120b
-  cpu      cpu-full cpu-full-bf16 cpu-skew cpu-short-4096 cpu-short-32768
-Without --rows: shapes and models, or on a CPU the rows for it, and how time follows live tokens and the cache's size.
-Rows that do not fit into memory are given fewer sequences, or skipped, and it is said.
+LISTED = "\n".join(
+    textwrap.fill(" ".join(case.name for case in some), 110, initial_indent=f"  {group:9}", subsequent_indent=" " * 11)
+    for group, some in cases.GROUPS.items()
+)
+BENCH_EPILOG = f"""\
+cases, by group:
+{LISTED}
+Without --cases: shapes and models, or on a CPU the cases for it, and how time follows live tokens and the cache's size.
+Cases that do not fit into memory are given fewer sequences, or skipped, and it is said.
 
 examples:
   python -m ejk_ragged bench
-  python -m ejk_ragged bench --rows shapes --peers --grad --out results
-  python -m ejk_ragged bench --rows ragged skew --backends pallas_triton xla --dtype float16
-  python -m ejk_ragged bench --rows full ragged --tokens 4 16 --cache-dtype int8
-  python -m ejk_ragged bench --rows full one --split only
+  python -m ejk_ragged bench --cases shapes --peers --grad --out results
+  python -m ejk_ragged bench --cases ragged skew --backends pallas_triton xla --dtype float16
+  python -m ejk_ragged bench --cases full ragged --tokens 4 16 --cache-dtype int8
+  python -m ejk_ragged bench --cases full mla --page-size 64 16 --peers
+  python -m ejk_ragged bench --cases full one --split only
 """
 
 TUNE_HELP = "search the fastest hints for this device, and remember them"
@@ -82,11 +89,11 @@ inside a call.
 """
 TUNE_EPILOG = """\
 examples:
-  python -m ejk_ragged tune                                     the rows of `bench`
+  python -m ejk_ragged tune                                     the cases of `bench`
   python -m ejk_ragged tune --problem 64,16384,32:8,128,bfloat16
   python -m ejk_ragged tune --problem 16,8192,16:8,256,bfloat16,cap --limit 60
   python -m ejk_ragged tune --problem 64,16384,32:8,128,bfloat16,int8,T4    an int8 cache, four query tokens
-  python -m ejk_ragged tune --rows cpu-skew --file hints.json   then: with ejk_ragged.tuned_hints("hints.json"): ...
+  python -m ejk_ragged tune --cases cpu-skew --file hints.json  then: with ejk_ragged.tuned_hints("hints.json"): ...
 """
 
 EXPLAIN_HELP = "which backend would run for these shapes on each platform, and why not the others"
@@ -95,7 +102,7 @@ Which backend would run on each platform, and why not the others, for problems g
 
 Nothing of the problem's size is made, and no GPU is needed: a problem is written {PROBLEM},
 that is batch, rows of the cache, query heads and kv heads, head dimension, dtype; then, where they apply, the dtype of a
-quantised cache, the number of query tokens, and that there is a soft cap. The name of a row of `bench` is a problem too.
+quantised cache, the number of query tokens, and that there is a soft cap. The name of a case of `bench` is a problem too.
 """
 EXPLAIN_EPILOG = """\
 examples:
@@ -154,19 +161,25 @@ def _number(kind, text, least, what):
     return number
 
 
+def _named_cases(command, text, default):
+    """`--cases`, and `--rows` as the option was called before."""
+    command.add_argument("--cases", nargs="+", metavar="NAME", dest="names", default=default, help=text)
+    command.add_argument("--rows", nargs="+", dest="names", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
 def _bench_arguments(command):
-    command.add_argument("--rows", nargs="+", metavar="NAME", dest="names", help="rows, or groups of them")
+    _named_cases(command, "cases, or groups of them", default=None)
     command.add_argument(
         "--backends", nargs="+", default=[], metavar="NAME", help="backends, the first one in front; default: automatic"
     )
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="instead of each row's own")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="instead of each case's own")
     command.add_argument(
         "--tokens",
         nargs="+",
         default=[],
         type=positive,
         metavar="N",
-        help="also with N query tokens a sequence: named rows, and some of a group",
+        help="also with N query tokens a sequence: named cases, and some of a group",
     )
     command.add_argument(
         "--cache-dtype",
@@ -176,13 +189,22 @@ def _bench_arguments(command):
         dest="cache_dtypes",
         help="also with quantised caches, alone and with these tokens",
     )
-    command.add_argument("--scales", choices=rows.SCALES, default="row", help="of quantised caches: one for each (row)")
+    command.add_argument(
+        "--page-size",
+        nargs="+",
+        default=[],
+        type=natural,
+        metavar="N",
+        dest="page_sizes",
+        help="also with the cache in pages of N rows, beside the padded cache; 0 is the padded cache alone",
+    )
+    command.add_argument("--scales", choices=cases.SCALES, default="row", help="of quantised caches: one for each (row)")
     command.add_argument(
         "--grad",
         nargs="?",
         const="also",
         choices=("also", "only"),
-        help="gradients too, or only them: of named rows, and of some of a group",
+        help="gradients too, or only them: of named cases, and of some of a group",
     )
     command.add_argument("--peers", action="store_true", help="other implementations too, those that are installed")
     command.add_argument(
@@ -190,7 +212,7 @@ def _bench_arguments(command):
         nargs="?",
         const="also",
         choices=("also", "only"),
-        help="steps whose cache is split over all devices too, or only them: of named rows, and of some of a group",
+        help="steps whose cache is split over all devices too, or only them: of named cases, and of some of a group",
     )
     command.add_argument(
         "--scaling", action=argparse.BooleanOptionalAction, help="how time follows live tokens and the cache's size"
@@ -204,7 +226,7 @@ def _bench_arguments(command):
 
 
 def _tune_arguments(command):
-    command.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="rows of the benchmark, or groups of them")
+    _named_cases(command, "cases of the benchmark, or groups of them", default=[])
     command.add_argument("--problem", nargs="+", default=[], metavar=PROBLEM, help="problems of your own")
     command.add_argument("--backends", nargs="+", default=[], metavar="NAME", help="backends; default: the automatic choice")
     command.add_argument("--limit", type=seconds, default=300, metavar="SECONDS", help="of time, shared among the problems (300)")
@@ -214,5 +236,5 @@ def _tune_arguments(command):
 
 
 def _explain_arguments(command):
-    command.add_argument("problems", nargs="+", metavar="PROBLEM", help=f"{PROBLEM}, or the name of a row of `bench`")
+    command.add_argument("problems", nargs="+", metavar="PROBLEM", help=f"{PROBLEM}, or the name of a case of `bench`")
     command.add_argument("--backend", metavar="NAME", help="as `backend=` in a call; default: the automatic choice")

@@ -1,7 +1,7 @@
 """Other implementations of decode attention, to be held beside ours where they are installed.
 
-Each is a function that takes a `Case` and gives a call on JAX arrays, by the names of our arguments, whose result is shaped like
-the query. It raises `CannotExpress` where it has no way to say what the case asks.
+`PEERS` lists them, each with what it is able to express. Each is a function that takes a `Case` and gives a call on JAX arrays, by
+the names of our arguments, whose result is shaped like the query. Those for caches in pages are in `paged_peers`.
 """
 
 import dataclasses
@@ -13,13 +13,28 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from ejk_ragged._formats import QUANTISED
 from ejk_ragged.testing import Case
 
+from . import paged_peers
 from .inputs import settings
+from .paged_peers import CannotExpress, tensor
 
 
-class CannotExpress(Exception):
-    """A peer has no way to say what a case asks for."""
+# What a case may ask for: what a peer lacks that does not have it, and whether the case asks for it.
+FEATURES: dict[str, tuple[str, Callable[[Case], bool]]] = {
+    "padded": ("caches in pages only", lambda case: case.page_size is None),
+    "pages": ("no pages", lambda case: case.page_size is not None),
+    "window": ("no decode window", lambda case: case.sliding_window is not None),
+    "cap": ("no soft cap", lambda case: case.logits_soft_cap is not None),
+    "sinks": ("no sinks", lambda case: case.sinks is not None),
+    "start": ("no start", lambda case: case.lengths[0] == "ranges"),
+    "tokens": ("one query token only", lambda case: case.num_tokens is not None),
+    "padding": ("no padding tokens", lambda case: case.query_lengths is not None),
+    "widths": ("no value of another width than the key's", lambda case: case.value_dim not in (None, case.head_dim)),
+    "latent": ("no values in the key's rows", lambda case: case.value_columns is not None),
+    "apart": ("values in the key's rows only", lambda case: case.value_columns is None),
+} | {dtype: (f"no {dtype} cache", lambda case, dtype=dtype: case.cache_dtype == dtype) for dtype in QUANTISED}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +44,7 @@ class Peer:
     Attributes:
         name: for reports.
         make: the call for a case; raises `CannotExpress`, or ImportError where it is not installed.
+        able: which of `FEATURES` it is able to express.
         platforms: where it runs.
         gradients: whether it is compared in gradients too.
         torch: whether it takes PyTorch tensors and JAX cannot trace it; then `make` gives two functions,
@@ -37,24 +53,21 @@ class Peer:
 
     name: str
     make: Callable[[Case], Any]
+    able: Sequence[str] = ("padded", "apart")
     platforms: Sequence[str] = ("cuda",)
     gradients: bool = False
     torch: bool = False
 
+    def call(self, case: Case):
+        """What `make` gives, unless the case asks for what the peer is not able to express.
 
-def _needs(case, *able):
-    """Refuses the features of a case that are not among those that a peer is able to express."""
-    asked = {
-        "window": ("no decode window", case.sliding_window is not None),
-        "cap": ("no soft cap", case.logits_soft_cap is not None),
-        "sinks": ("no sinks", case.sinks is not None),
-        "start": ("no start", case.lengths[0] == "ranges"),
-        "tokens": ("one query token only", case.num_tokens is not None),
-        "padding": ("no padding tokens", case.query_lengths is not None),
-        "8 bits": ("no 8-bit cache", case.cache_dtype is not None),
-    }
-    if missing := [words for name, (words, wanted) in asked.items() if wanted and name not in able]:
-        raise CannotExpress(", ".join(missing))
+        Raises:
+            CannotExpress: it says what the peer lacks.
+        """
+        lacks = [words for name, (words, asked) in FEATURES.items() if asked(case) and name not in self.able]
+        if lacks:
+            raise CannotExpress(", ".join(lacks))
+        return self.make(case)
 
 
 def _unless_full(case, end):
@@ -90,7 +103,6 @@ def _in_four_axes(call):
 
 def jax_nn(case: Case, implementation: Literal["xla", "cudnn"]):
     """`jax.nn.dot_product_attention`."""
-    _needs(case, "tokens")
 
     @_in_four_axes
     def call(query, key, value, sequence_start, sequence_end):
@@ -102,7 +114,6 @@ def jax_nn(case: Case, implementation: Literal["xla", "cudnn"]):
 
 def jax_pallas(case: Case):
     """JAX's own example of decode attention in Pallas. JAX 0.11 has deprecated the example, so a later JAX may be without it."""
-    _needs(case, "start")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -118,7 +129,6 @@ def jax_pallas(case: Case):
 
 
 def tokamax(case: Case):
-    _needs(case, "cap", "tokens")
     from tokamax import dot_product_attention  # pyright: ignore[reportMissingImports]
 
     @_in_four_axes
@@ -133,7 +143,6 @@ def ejkernel(case: Case, kind: str):
     """The project whose signature ours follows; its Pallas kernel, and its Triton kernel."""
     import importlib
 
-    _needs(case, "window", "cap", "sinks", "start")
     if kind == "triton" and case.seq_len > 4096:
         raise CannotExpress("it unrolls its loop over the cache: minutes to compile")
     module = {"pallas": "ejkernel.kernels._pallas.gpu", "triton": "ejkernel.kernels._triton"}[kind]
@@ -149,7 +158,6 @@ def flash_attention_3(case: Case):
     """Its causality stands at a sequence's end, as ours does. Of 8 bits it has caches with a query of 8 bits only."""
     from flash_attn3_jax import flash_mha_with_kvcache  # pyright: ignore[reportMissingImports]
 
-    _needs(case, "window", "tokens")
     left = -1 if case.sliding_window is None else case.sliding_window[0]
     splits = max(1, min(16, 132 // (case.batch * case.num_kv_heads)))  # it leaves the choice to its callers; one a multiprocessor
 
@@ -177,7 +185,6 @@ def torch_sdpa(case: Case):
 
     if not torch.cuda.is_available():
         raise CannotExpress("PyTorch sees no GPU")
-    _needs(case, "window", "start", "tokens")
     # Not its plain products, which would copy the cache once a query head.
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     options = {"scale": case.softmax_scale, "enable_gqa": case.num_q_heads != case.num_kv_heads}
@@ -197,13 +204,50 @@ def torch_sdpa(case: Case):
     return prepare, call
 
 
+def fa3(case: Case):
+    """FlashAttention-3 of the distribution fa3-fwd: forward, bfloat16, without pages and windows. For values in the key's rows
+    its query has a second part."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from fa3_fwd_interface import flash_attn_with_kvcache  # pyright: ignore[reportMissingImports]
+
+    several, columns = case.num_tokens is not None, case.value_columns and case.value_columns[1]
+    if columns and case.value_columns != (0, columns):
+        raise CannotExpress("values in the first columns of the key's rows only")
+    options = {
+        "softmax_scale": case.softmax_scale or case.head_dim**-0.5,
+        "softcap": case.logits_soft_cap or 0.0,
+        "causal": several,
+    }
+
+    def prepare(query, key, sequence_start, sequence_end, value: Any = None):
+        query, key, end = (tensor(torch, x) for x in (query if several else query[:, None], key, sequence_end))
+        if columns:
+            return query[..., columns:], key[..., columns:], key[..., :columns], end, query[..., :columns]
+        return query, key, tensor(torch, value), end, None
+
+    def call(query, key, value, end, query_of_value):
+        out = flash_attn_with_kvcache(query, key, value, qv=query_of_value, cache_seqlens=end, **options)
+        return out if several else out[:, 0]
+
+    return prepare, call
+
+
+PADDED = ("padded", "apart")
+PAGED = ("pages", "apart")
+EVERYWHERE = ("cpu", "cuda", "rocm", "tpu")
+EJKERNEL = (*PADDED, "window", "cap", "sinks", "start")
 PEERS: tuple[Peer, ...] = (
-    Peer("jax.nn cudnn", functools.partial(jax_nn, implementation="cudnn"), gradients=True),
-    Peer("jax.nn xla", functools.partial(jax_nn, implementation="xla"), ("cpu", "cuda", "rocm", "tpu"), gradients=True),
-    Peer("jax pallas op", jax_pallas),
-    Peer("tokamax", tokamax),
-    Peer("ejkernel pallas", functools.partial(ejkernel, kind="pallas")),
-    Peer("ejkernel triton", functools.partial(ejkernel, kind="triton")),
-    Peer("flash-attn3-jax", flash_attention_3),
-    Peer("torch sdpa", torch_sdpa, torch=True),
+    Peer("jax.nn cudnn", functools.partial(jax_nn, implementation="cudnn"), (*PADDED, "tokens"), gradients=True),
+    Peer("jax.nn xla", functools.partial(jax_nn, implementation="xla"), (*PADDED, "tokens"), EVERYWHERE, gradients=True),
+    Peer("jax pallas op", jax_pallas, (*PADDED, "start")),
+    Peer("jax paged op", paged_peers.jax_paged, (*PAGED, "cap", *QUANTISED)),
+    Peer("tokamax", tokamax, (*PADDED, "cap", "tokens")),
+    Peer("ejkernel pallas", functools.partial(ejkernel, kind="pallas"), EJKERNEL),
+    Peer("ejkernel triton", functools.partial(ejkernel, kind="triton"), EJKERNEL),
+    Peer("flash-attn3-jax", flash_attention_3, (*PADDED, "window", "tokens")),
+    Peer("fa3", fa3, (*PADDED, "latent", "widths", "cap", "tokens"), torch=True),
+    Peer("torch sdpa", torch_sdpa, (*PADDED, "widths", "window", "start", "tokens"), torch=True),
+    Peer("flashinfer", paged_peers.flashinfer, (*PAGED, "window", "cap", "float8_e4m3fn", "float8_e5m2"), torch=True),
+    Peer("flashinfer xqa", paged_peers.xqa, (*PAGED, "window", "sinks", "tokens", "float8_e4m3fn", "int8"), torch=True),
+    Peer("flashinfer mla", paged_peers.flashinfer_mla, ("pages", "latent", "tokens"), torch=True),
 )

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 
 OURS = "#00796b"
-ROWS_OF_PANEL = 8
+CASES_OF_PANEL = 8
 SHADES = (OURS, "#4db6ac", "#b2dfdb", "#26a69a", "#80cbc4")  # of ours
 DARK = ("#e65100", "#1565c0", "#6a1b9a", "#4e342e", "#33691e", "#ad1457")  # for lines
 THEIRS = ("#b0bec5", "#ffb74d", "#90caf9", "#ce93d8", "#bcaaa4", "#aed581", "#f48fb1")
@@ -24,9 +24,9 @@ def draw(data: dict[str, Any], stem: pathlib.Path) -> list[pathlib.Path]:
     machine, scaling = data["machine"], data.get("scaling")
     scaling = scaling if scaling and scaling["live"] and scaling["size"] else None
     of = lambda kind, direction="forward": [
-        row for row in data["rows"] if kind_of(row) == kind and row["direction"] == direction and seconds_of(row)
+        case for case in data["cases"] if kind_of(case) == kind and case["direction"] == direction and seconds_of(case)
     ]
-    varied = {kind: [row for row in of(kind) if row["beside_plain"]] for kind in ("tokens", "cache")}
+    varied = {kind: [case for case in of(kind) if case["beside_plain"]] for kind in ("tokens", "cache")}
     pictures = {
         "forward": (_fractions, of("plain"), machine, "forward"),
         "gradient": (_fractions, of("plain", "gradient"), machine, "gradient"),
@@ -45,26 +45,26 @@ def _save(figure, stem, kind):
     return file
 
 
-def _fractions(rows, machine, direction):
-    """Bars: the fraction of the bandwidth by row, ours and the peers'."""
-    names = list(dict.fromkeys(c["name"] for row in rows for c in row["candidates"] if "fraction" in c))
-    ours = dict.fromkeys(c["name"] for row in rows for c in row["candidates"] if c["ours"])
+def _fractions(cases, machine, direction):
+    """Bars: the fraction of the bandwidth by case, ours and the peers'."""
+    names = list(dict.fromkeys(c["name"] for case in cases for c in case["candidates"] if "fraction" in c))
+    ours = dict.fromkeys(c["name"] for case in cases for c in case["candidates"] if c["ours"])
     theirs = [name for name in names if name not in ours]
     colors = {
         name: color for some, of in ((ours, SHADES), (theirs, THEIRS)) for name, color in zip(some, of * len(names), strict=False)
     }
-    panels = [rows[i : i + ROWS_OF_PANEL] for i in range(0, len(rows), ROWS_OF_PANEL)]
+    panels = [cases[i : i + CASES_OF_PANEL] for i in range(0, len(cases), CASES_OF_PANEL)]
     figure, all_axes = plt.subplots(len(panels), 1, figsize=(9, 3.2 * len(panels)), sharey=True, squeeze=False)
     width = 0.85 / max(len(names), 1)
     for axes, panel in zip(all_axes[:, 0], panels, strict=True):
         for i, name in enumerate(names):
-            fractions = [next((c.get("fraction", 0) for c in row["candidates"] if c["name"] == name), 0) for row in panel]
+            fractions = [next((c.get("fraction", 0) for c in case["candidates"] if c["name"] == name), 0) for case in panel]
             at = [j + (i - (len(names) - 1) / 2) * width for j in range(len(panel))]
             bars = axes.bar(at, fractions, width * 0.92, label=name, color=colors[name])
             if name in ours:
                 axes.bar_label(bars, [f"{f:.2f}" if f else "" for f in fractions], fontsize=8)
-        axes.set_xticks(range(len(panel)), [row["row"] for row in panel])
-        axes.set_xlim(-0.6, min(len(rows), ROWS_OF_PANEL) - 0.4)
+        axes.set_xticks(range(len(panel)), [case["case"] for case in panel])
+        axes.set_xlim(-0.6, min(len(cases), CASES_OF_PANEL) - 0.4)
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axes.spines[["top", "right"]].set_visible(False)
     bandwidth, kind = (machine["copy"], "copy") if direction == "gradient" else (machine["read"], "read")
@@ -75,19 +75,19 @@ def _fractions(rows, machine, direction):
     return figure
 
 
-def _tokens(rows, machine):
-    """Time against rows of queries, tokens times heads of a group, relative to that of one token; a line for each row."""
+def _tokens(cases, machine):
+    """Time against query rows, tokens times heads of a group, relative to that of one token; a line for each case."""
     figure, axes = plt.subplots(figsize=(6.5, 3.4))
-    for name, color in zip(dict.fromkeys(row["row"] for row in rows), (OURS, *DARK) * len(rows), strict=False):
-        mine = sorted((row for row in rows if row["row"] == name), key=lambda row: row["num_tokens"])
+    for name, color in zip(dict.fromkeys(case["case"] for case in cases), (OURS, *DARK) * len(cases), strict=False):
+        mine = sorted((case for case in cases if case["case"] == name), key=lambda case: case["num_tokens"])
         group = mine[0]["group"]
-        at = [group, *(group * row["num_tokens"] for row in mine)]
-        axes.plot(at, [1, *(row["beside_plain"] for row in mine)], "o-", color=color, linewidth=1, label=f"{name} (G {group})")
+        at = [group, *(group * case["num_tokens"] for case in mine)]
+        axes.plot(at, [1, *(case["beside_plain"] for case in mine)], "o-", color=color, linewidth=1, label=f"{name} (G {group})")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.set_ylim(0, 1.1 * max(row["beside_plain"] for row in rows))
-    axes.set_xlabel("rows of queries of a kv head, T * G; the first point is one token")
+    axes.set_ylim(0, 1.1 * max(case["beside_plain"] for case in cases))
+    axes.set_xlabel("query rows of a kv head, T * G; the first point is one token")
     axes.set_ylabel("time, relative to one token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
@@ -96,19 +96,19 @@ def _tokens(rows, machine):
     return figure
 
 
-def _cache(rows, plain, machine):
-    """Bars: time as a part of that of the same row in 16 bits, and a line at what the bytes would allow."""
-    moved = {row["row"]: row["moved_bytes"] for row in plain}
-    names = list(dict.fromkeys(row["row"] for row in rows))
-    kinds = list(dict.fromkeys(row["variant"] for row in rows))
+def _cache(cases, plain, machine):
+    """Bars: time as a part of that of the same case in 16 bits, and a line at what the bytes would allow."""
+    moved = {case["case"]: case["moved_bytes"] for case in plain}
+    names = list(dict.fromkeys(case["case"] for case in cases))
+    kinds = list(dict.fromkeys(case["variant"] for case in cases))
     figure, axes = plt.subplots(figsize=(9, 3.4))
     width = 0.85 / len(kinds)
     for i, (kind, color) in enumerate(zip(kinds, SHADES * len(kinds), strict=False)):
-        mine = [row for row in rows if row["variant"] == kind]
-        at = [names.index(row["row"]) + (i - (len(kinds) - 1) / 2) * width for row in mine]
-        bars = axes.bar(at, [row["beside_plain"] for row in mine], width * 0.92, label=kind, color=color)
-        axes.bar_label(bars, [f"{row['beside_plain']:.2f}" for row in mine], fontsize=7)
-        limits = [row["moved_bytes"] / moved[row["row"]] for row in mine]
+        mine = [case for case in cases if case["variant"] == kind]
+        at = [names.index(case["case"]) + (i - (len(kinds) - 1) / 2) * width for case in mine]
+        bars = axes.bar(at, [case["beside_plain"] for case in mine], width * 0.92, label=kind, color=color)
+        axes.bar_label(bars, [f"{case['beside_plain']:.2f}" for case in mine], fontsize=7)
+        limits = [case["moved_bytes"] / moved[case["case"]] for case in mine]
         axes.hlines(limits, [x - width / 2 for x in at], [x + width / 2 for x in at], color="black", linewidth=1.2)
     axes.plot([], [], color="black", linewidth=1.2, label="what the bytes allow")
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
@@ -123,20 +123,20 @@ def _cache(rows, plain, machine):
     return figure
 
 
-def _summary(rows, scaling, machine):
-    """For the first page: the fraction by row, beside the best of all others, and time against the cache's size."""
+def _summary(cases, scaling, machine):
+    """For the first page: the fraction by case, beside the best of all others, and time against the cache's size."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=(3, 1), squeeze=True)
     best = {
-        ours: [max((c.get("fraction", 0) for c in row["candidates"] if c["ours"] == ours), default=0) for row in rows]
+        ours: [max((c.get("fraction", 0) for c in case["candidates"] if c["ours"] == ours), default=0) for case in cases]
         for ours in (True, False)
     }
-    others = dict.fromkeys(c["name"] for row in rows for c in row["candidates"] if not c["ours"] and "fraction" in c)
-    bars = left.bar([i - 0.2 for i in range(len(rows))], best[True], 0.4, color=OURS, label="ejk-ragged")
+    others = dict.fromkeys(c["name"] for case in cases for c in case["candidates"] if not c["ours"] and "fraction" in c)
+    bars = left.bar([i - 0.2 for i in range(len(cases))], best[True], 0.4, color=OURS, label="ejk-ragged")
     left.bar_label(bars, [f"{f:.2f}" for f in best[True]], fontsize=7)
     if others:
-        at = [i + 0.2 for i in range(len(rows))]
+        at = [i + 0.2 for i in range(len(cases))]
         left.bar(at, best[False], 0.4, color=THEIRS[0], label=f"the best of {', '.join(others)}")
-    left.set_xticks(range(len(rows)), [row["row"] for row in rows], rotation=35, ha="right", fontsize=8)
+    left.set_xticks(range(len(cases)), [case["case"] for case in cases], rotation=35, ha="right", fontsize=8)
     left.axhline(1, color="black", linewidth=0.8, linestyle=":")
     left.set_title(f"fraction of the read bandwidth, {machine['device']}", fontsize=9)
     left.legend(fontsize=7, frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1, 1.02))

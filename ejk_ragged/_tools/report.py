@@ -19,9 +19,9 @@ from ejk_ragged import backends, explain, Explanation, ragged_decode_attention
 from ejk_ragged._platforms import platform_of
 from ejk_ragged.testing import Case, CHECKS, verify
 
+from .cases import CPU_STEP, MODELS
 from .machine import default_platform
 from .progress import progress
-from .rows import CPU_STEP, ROWS
 from .timing import wall_times
 
 
@@ -30,7 +30,7 @@ PACKAGES = ("ejk-ragged", "jax", "jaxlib", "equinox", "jaxtyping", "numpy")
 
 def realistic() -> Case:
     """The decode step that is explained and timed; a CPU's takes an accelerator less time than a launch does."""
-    return CPU_STEP if default_platform() == "cpu" else next(row for row in ROWS if row.name == "llama-3-8b")
+    return CPU_STEP if default_platform() == "cpu" else MODELS[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def _check(backend, case) -> dict[str, Any]:
 def step(case: Case, runs: int = 7) -> dict[str, Any]:
     """Seconds of one decode step, warm, beside `jax.nn.dot_product_attention` on the same arrays: the least of `runs`.
 
-    Bytes are those of the live K and V rows, which is what a step has to read.
+    Bytes are those of the live rows of K and V, which is what a step has to read.
     """
     arguments: dict[str, Any] = {n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in case.draw().items()}
 

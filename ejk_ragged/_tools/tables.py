@@ -2,21 +2,26 @@
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from . import devices
 from .report import table as plain_table
 
 
-# The tables of rows, by direction and kind: each with its title, or those of its rows that no variant has.
+# The tables of cases, by direction and kind: each with its title.
 TITLES = {
     ("forward", "plain"): "Decode steps",
     ("forward", "tokens"): "Several query tokens",
     ("forward", "cache"): "Quantised caches",
+    ("forward", "pages"): "Caches in pages",
     ("gradient", "plain"): "Gradients",
     ("gradient", "tokens"): "Gradients, several query tokens",
     ("gradient", "cache"): "Gradients to the query, quantised caches",
+    ("gradient", "pages"): "Gradients to the query, caches in pages",
+}
+PICTURES = {("forward", "plain"): "forward", ("gradient", "plain"): "gradient"} | {
+    ("forward", kind): kind for kind in ("tokens", "cache")
 }
 
 
@@ -26,84 +31,137 @@ def of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [made for made in (*tables, _split_table(data)) if made]
 
 
-def kind_of(row) -> str:
-    """In which of the tables a row stands."""
-    return "cache" if row["cache_dtype"] else "tokens" if row["variant"] else "plain"
+def kind_of(case) -> str:
+    """In which of the tables a case stands."""
+    if case["page_size"]:
+        return "pages"
+    return "cache" if case["cache_dtype"] else "tokens" if case["variant"] else "plain"
 
 
-def seconds_of(row) -> float | None:
+def seconds_of(case) -> float | None:
     """Of our first candidate: the time that its fraction is of."""
-    found = next((c for c in row["candidates"] if c["ours"]), {})
-    return found["timings"][_clocked(row)]["seconds"] if "timings" in found else None
+    found = _first(case)
+    return found["timings"][_clocked(case)]["seconds"] if "timings" in found else None
 
 
-def line(row) -> str:
-    """A row in a line: everyone's time, or that there is none."""
-    return ", ".join(f"{c['name']} {_time(_whole(row, c)) if 'timings' in c else 'not timed'}" for c in row["candidates"])
+def fraction_of(case) -> float | None:
+    """Of our first candidate."""
+    return _first(case).get("fraction")
 
 
-def _clocked(row) -> str:
-    return "backward" if row["direction"] == "gradient" else "forward"
+def line(case) -> str:
+    """A case in a line: everyone's time, or that there is none."""
+    return ", ".join(f"{c['name']} {_time(_whole(case, c)) if 'timings' in c else 'not timed'}" for c in case["candidates"])
 
 
-def _whole(row, found) -> float:
+def _first(case) -> Mapping[str, Any]:
+    return next((c for c in case["candidates"] if c["ours"]), {})
+
+
+def _clocked(case) -> str:
+    return "backward" if case["direction"] == "gradient" else "forward"
+
+
+def _whole(case, found) -> float:
     """What users wait for, and what ratios to peers are of."""
-    return found["timings"][row["direction"]]["seconds"]
+    return found["timings"][case["direction"]]["seconds"]
 
 
 def _table(data, direction, kind) -> dict[str, Any] | None:
-    rows = [row for row in data["rows"] if row["direction"] == direction and kind_of(row) == kind]
-    if not rows:
+    shown = [case for case in data["cases"] if case["direction"] == direction and kind_of(case) == kind]
+    if not shown:
         return None
-    names = list(dict.fromkeys(c["name"] for row in rows for c in row["candidates"] if "timings" in c))
-    first = next((c["name"] for c in rows[0]["candidates"] if c["ours"]), None)
-    others = [name for name in names if name != first]
-    gradient, beside = direction == "gradient", any(row["beside_plain"] for row in rows)
-    copying = gradient and kind != "cache"
-    times = ["forward + backward", "backward"] if gradient else ["time"]
-    body, notes = [], []
-    for row in rows:
-        found = {c["name"]: c for c in row["candidates"]}
-        label = _label(row)
-        cells = [label, f"{row['moved_bytes'] / 1e6:.0f}", *_ours(row, found.get(first), len(times))]
-        cells += [_ratio(row["beside_plain"])] if beside else []
-        body.append(cells + [_theirs(row, found.get(name)) for name in others])
-        notes += [(label, name, c["refused"]) for name, c in found.items() if "refused" in c]
-        notes += _fewer(label, row)
-    bandwidth = data["machine"]["copy" if copying else "read"] / 1e9
-    title = f"{TITLES[direction, kind]} on {data['machine']['device']}; fraction of {bandwidth:.0f} GB/s "
-    title += f"{'copying' if copying else 'reading'} memory, measured in the same run"
-    title += "; beside plain: by the time of the same row with one token and a cache of the query's dtype" if beside else ""
-    title += "; others by their times beside ours" if others else ""
-    columns = ["row", "MB", *times, "fraction", *(["beside plain"] if beside else []), *others]
-    picture = direction if kind == "plain" else None if gradient else kind
-    return {"title": title, "picture": picture, "columns": columns, "rows": body, "notes": _grouped(notes, len(rows))}
+    times = ["forward + backward", "backward"] if direction == "gradient" else ["time"]
+    compared = [column for column in COMPARED if any(case[column.key] is not None for case in shown)]
+    others = _others(shown)
+    return {
+        "title": _title(data["machine"], direction, kind, compared, others),
+        "picture": PICTURES.get((direction, kind)),
+        "columns": ["case", "MB", *times, "fraction", *(column.name for column in compared), *others],
+        "rows": [_cells(case, len(times), compared, others) for case in shown],
+        "notes": _grouped([note for case in shown for note in _notes(case)], len(shown)),
+    }
 
 
-def _label(row) -> str:
-    return " ".join(filter(None, (row["row"], row["variant"])))
+class Column(NamedTuple):
+    """A column that holds a case beside another one: its name, what it shows of the case, how, and what a title says of it."""
+
+    name: str
+    key: str
+    show: Callable[[Any], str]
+    title: str
 
 
-def _fewer(label, row) -> list[tuple[str, str, str]]:
-    batch, asked = row["batch"], row["batch_asked"]
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _fraction(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{fraction:.3f}"
+
+
+PLAIN = "; beside plain: by the time of the same case with one token and a cache of the query's dtype"
+COMPARED = (
+    Column("beside plain", "beside_plain", _ratio, PLAIN),
+    Column("padded", "padded_fraction", _fraction, "; padded: the fraction of the same call on a padded cache"),
+    Column("beside padded", "beside_padded", _ratio, "; beside padded: by the time of that call"),
+)
+
+
+def _others(shown) -> list[str]:
+    """Whoever was timed in any of the cases, but for our first candidate."""
+    names = dict.fromkeys(c["name"] for case in shown for c in case["candidates"] if "timings" in c)
+    return [name for name in names if name != _first(shown[0]).get("name")]
+
+
+def _title(machine, direction, kind, compared, others) -> str:
+    copying = direction == "gradient" and kind in ("plain", "tokens")
+    bandwidth = f"{machine['copy'] / 1e9:.0f} GB/s copying" if copying else f"{machine['read'] / 1e9:.0f} GB/s reading"
+    title = f"{TITLES[direction, kind]} on {machine['device']}; fraction of {bandwidth} memory, measured in the same run"
+    return title + "".join(column.title for column in compared) + ("; others by their times beside ours" if others else "")
+
+
+def _cells(case, times: int, compared, others) -> list[str]:
+    """One line of a table."""
+    found = {c["name"]: c for c in case["candidates"]}
+    cells = [_label(case), f"{case['moved_bytes'] / 1e6:.0f}", *_ours(case, _first(case), times)]
+    return cells + [column.show(case[column.key]) for column in compared] + [_theirs(case, found.get(name)) for name in others]
+
+
+def _notes(case) -> list[tuple[str, str, str]]:
+    """Who was not timed in a case, and why; and what became of its batch."""
+    label = _label(case)
+    return [(label, c["name"], c["refused"]) for c in case["candidates"] if "refused" in c] + _fewer(label, case)
+
+
+def _label(case) -> str:
+    return " ".join(filter(None, (case["case"], case["variant"])))
+
+
+def _fewer(label, case) -> list[tuple[str, str, str]]:
+    batch, asked = case["batch"], case["batch_asked"]
     return [] if batch == asked else [(label, "", f"B {batch} sequences instead of {asked}, to fit into memory")]
 
 
 def _split_table(data) -> dict[str, Any] | None:
     """Likewise: a time for each way to split the cache, and how many times as fast as one device that is."""
-    rows = data["splits"]
-    if not rows:
+    shown = data["splits"]
+    if not shown:
         return None
     names = [devices.ONE, *devices.SPLITS]
-    title = f"Decode steps on {rows[0]['devices']} of {data['machine']['device']}, the cache split"
     body, notes = [], []
-    for row in rows:
-        label = _label(row)
-        body.append([label, f"{row['live_bytes'] / 1e6:.0f}", *(_way(row["ways"][name]) for name in names)])
-        reasons = {name: way.get("refused", way.get("cannot")) for name, way in row["ways"].items()}
-        notes += [(label, name, reason) for name, reason in reasons.items() if reason]
-        notes += _fewer(label, row)
-    return {"title": title, "picture": None, "columns": ["row", "MB", *names], "rows": body, "notes": _grouped(notes, len(rows))}
+    for case in shown:
+        label = _label(case)
+        body.append([label, f"{case['live_bytes'] / 1e6:.0f}", *(_way(case["ways"][name]) for name in names)])
+        reasons = {name: way.get("refused", way.get("cannot")) for name, way in case["ways"].items()}
+        notes += [(label, name, reason) for name, reason in reasons.items() if reason] + _fewer(label, case)
+    return {
+        "title": f"Decode steps on {shown[0]['devices']} of {data['machine']['device']}, the cache split",
+        "picture": None,
+        "columns": ["case", "MB", *names],
+        "rows": body,
+        "notes": _grouped(notes, len(shown)),
+    }
 
 
 def _way(found) -> str:
@@ -112,22 +170,18 @@ def _way(found) -> str:
     return _time(found["seconds"]) + (f" ({_ratio(found['speedup'])})" if "speedup" in found else "")
 
 
-def _ours(row, found, times) -> list[str]:
+def _ours(case, found, times) -> list[str]:
     """As many times as there are columns for, and the fraction."""
-    if found is None or "timings" not in found:
+    if "timings" not in found:
         return ["-"] * (times + 1)
-    seconds = [_whole(row, found), found["timings"][_clocked(row)]["seconds"]][-times:]
-    return [*map(_time, seconds), f"{found['fraction']:.3f}"]
+    seconds = [_whole(case, found), found["timings"][_clocked(case)]["seconds"]][-times:]
+    return [*map(_time, seconds), _fraction(found["fraction"])]
 
 
-def _theirs(row, found) -> str:
+def _theirs(case, found) -> str:
     if found is None or "timings" not in found:
         return "-"
-    return _time(_whole(row, found)) if found["ratio"] is None else _ratio(found["ratio"])
-
-
-def _ratio(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
+    return _time(_whole(case, found)) if found["ratio"] is None else _ratio(found["ratio"])
 
 
 def _time(seconds: float) -> str:
@@ -136,14 +190,14 @@ def _time(seconds: float) -> str:
 
 
 def _grouped(notes: Sequence[tuple[str, str, str]], count: int) -> list[str]:
-    """Notes, of a row, who is meant, and a reason, on `count` rows: as one where only the row differs, and then where only who
+    """Notes, of a case, who is meant, and a reason, on `count` cases: as one where only the case differs, and then where only who
     is meant does."""
-    rows: dict[tuple[str, str], list[str]] = {}
-    for row, who, why in notes:
-        rows.setdefault((who, why), []).append(row)
+    cases: dict[tuple[str, str], list[str]] = {}
+    for case, who, why in notes:
+        cases.setdefault((who, why), []).append(case)
     meant: dict[tuple[str, str], list[str]] = {}
-    for (who, why), which in rows.items():
-        where = "all rows" if len(which) == count > 1 else ", ".join(which)
+    for (who, why), which in cases.items():
+        where = "all cases" if len(which) == count > 1 else ", ".join(which)
         meant.setdefault((why, where), []).append(who)
     return [": ".join(filter(None, (", ".join(who), f"{why} ({where})"))) for (why, where), who in meant.items()]
 

@@ -159,13 +159,13 @@ def run(
         advance(case.name)
         left = limit - (time.monotonic() - began)
         if left <= 0:
-            results.append({"row": case.name, "refused": "the time limit had come"})
+            results.append({"case": case.name, "refused": "the time limit had come"})
             continue
         deadline = time.monotonic() + left / (len(jobs) - i)  # so that the last ones have their share
         try:
-            result: dict[str, Any] = {"row": case.name} | tune(case, machine, backend, seed, deadline, runs)
+            result: dict[str, Any] = {"case": case.name} | tune(case, machine, backend, seed, deadline, runs)
         except Exception as error:
-            result = {"row": case.name, "refused": reason(error)}
+            result = {"case": case.name, "refused": reason(error)}
         results.append(result)
         if "best" in result:
             why = _save(file, result)
@@ -199,7 +199,7 @@ def text(results: Sequence[dict[str, Any]], file: pathlib.Path) -> str:
     for result in results:
         if "best" not in result:
             refused = result.get("refused") or "; ".join(dict.fromkeys(one["refused"] for one in result["tried"]))
-            lines.append(f"{result['row']}: nothing saved: {refused}")
+            lines.append(f"{result['case']}: nothing saved: {refused}")
             continue
         best, default = result["best"], result["default"]
         gain = (
@@ -208,7 +208,7 @@ def text(results: Sequence[dict[str, Any]], file: pathlib.Path) -> str:
         refused = sum("refused" in one for one in result["tried"])
         counts = f"{len(result['tried'])} tried, {refused} refused" + (f", {result['left_out']} left" if result["left_out"] else "")
         lines.append(
-            f"{result['row']} ({result['backend']}): {show(best['fwd_params'])}: {best['seconds'] * 1e6:.1f} us, {gain}; {counts}"
+            f"{result['case']} ({result['backend']}): {show(best['fwd_params'])}: {best['seconds'] * 1e6:.1f} us, {gain}; {counts}"
         )
         if not saved(result):
             lines.append(f"  not saved: {result['not_saved']}")

@@ -1,6 +1,6 @@
 """Realistic decode steps, of shapes that strain different things and of known models: what is explained, timed and tuned.
 
-Each can also be had with several query tokens a sequence, and with a quantised cache.
+Each can also be had with several query tokens a sequence, with a quantised cache, and with its cache in pages.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ejk_ragged.testing import Case
 
 
-ROWS = (
+SHAPES = (
     Case("full", 8, 32768, 32, 8, 128, "bfloat16"),
     Case("ragged", 64, 16384, 32, 8, 128, "bfloat16", ("uniform", 2048, 16384)),
     Case("skew", 32, 32768, 64, 8, 128, "bfloat16", ("skew", 128, 1023)),
@@ -20,6 +20,8 @@ ROWS = (
     Case("mqa", 64, 8192, 32, 1, 128, "bfloat16", ("uniform", 1024, 8192)),
     Case("window", 32, 32768, 64, 8, 64, "bfloat16", ("uniform", 4096, 32768), sliding_window=(4096, 0)),
     Case("cap", 16, 8192, 16, 8, 256, "bfloat16", ("uniform", 1024, 8192), logits_soft_cap=50.0),
+)
+MODELS = (
     Case("llama-3-8b", 32, 8192, 32, 8, 128, "bfloat16", ("uniform", 1024, 8192)),
     Case("llama-3-70b", 16, 8192, 64, 8, 128, "bfloat16", ("uniform", 1024, 8192)),
     Case("qwen-2.5-7b", 32, 16384, 28, 4, 128, "bfloat16", ("uniform", 512, 16384)),
@@ -28,11 +30,39 @@ ROWS = (
     Case("gpt-oss-120b", 64, 8192, 64, 8, 64, "bfloat16", ("uniform", 64, 8192), sliding_window=(127, 0), sinks=("query", 1)),
 )
 
+
+def _latent(name: str, batch: int, seq_len: int, lengths: tuple = ("full",), heads: int = 16) -> Case:
+    """MLA, absorbed: rows of 576 columns are the keys, and their first 512 columns are the values."""
+    return Case(name, batch, seq_len, heads, 1, 576, "bfloat16", lengths, softmax_scale=192**-0.5, value_columns=(0, 512))
+
+
+LATENT = (
+    _latent("mla", 128, 4096),
+    _latent("mla-ragged", 64, 16384, ("uniform", 2048, 16384)),
+    _latent("mla-long", 8, 32768),
+    _latent("mla-128-heads", 128, 4096, heads=128),
+)
+WIDTHS = (
+    Case("narrow-value", 16, 8192, 32, 8, 192, "bfloat16", value_dim=128),
+    Case("narrow-value-mha", 16, 8192, 32, 32, 192, "bfloat16", value_dim=128),
+    Case("head-512", 16, 8192, 16, 4, 512, "bfloat16"),
+    Case("head-512-mqa", 16, 8192, 8, 1, 512, "bfloat16"),
+    Case("head-512-window", 16, 8192, 16, 4, 512, "bfloat16", sliding_window=(1024, 0)),
+    Case("head-512-mqa-window", 16, 8192, 8, 1, 512, "bfloat16", sliding_window=(1024, 0)),
+    Case("head-80", 8, 5001, 32, 8, 80, "bfloat16"),
+    Case("head-96", 16, 4096, 32, 32, 96, "bfloat16"),
+    Case("head-112", 16, 4096, 32, 8, 112, "bfloat16"),
+)
+BATCHES = (
+    Case("short", 256, 2048, 32, 8, 128, "bfloat16", ("uniform", 1, 512)),
+    Case("many-short", 512, 1024, 32, 2, 128, "bfloat16", ("uniform", 1, 1024)),
+)
+
 # A step that two CPU cores do in a fraction of a second.
 CPU_STEP = Case("cpu-step", 8, 4096, 32, 8, 128, "float32", ("skew", 100, 700))
 
 # What the benchmark measures on a CPU. The two of few live tokens have the same lengths in caches of two sizes.
-CPU_ROWS = (
+CPU = (
     Case("cpu-full", 8, 4096, 32, 8, 128, "float32"),
     Case("cpu-full-bf16", 8, 4096, 32, 8, 128, "bfloat16"),
     Case("cpu-skew", 8, 4096, 32, 8, 128, "float32", ("skew", 100, 700)),
@@ -40,40 +70,44 @@ CPU_ROWS = (
     Case("cpu-short-32768", 8, 32768, 32, 8, 128, "float32", ("uniform", 100, 700)),
 )
 
-GROUPS = {"shapes": ROWS[:10], "models": ROWS[10:], "cpu": CPU_ROWS}
-# What is measured of a group only for some of its rows; a row that is named has all that is asked for.
-GRADIENT_ROWS = {"full", "ragged", "mha", "cap", "skew", "cpu-full"}
-SPLIT_ROWS = {"full", "one", "cpu-full"}
-TOKEN_ROWS = {"full", "ragged", "mha", "cpu-full"}
+GROUPS = {"shapes": SHAPES, "models": MODELS, "latent": LATENT, "widths": WIDTHS, "batches": BATCHES, "cpu": CPU}
+# What is measured of a group only for some of its cases; a case that is named has all that is asked for.
+GRADIENT_CASES = {"full", "ragged", "mha", "cap", "skew", "cpu-full"}
+SPLIT_CASES = {"full", "one", "cpu-full"}
+TOKEN_CASES = {"full", "ragged", "mha", "cpu-full"}
 
 SHORT = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 SCALES = ("row", "sequence", "head", "number")  # as `Case.scales` has them
 
 
 def named(names: Sequence[str]) -> list[Case]:
-    """The rows of names and of groups of names.
+    """The cases of names and of groups of names.
 
     Raises:
         ValueError: a name that is neither.
     """
-    known = {row.name: [row] for row in (*ROWS, *CPU_ROWS)} | GROUPS
+    known = {case.name: [case] for group in GROUPS.values() for case in group} | GROUPS
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{', '.join(unknown)} not known; choose from {', '.join(known)}")
-    return list(dict.fromkeys(row for name in names for row in known[name]))
+    return list(dict.fromkeys(case for name in names for case in known[name]))
 
 
-def variants(case: Case, tokens: Sequence[int] = (), cache_dtypes: Sequence[str] = (), scales: str = "row") -> list[Case]:
-    """`case` itself first; then with several tokens, with a quantised cache, and with both."""
+def variants(
+    case: Case, tokens: Sequence[int] = (), cache_dtypes: Sequence[str] = (), scales: str = "row", page_sizes: Sequence[int] = ()
+) -> list[Case]:
+    """`case` itself first; then with several tokens, with a quantised cache, and with both; then all of these in pages."""
     return [
-        dataclasses.replace(case, num_tokens=count, cache_dtype=held, scales=held and scales)
+        dataclasses.replace(case, num_tokens=count, cache_dtype=held, scales=held and scales, page_size=page_size)
+        for page_size in (None, *filter(None, dict.fromkeys(page_sizes)))
         for held in (None, *dict.fromkeys(cache_dtypes))
         for count in (None, *dict.fromkeys(tokens))
     ]
 
 
 def variant(case: Case) -> str:
-    """What distinguishes it from the row of its name, in words; nothing of the row itself."""
-    words = [] if case.cache_dtype is None else [SHORT.get(case.cache_dtype, case.cache_dtype)]
+    """What distinguishes it from the case of its name, in words; nothing of the case itself."""
+    words = [] if case.page_size is None else [f"pages of {case.page_size}"]
+    words += [] if case.cache_dtype is None else [SHORT.get(case.cache_dtype, case.cache_dtype)]
     words += [] if case.scales in (None, "row") else [f"scales by {case.scales}"]
     words += [] if case.num_tokens is None else [f"T {case.num_tokens}"]
     return ", ".join(words)

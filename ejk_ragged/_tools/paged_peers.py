@@ -1,0 +1,194 @@
+"""Other implementations of decode attention whose caches are in pages, as `peers` lists them: on the pool and the table of ours.
+
+What a step cannot change is prepared once: tensors, and the plans of FlashInfer's wrappers, which depend on lengths and table.
+"""
+
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ejk_ragged.testing import Case
+
+from .inputs import pages
+
+
+WORKSPACE_BYTES = 256 << 20  # twice what FlashInfer recommends
+TENSOR_CORES_FROM = 4  # query heads of a kv head, as servers call FlashInfer
+BLOCK = 128 * 128  # elements of a block of keys in JAX's operation: two blocks of keys and two of values fit into a multiprocessor
+
+
+class CannotExpress(Exception):
+    """A peer has no way to say what a case asks for."""
+
+
+def tensor(torch: Any, x: jax.Array):
+    """A tensor of PyTorch on the memory of `x`, or on a copy where the exchange of arrays has no name for the dtype."""
+    if x.dtype.name.startswith("float8"):
+        return torch.from_dlpack(jax.lax.bitcast_convert_type(x, jnp.uint8)).view(getattr(torch, x.dtype.name))
+    return torch.from_dlpack(x)
+
+
+def jax_paged(case: Case):
+    """JAX's own example of decode attention over pages. Its kv heads are in front of its pages, and its query is scaled before."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+    except Exception as error:  # the module, its name, or what it imports in its turn
+        raise CannotExpress(f"JAX {jax.__version__} has no such operation") from error
+    assert case.page_size is not None
+    scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
+    splits = math.gcd(16, pages(case))
+    block = math.gcd(max(BLOCK // (case.head_dim * case.page_size), 1), pages(case) // splits)
+
+    def scales(key, scale):
+        """[kv heads, pages, rows of a page], whatever axes the scale has."""
+        if scale is None:
+            return None
+        heads_first = scale.swapaxes(0, 1) if scale.ndim == 3 else scale.reshape(-1, 1, 1)
+        return jnp.broadcast_to(heads_first, (key.shape[2], *key.shape[:2]))
+
+    def call(query, key, value, sequence_start, sequence_end, page_table, key_scale=None, value_scale=None):
+        pools = [pool.transpose(2, 0, 1, 3) for pool in (key, value)]
+        return paged_attention(
+            query * jnp.asarray(scale, query.dtype),
+            *pools,
+            page_table,
+            sequence_end,
+            scales(key, key_scale),
+            scales(value, value_scale),
+            pages_per_compute_block=block,
+            k_splits=splits,
+            attn_logits_soft_cap=case.logits_soft_cap,
+        )
+
+    return call
+
+
+def _listed(case: Case, page_table, ends) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pages as FlashInfer lists them: where those of each sequence begin, all of them, and the rows in the last of each."""
+    counts = -(-ends // case.page_size)
+    first = np.concatenate([[0], np.cumsum(counts)])
+    listed = np.concatenate([entries[:count] for entries, count in zip(page_table, counts, strict=True)])
+    return first.astype(np.int32), listed.astype(np.int32), (ends - (counts - 1) * case.page_size).astype(np.int32)
+
+
+def _one_scale(case: Case):
+    if case.scales not in (None, "number"):
+        raise CannotExpress("one scale for all keys and one for all values only")
+
+
+def _left(case: Case) -> int:
+    return -1 if case.sliding_window is None else case.sliding_window[0]
+
+
+def flashinfer(case: Case):
+    """FlashInfer's wrapper for decode steps."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper  # pyright: ignore[reportMissingImports]
+
+    _one_scale(case)
+    tensor_cores = case.num_q_heads // case.num_kv_heads >= TENSOR_CORES_FROM or case.cache_dtype is not None
+    workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
+
+    def prepare(query, key, value, sequence_start, sequence_end, page_table, key_scale=None, value_scale=None):
+        listed = _listed(case, np.asarray(page_table), np.asarray(sequence_end))
+        query, key, value = (tensor(torch, x) for x in (query, key, value))
+        wrapper.plan(
+            *map(torch.from_numpy, listed),
+            case.num_q_heads,
+            case.num_kv_heads,
+            case.head_dim,
+            case.page_size,
+            window_left=_left(case),
+            logits_soft_cap=case.logits_soft_cap,
+            q_data_type=query.dtype,
+            kv_data_type=key.dtype,
+            sm_scale=case.softmax_scale,
+        )
+        scales = {"k_scale": key_scale, "v_scale": value_scale}
+        return query, (key, value), {name: float(scale) for name, scale in scales.items() if scale is not None}
+
+    return prepare, lambda query, cache, scales: wrapper.run(query, cache, **scales)
+
+
+def xqa(case: Case):
+    """FlashInfer's newer kernel for decode steps, which came from TensorRT-LLM; on Hopper its backend is xqa."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from flashinfer.decode import trtllm_batch_decode_with_kv_cache  # pyright: ignore[reportMissingImports]
+
+    _one_scale(case)
+    tokens = case.num_tokens or 1
+    if tokens > 32:
+        raise CannotExpress("up to 32 query tokens")
+    scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
+    options = {"window_left": _left(case), "kv_layout": "NHD", "backend": "xqa", "q_len_per_req": tokens}
+    options["max_seq_len"] = pages(case) * (case.page_size or 0)
+    workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")  # its semaphores begin at 0
+
+    def prepare(query, key, value, sequence_start, sequence_end, page_table, softmax_aux=None, key_scale=1.0, value_scale=1.0):
+        given: dict[str, Any] = {"bmm1_scale": scale * float(key_scale), "bmm2_scale": float(value_scale)}
+        if softmax_aux is not None:
+            given["sinks"] = tensor(torch, softmax_aux.reshape(-1))
+        if tokens > 1:
+            given["mask"] = tensor(torch, _bits_of_causal_mask(case.batch, tokens)).view(torch.uint16)
+        query, key, value = (tensor(torch, x) for x in (query.reshape(-1, *query.shape[-2:]), key, value))
+        table, ends = tensor(torch, page_table), tensor(torch, sequence_end).view(torch.uint32)
+        return ({"query": query, "kv_cache": (key, value), "block_tables": table, "seq_lens": ends} | given,)
+
+    def call(given):
+        out = trtllm_batch_decode_with_kv_cache(workspace_buffer=workspace, **options, **given)
+        return out if case.num_tokens is None else out.reshape(case.batch, tokens, *out.shape[-2:])
+
+    return prepare, call
+
+
+def _bits_of_causal_mask(batch: int, tokens: int) -> jax.Array:
+    """Which tokens each token sees, as bits of two integers of 16 bits, [batch, tokens, 2]."""
+    bits = ((2 << np.arange(tokens)) - 1).astype(np.uint32).view(np.int16).reshape(tokens, 2)
+    return jnp.asarray(np.broadcast_to(bits, (batch, tokens, 2)))
+
+
+def flashinfer_mla(case: Case):
+    """FlashInfer's wrapper for MLA, absorbed. Its query and its cache are given in two parts, which are views of one cache here."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper  # pyright: ignore[reportMissingImports]
+
+    assert case.value_columns is not None
+    first, latent = case.value_columns
+    if first or case.num_kv_heads > 1:
+        raise CannotExpress("one kv head, and values in the first columns of the key's rows only")
+    tokens = case.num_tokens or 1
+    scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
+    wrapper = BatchMLAPagedAttentionWrapper(torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda"))
+
+    def prepare(query, key, sequence_start, sequence_end, page_table):
+        ends = np.asarray(sequence_end)
+        begins, listed, _ = _listed(case, np.asarray(page_table), ends)
+        of_queries = np.arange(case.batch + 1, dtype=np.int32) * tokens
+        query = query.reshape(-1, *query.shape[-2:])
+        parts = tensor(torch, query[..., :latent]), tensor(torch, query[..., latent:])
+        pool = tensor(torch, key)[:, :, 0]
+        wrapper.plan(
+            *(torch.from_numpy(x) for x in (of_queries, begins, listed, ends.astype(np.int32))),
+            case.num_q_heads,
+            latent,
+            case.head_dim - latent,
+            case.page_size,
+            causal=tokens > 1,
+            sm_scale=scale,
+            q_data_type=parts[0].dtype,
+            kv_data_type=pool.dtype,
+        )
+        return *parts, pool[..., :latent], pool[..., latent:]
+
+    def call(*arrays):
+        out = wrapper.run(*arrays)
+        return out if case.num_tokens is None else out.reshape(case.batch, tokens, *out.shape[-2:])
+
+    return prepare, call
