@@ -49,22 +49,23 @@ class MosaicGpuBackend(Backend):
         return None if found else needs
 
     def supports(self, problem: Problem, target: Target) -> str | None:
-        from ._tuning import does_not_fit
+        from ._tuning import cannot_copy, does_not_fit
 
         if not all(isinstance(n, int) for n in problem.sizes):
             return "its kernels need sizes known when they are lowered, not symbolic ones"
-        if not problem.plain:
-            return "its kernels read a padded key and a padded value of one width"
+        if problem.value_columns is not None:
+            return "its kernels read the value from an array of its own"
         if problem.quantised:
             return "its kernels have no quantised caches"
         if problem.dtype not in (jnp.bfloat16, jnp.float16):
             return f"its products are of bfloat16 and float16, not {problem.dtype.name}"
-        if problem.head_dim % 8 or problem.head_dim > 256:
-            return f"its kernels hold a head_dim of up to 256 that is a multiple of 8, not {problem.head_dim}"
+        for name in ("head_dim", "value_dim"):
+            if getattr(problem, name) % 8 or getattr(problem, name) > 256:
+                return f"its kernels hold a {name} of up to 256 that is a multiple of 8, not {getattr(problem, name)}"
         capability = getattr(target.device, "compute_capability", None)
         if capability is not None and not 9.0 <= float(capability) < 10.0:
             return f"its products are those of a GPU of compute capability 9, not {capability}"
-        return does_not_fit(problem, target)
+        return cannot_copy(problem) or does_not_fit(problem, target)
 
     def supports_backward(self, problem: Problem, target: Target) -> str | None:
         del problem, target

@@ -36,18 +36,34 @@ def copy(program: Program):
                 copy_part(source, (warpgroup, pl.ds(i, plan.copy_rows)))
 
     def work(piece):
+        places = places_of(piece, 0)
         copy_query(piece)
         # As many dimensions as products take, zeros beyond the last; such a slice is not refused where its start is not known.
-        dims = pl.ds(piece.number * 0, plan.block_dim)
+        dims = [pl.ds(piece.number * 0, dim) for dim in (plan.block_dim, plan.value_dim)]
 
-        def tile(i, _):
+        def tile(i, places):
+            following = places_of(piece, i + 1)  # the table's entries are there when the next tile wants them
             slot = lax.rem(piece.tiles_before + i, plan.stages)
-            row = pl.multiple_of(program.row_of(piece, program.first_key(piece, i)), plan.align)
-            for name, ref in zip("kv", program.cache, strict=True):
-                source = ref.at[piece.sequence, pl.ds(row, schedule.block_keys), program.head]
-                into(name, slot)(source if plan.direct else source.at[:, dims])
+            for name, ref, columns in zip("kv", program.cache, dims, strict=True):
+                copy_part = into(name, slot)
+                for part, (page, row) in enumerate(places):
+                    source = ref.at[page, pl.ds(pl.multiple_of(row, plan.align), plan.part_rows), program.head]
+                    where = pl.ds(part * plan.part_rows, plan.part_rows)
+                    copy_part(source if plan.direct else source.at[:, columns], (where,) if len(places) > 1 else ())
+            return following
 
-        lax.fori_loop(0, piece.num_tiles, tile, None)
+        lax.fori_loop(0, piece.num_tiles, tile, places)
+
+    def places_of(piece, i):
+        """Where tile i of the piece is, part by part: the page, or the sequence of a padded cache, and the row in it."""
+        row = program.row_of(piece, program.first_key(piece, i))
+        if program.page_table is None:
+            return [(piece.sequence, row)]
+        page_size, num_pages = program.problem.page_size, program.problem.num_pages
+        last = lax.div(jnp.maximum(piece.end - 1, 0), page_size)  # entries beyond may be junk
+        rows = [row + part for part in range(0, schedule.block_keys, plan.part_rows)]
+        pages = [program.page_table[piece.sequence, jnp.minimum(lax.div(row, page_size), last)] for row in rows]
+        return [(jnp.clip(page, 0, num_pages - 1), lax.rem(row, page_size)) for page, row in zip(pages, rows, strict=True)]
 
     program.ranges.pieces(program.number, work)
     for name, places in program.rings():

@@ -18,7 +18,7 @@ def compute_piece(program: Program, piece: Piece, warpgroup):
     """Partial results of a piece, in memory."""
     del warpgroup  # there is one
     plan, shared = program.plan, program.shared
-    rows, keys, dim = plan.block_rows, plan.schedule.block_keys, plan.block_dim
+    rows, keys, dim = plan.block_rows, plan.schedule.block_keys, plan.value_dim
     q_slot = lax.rem(piece.number, plan.query_slots)
     plgpu.barrier_wait(shared.q_full.at[q_slot])
     bounds = [
@@ -85,7 +85,7 @@ def _store(program, piece, acc, high, total):
     """A piece's results, from registers: nobody waits for them."""
     plan, results = program.plan, program.results
     slot, query_rows = plan.schedule.slot(program.number, piece.sequence), program.query_rows()
-    parts = results.parts.at[slot, program.head, query_rows, pl.ds(0, plan.block_dim)]
+    parts = results.parts.at[slot, program.head, query_rows, pl.ds(0, plan.value_dim)]
     store(parts.transpose((1, 0)), plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED))
     for i, values in enumerate((high / LOG2_E, total)):
         store(results.stats.at[slot, program.head, i, query_rows], values)

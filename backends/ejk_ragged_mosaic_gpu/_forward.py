@@ -26,7 +26,7 @@ def forward(problem, target, queries, cache, **how):
     out, lse = combine(problem, target, plan, partial, own, sink, **how)
     if plan.many:
         out, lse = _by_token(problem, plan, out, lse)
-    return out.reshape(queries.query.shape), lse.reshape(queries.query.shape[:3])
+    return out.reshape(*queries.query.shape[:3], problem.value_dim), lse.reshape(queries.query.shape[:3])
 
 
 def _by_kv_head(problem, plan, query):

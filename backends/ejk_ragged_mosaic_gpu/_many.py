@@ -28,14 +28,14 @@ def compute_piece(program: Program, piece: Piece, warpgroup):
     query_rows = program.query_rows(warpgroup)
     tiles = _Tiles(program, piece, warpgroup, query, *_bounds(program, piece, query_rows))
     of_rows = lambda value: plgpu.layout_cast(jnp.full((query_rows.size,), value, jnp.float32), OF_ROWS)
-    nothing = tile_of((query_rows.size, plan.block_dim), 0), of_rows(LOWEST), of_rows(0)
+    nothing = tile_of((query_rows.size, plan.value_dim), 0), of_rows(LOWEST), of_rows(0)
 
     def natural(high):
         return jnp.maximum(high * (program.factor / LOG2_E), LOWEST)
 
     def keep(acc, high, total):
         slot = plan.schedule.slot(program.number, piece.sequence)
-        store(results.parts.at[slot, program.head, query_rows, pl.ds(0, plan.block_dim)], acc)
+        store(results.parts.at[slot, program.head, query_rows, pl.ds(0, plan.value_dim)], acc)
         for i, values in enumerate((natural(high), total)):
             store(results.stats.at[slot, program.head, i, query_rows], values)
 
@@ -43,7 +43,8 @@ def compute_piece(program: Program, piece: Piece, warpgroup):
         sink = program.sinks_of(piece.sequence, query_rows)
         out, lse = finished(acc, natural(high), total, sink)
         store(results.lse.at[piece.sequence, program.head, query_rows], lse)
-        write_out(plan, results.out, query, out, piece.sequence, program.head, query_rows)
+        staging = query.at[:, pl.ds(0, plan.value_dim)] if plan.value_dim < plan.block_dim else query
+        write_out(plan, results.out, staging, out, piece.sequence, program.head, query_rows)
 
     def work():
         done = tiles.last(*lax.fori_loop(0, piece.num_tiles - 1, tiles.step, tiles.begin(*nothing)))

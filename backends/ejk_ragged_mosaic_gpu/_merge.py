@@ -23,7 +23,7 @@ def combine(problem, target, plan: Tiles, partial, lengths, sink, **how):
         sink: as `Queries.sink`, or as `Program.sink` where query rows are many.
 
     Returns:
-        out: [B, T * Hq, D], or where query rows are many [B, T, Hkv, G, D], `plan` says which T and G.
+        out: [B, T * Hq, Dv], or where query rows are many [B, T, Hkv, G, Dv], `plan` says which T and G.
         lse: float32 [B, T * Hq], or [B, Hkv, query rows of all blocks].
     """
     merge = _combine_blocks if plan.many else _combine_rows
@@ -38,7 +38,7 @@ def _combine_rows(problem, target, plan, partial, lengths, sink, **how):
     return launch(
         functools.partial(_rows_kernel, tree=tree, problem=problem, plan=plan),
         "ragged_decode_combine",
-        [((problem.batch, rows, problem.head_dim), problem.out_dtype), ((problem.batch, rows), jnp.float32)],
+        [((problem.batch, rows, problem.value_dim), problem.out_dtype), ((problem.batch, rows), jnp.float32)],
         {"program": min(programs, 2) if how["interpret"] else programs},  # the interpreter takes long to begin one
         follows=True,
         scratch_types=shared | _table(plan),
@@ -92,12 +92,12 @@ def _rows_kernel(*refs, tree, problem, plan: Tiles, wait, out, stops=None):
             total = jnp.where(some, total, 1.0)
             lse_ref[b, row] = jnp.where(some, high + jnp.log(total), -jnp.inf)
             result = (acc / total).astype(out.dtype)
-            if plan.stored_dim == problem.head_dim:
+            if plan.stored_dim == problem.value_dim:
                 out_ref[b, row] = result
             else:
                 out[i] = result
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out.at[i, pl.ds(0, problem.head_dim)], out_ref.at[b, row])
+                plgpu.copy_smem_to_gmem(out.at[i, pl.ds(0, problem.value_dim)], out_ref.at[b, row])
         plgpu.wait_smem_to_gmem(0)
 
     at_once, programs = out.shape[0], lax.axis_size("program")
@@ -121,7 +121,7 @@ def _combine_blocks(problem, target, plan, partial, lengths, sink, **how):
     operands, tree = jax.tree.flatten((partial["parts"], partial["stats"], lengths, sink))
     results = [] if written else list(plan.output(problem).values())
     blocks = problem.batch * problem.num_kv_heads * plan.row_blocks * plan.warpgroups
-    programs = min(blocks * plan.block_dim // COLUMNS, merging(target, problem.batch, blocks * 64)[1])
+    programs = min(blocks * plan.value_dim // COLUMNS, merging(target, problem.batch, blocks * 64)[1])
     swizzled = 128 // problem.out_dtype.itemsize
     tiling = plgpu.TilingTransform((8, swizzled)), plgpu.SwizzleTransform(128)
     return launch(
@@ -143,7 +143,7 @@ def _blocks_kernel(*refs, tree, problem, plan: Tiles, wait, out, stops=None):
     ranges = Ranges(plan, lengths, stops)
     ranges.make_table()
     wait()
-    sizes = problem.batch, problem.num_kv_heads, plan.row_blocks * plan.warpgroups, plan.block_dim // COLUMNS
+    sizes = problem.batch, problem.num_kv_heads, plan.row_blocks * plan.warpgroups, plan.value_dim // COLUMNS
 
     def merge_block(b, head, query_rows, column):
         first, count = ranges.slots(b)
@@ -211,7 +211,7 @@ def finished(acc, high, total, sink):
 
 
 def write_out(plan, out_ref, staging, values, b, head, query_rows, columns=slice(None)):
-    """Values of 64 query rows to their places in the output [B, T, Hkv, G, D], by way of an array in shared memory."""
+    """Values of 64 query rows to their places in the output [B, T, Hkv, G, Dv], by way of an array in shared memory."""
     staging[...] = values.astype(staging.dtype)
     plgpu.commit_smem()
     for i in range(0, 64, plan.copy_rows):

@@ -32,6 +32,7 @@ class Program:
         query_block: which block of the head's query rows.
         query: ref [B, T, Hkv, G, D], D padded; `plan` says which T and G.
         cache: refs of key and value.
+        page_table: ref of the page table, or None.
         ranges: where the pieces are.
         query_bounds: refs of the first row and the end of each query row, as for `split`.
         sink: ref of each query row's sink, float32 [B or 1, Hkv, query rows of all blocks], or None.
@@ -47,6 +48,7 @@ class Program:
     query_block: Any
     query: Any
     cache: Any
+    page_table: Any
     ranges: Ranges
     query_bounds: Any
     sink: Any

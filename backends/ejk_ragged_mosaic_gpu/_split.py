@@ -28,27 +28,32 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
         sink: float32 [B or 1, Hkv, query rows of all blocks], or None; looked at where output is written.
 
     Returns, by name:
-        parts: float32 [slots, Hkv, query rows of all blocks, D or more], sums of values, not divided by those of their weights.
+        parts: float32 [slots, Hkv, query rows of all blocks, Dv or more], sums of values, not divided by those of their weights.
         stats: float32 [slots, Hkv, 2, query rows of all blocks], the largest logit, and the sum of the weights relative to the
             largest. In one number, their log-sum-exp, the sum would be lost next to a large logit.
-        out, lse: where `plan.writes_out`, [B, T, Hkv, G, D] and float32 [B, Hkv, query rows of all blocks]: the output and lse of
+        out, lse: where `plan.writes_out`, [B, T, Hkv, G, Dv] and float32 [B, Hkv, query rows of all blocks]: the output and lse of
             sequences that are one piece.
     """
-    dtype, keys, dim = problem.dtype, plan.schedule.block_keys, plan.block_dim
+    dtype, keys = problem.dtype, plan.schedule.block_keys
     heads, num_rows = problem.num_kv_heads, plan.row_blocks * plan.block_rows
     sink = sink if plan.writes_out else None
-    operands, tree = jax.tree.flatten((query, cache.key, cache.value, lengths, query_bounds, sink))
+    operands, tree = jax.tree.flatten((query, cache.key, cache.value, cache.page_table, lengths, query_bounds, sink))
     results = {
         "parts": ((plan.schedule.slots, heads, num_rows, plan.stored_dim), jnp.float32),
         "stats": ((plan.schedule.slots, heads, 2, num_rows), jnp.float32),
     }
     if plan.writes_out:
         results |= plan.output(problem)
-    ring = plgpu.SMEM((plan.stages, keys, dim), dtype, transforms=TILED if plan.direct else ())
+    ring = lambda dim: plgpu.SMEM((plan.stages, keys, dim), dtype, transforms=TILED if plan.direct else ())
     readers = plan.warpgroups
-    shared = {"q": plgpu.SMEM((plan.query_slots, readers, plan.warpgroup_rows, dim), dtype, transforms=TILED), "k": ring, "v": ring}
-    query_copies = plan.block_rows // plan.copy_rows
-    for name, places, copies in (("q", plan.query_slots, query_copies), ("k", plan.stages, 1), ("v", plan.stages, 1)):
+    shared = {
+        "q": plgpu.SMEM((plan.query_slots, readers, plan.warpgroup_rows, plan.block_dim), dtype, transforms=TILED),
+        "k": ring(plan.block_dim),
+        "v": ring(plan.value_dim),
+    }
+    copies_of = {"q": plan.block_rows // plan.copy_rows, "k": keys // plan.part_rows, "v": keys // plan.part_rows}
+    for name, copies in copies_of.items():
+        places = plan.query_slots if name == "q" else plan.stages
         shared[f"{name}_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=places)
         shared[f"{name}_free"] = plgpu.Barrier(num_arrivals=readers, num_barriers=places)
     if not plan.many or how["interpret"]:
@@ -56,7 +61,8 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
     if readers > 1:
         shared["v_clear"] = plgpu.Barrier(num_arrivals=1, num_barriers=plan.stages)
     if not plan.direct:
-        shared |= {f"{name}_tile": plgpu.SMEM((keys, dim), dtype, transforms=TILED) for name in "kv"}
+        dims = {"k_tile": plan.block_dim, "v_tile": plan.value_dim}
+        shared |= {name: plgpu.SMEM((keys, dim), dtype, transforms=TILED) for name, dim in dims.items()}
     if plan.table:
         shared |= {"stops": plgpu.SMEM((plan.table,), jnp.int32), "stops_full": plgpu.Barrier()}
     static = {"tree": tree, "problem": problem, "plan": plan, "results": tuple(results), "interpreted": how["interpret"]}
@@ -77,7 +83,7 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
 
 def _kernel(*refs, tree, problem, plan, results, interpreted, **shared):
     inputs, outputs = refs[: tree.num_leaves], refs[tree.num_leaves :]
-    query, key, value, lengths, query_bounds, sink = tree.unflatten(inputs)
+    query, key, value, page_table, lengths, query_bounds, sink = tree.unflatten(inputs)
     block = lax.axis_index("block")
     program = Program(
         problem=problem,
@@ -88,6 +94,7 @@ def _kernel(*refs, tree, problem, plan, results, interpreted, **shared):
         query_block=lax.rem(block, plan.row_blocks),
         query=query,
         cache=(key, value),
+        page_table=page_table,
         ranges=Ranges(plan, lengths, shared.pop("stops", None)),
         query_bounds=query_bounds,
         sink=sink,

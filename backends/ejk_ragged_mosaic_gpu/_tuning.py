@@ -21,7 +21,9 @@ class Tiles:
         query_slots: blocks of query rows that a program holds, this piece's and the next one's.
         terms: numbers of 16 bits that a weight is written as the sum of.
         writes_out: whether the first kernel writes the output of sequences that are one piece.
-        block_dim: head_dim, padded to a multiple of 64.
+        block_dim, value_dim: head dimensions of key and value, padded to a multiple of 64.
+        paged: whether the cache is a pool of pages.
+        part_rows: rows of a tile that one copy takes: all, or those that lie in one page.
         stages: tiles of keys, and as many of values, that a program holds.
         direct: whether copies lay a tile out as products want it. It takes rows that divide by 8 and dimensions by 64; other tiles
             are copied as they are, and laid out by the program.
@@ -39,6 +41,9 @@ class Tiles:
     terms: int
     writes_out: bool
     block_dim: int
+    value_dim: int
+    paged: bool
+    part_rows: int
     stages: int
     direct: bool
     table: int
@@ -61,7 +66,7 @@ class Tiles:
 
     def output(self, problem: Problem) -> dict[str, tuple]:
         """Shapes and dtypes of output and lse, where query rows are many."""
-        out = problem.batch, self.tokens, problem.num_kv_heads, self.token_rows, self.block_dim
+        out = problem.batch, self.tokens, problem.num_kv_heads, self.token_rows, self.value_dim
         lse = problem.batch, problem.num_kv_heads, self.row_blocks * self.block_rows
         return {"out": (out, problem.out_dtype), "lse": (lse, "float32")}
 
@@ -73,12 +78,12 @@ class Tiles:
     @property
     def align(self) -> int:
         """What the first row of a tile divides by."""
-        return 8 if self.direct else 1
+        return self.part_rows if self.paged else 8 if self.direct else 1
 
     @property
     def stored_dim(self) -> int:
         """Of partial results, of which a warpgroup of 128 threads reads one at a time."""
-        return round_up(self.block_dim, 128)
+        return round_up(self.value_dim, 128)
 
     @property
     def merge_slots(self) -> int:
@@ -94,7 +99,7 @@ class Tiles:
     def shared_bytes(self) -> int:
         """Bytes of shared memory that a program needs, each array beginning at a multiple of 1024."""
         keys, rows, dim = self.schedule.block_keys, self.block_rows, self.block_dim
-        tiles = 2 * keys * dim * ITEMSIZE
+        tiles = keys * (dim + self.value_dim) * ITEMSIZE
         weights = 0 if self.many else MOST_TERMS * rows * keys * ITEMSIZE
         arrays = [tiles * self.stages, tiles * (not self.direct), self.query_slots * rows * dim * ITEMSIZE, weights]
         arrays += [self.reduction_bytes, BARRIERS, self.table * 4]
@@ -110,7 +115,7 @@ FEW, MOST_FEW, MANY = 32, 64, (64, 128, 192, 128)
 # Keys of a tile where there are such further blocks. The tensor cores set the pace then, and read the query half as often.
 MANY_KEYS = 128
 # Registers of a thread that multiplies, and of one that copies, by the warpgroups that multiply: ptxas spills none.
-REGISTERS = {1: (232, 40), 2: (240, 24), 3: (160, 32)}
+REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
 # Of the second kernel: rows that a program merges at once, where that leaves one for each multiprocessor, partial results of a row
 # that it reads at once at least, and programs of a multiprocessor, as many as find room beside one of the first kernel.
 MERGE_ROWS, LEAST_MERGED, MERGE_PROGRAMS = 4, 4, 4
@@ -152,7 +157,8 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 
 def default_stages(problem: Problem, keys: int) -> int:
     """Stages of about `STAGE_BYTES`: two at least, so that keys are on their way while values are worked on."""
-    return max(STAGE_BYTES // (2 * keys * round_up(problem.head_dim, 64) * ITEMSIZE), 2)
+    dims = round_up(problem.head_dim, 64) + round_up(problem.value_dim, 64)
+    return max(STAGE_BYTES // (keys * dims * ITEMSIZE), 2)
 
 
 def candidates(problem: Problem, target: Target):
@@ -200,7 +206,24 @@ def _takes_many(problem: Problem) -> bool:
 
 
 def _direct(problem: Problem) -> bool:
-    return problem.seq_len % 8 == 0 and problem.head_dim % 64 == 0
+    return problem.seq_len % 8 == 0 and problem.head_dim % 64 == 0 and problem.value_dim % 64 == 0
+
+
+def cannot_copy(problem: Problem) -> str | None:
+    """Why pages cannot be copied into tiles, or None."""
+    if not problem.paged:
+        return None
+    if _part_rows(problem, BLOCK_KEYS) % 8:
+        return f"a copy of a page takes a multiple of 8 rows, up to 64, not what {problem.page_size} and 64 divide by"
+    return (
+        None
+        if _direct(problem)
+        else f"its pages have head dimensions that 64 divides, not {problem.head_dim} and {problem.value_dim}"
+    )
+
+
+def _part_rows(problem: Problem, keys: int) -> int:
+    return math.gcd(problem.page_size, keys) if problem.page_size else keys
 
 
 def tiles(problem: Problem, target: Target) -> Tiles:
@@ -228,8 +251,11 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         warpgroups=rows // 64 if many else 1,
         query_slots=2,
         terms=MOST_TERMS if problem.keeps_accum_dtype else 1,
-        writes_out=many and not problem.keeps_accum_dtype,
+        writes_out=many and not problem.keeps_accum_dtype and problem.value_dim <= problem.head_dim,
         block_dim=round_up(problem.head_dim, 64),
+        value_dim=round_up(problem.value_dim, 64),
+        paged=problem.paged,
+        part_rows=_part_rows(problem, keys),
         stages=stages,
         direct=_direct(problem),
         table=0 if alone else round_up(problem.batch, 8) + BLOCK_SEQUENCES - 8,  # where the last sum begins, and what it writes
