@@ -55,8 +55,10 @@ class MosaicGpuBackend(Backend):
             return "its kernels need sizes known when they are lowered, not symbolic ones"
         if problem.value_columns is not None:
             return "its kernels read the value from an array of its own"
-        if problem.quantised:
-            return "its kernels have no quantised caches"
+        if problem.quantised and problem.dtype != jnp.bfloat16:
+            return (
+                f"it widens quantised caches for queries of bfloat16, whose range their scales share, not of {problem.dtype.name}"
+            )
         if problem.dtype not in (jnp.bfloat16, jnp.float16):
             return f"its products are of bfloat16 and float16, not {problem.dtype.name}"
         for name in ("head_dim", "value_dim"):

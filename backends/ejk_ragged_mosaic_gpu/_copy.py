@@ -15,7 +15,8 @@ def copy(program: Program):
     if plan.table:
         plgpu.barrier_arrive(shared.stops_full)
     if plan.registers:
-        plgpu.set_max_registers(plan.registers[1], action="decrease")
+        plgpu.set_max_registers(plan.registers[-1], action="decrease")
+    names = ("narrow_k", "narrow_v") if plan.wide_stages else ("k", "v")
 
     def into(name, slot):
         """A function of a source, and of a part of the next place of the ring, that copies; the place is free."""
@@ -44,13 +45,25 @@ def copy(program: Program):
         def tile(i, places):
             following = places_of(piece, i + 1)  # the table's entries are there when the next tile wants them
             slot = lax.rem(piece.tiles_before + i, plan.stages)
-            for name, ref, columns in zip("kv", program.cache, dims, strict=True):
+            for name, ref, columns in zip(names, program.cache, dims, strict=True):
                 copy_part = into(name, slot)
                 for part, (page, row) in enumerate(places):
-                    source = ref.at[page, pl.ds(pl.multiple_of(row, plan.align), plan.part_rows), program.head]
-                    where = pl.ds(part * plan.part_rows, plan.part_rows)
+                    rows, where = (
+                        pl.ds(pl.multiple_of(row, plan.align), plan.part_rows),
+                        pl.ds(part * plan.part_rows, plan.part_rows),
+                    )
+                    source = ref.at[page, rows, program.head]
                     copy_part(source if plan.direct else source.at[:, columns], (where,) if len(places) > 1 else ())
+                    if name == "narrow_k":
+                        copy_scales(slot, page, rows, where)
             return following
+
+        def copy_scales(slot, page, rows, where):
+            for name in filter(program.by_row, "kv"):
+                ref = program.scales[name]
+                source = ref.at[page if ref.shape[0] > 1 else 0, program.head if ref.shape[1] > 1 else 0, rows]
+                target = getattr(shared, f"narrow_{name}_scale").at[slot, where]
+                plgpu.copy_gmem_to_smem(source, target, shared.narrow_k_full.at[slot])
 
         lax.fori_loop(0, piece.num_tiles, tile, places)
 
@@ -66,6 +79,4 @@ def copy(program: Program):
         return [(jnp.clip(page, 0, num_pages - 1), lax.rem(row, page_size)) for page, row in zip(pages, rows, strict=True)]
 
     program.ranges.pieces(program.number, work)
-    for name, places in program.rings():
-        for slot in range(places):  # nobody leaves while something is on its way
-            plgpu.barrier_wait(program.barriers(name)[1].at[slot])
+    program.drain("q", *names)

@@ -4,6 +4,8 @@ A query row is one token and one query head of a kv head. The query is [B, T, Hk
 token can be copied as products want them, that is the query as it is. Otherwise all query rows of a kv head are those of one token.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from ejk_ragged_schedule import length_arrays
@@ -21,6 +23,7 @@ def forward(problem, target, queries, cache, **how):
     query_bounds = lengths.get("token_start"), lengths.get("token_end")
     if not plan.many:
         query_bounds = _of_rows(problem, plan, query_bounds[0], problem.seq_len), _of_rows(problem, plan, query_bounds[1], 0)
+    cache = _scales_by_row(problem, cache)
     sink = _sink_of_rows(problem, plan, queries.sink) if plan.many else queries.sink
     partial = split(problem, plan, _by_kv_head(problem, plan, queries.query), cache, own, query_bounds, sink, **how)
     out, lse = combine(problem, target, plan, partial, own, sink, **how)
@@ -47,6 +50,17 @@ def _by_token(problem, plan, out, lse):
     if (plan.tokens, plan.token_rows) != shape[2:]:
         out = out[:, 0, :, :rows].reshape(*shape, -1).swapaxes(1, 2)
     return out, lse[:, :, :rows].reshape(shape).swapaxes(1, 2)
+
+
+def _scales_by_row(problem, cache):
+    """A cache in which scales that differ by page are one per row."""
+
+    def by_row(scale):
+        if scale is None or not problem.paged or scale.shape[0] == 1:
+            return scale
+        return jnp.broadcast_to(scale, (*scale.shape[:2], problem.page_size))
+
+    return dataclasses.replace(cache, key_scale=by_row(cache.key_scale), value_scale=by_row(cache.value_scale))
 
 
 def _of_rows(problem, plan, of_tokens, beyond):

@@ -13,6 +13,7 @@ from ejk_ragged_schedule.warning_filters import ignore_warning
 plgpu = cast(Any, mosaic_gpu)  # types are checked with the oldest JAX, in which it is another
 
 TILE = plgpu.Layout.WGMMA  # which thread holds what of a matrix
+UPCAST = plgpu.Layout.WGMMA_UPCAST_2X  # of a matrix of 8 bits that becomes one of 16 bits
 OF_COLUMNS, OF_ROWS = TILE.reduce(0), TILE.reduce(1)  # and of a vector along the matrix's columns, or along its rows
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # stands in for -inf where a difference of two must not be NaN

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import LOWEST, OF_ROWS, plgpu, store, TILE
+from ._jax import LOWEST, OF_COLUMNS, OF_ROWS, plgpu, store
 from ._line import Piece
 from ._merge import finished, write_out
 from ._program import LOG2_E, over, product, Program, tile_of
@@ -47,7 +47,9 @@ def compute_piece(program: Program, piece: Piece, warpgroup):
         write_out(plan, results.out, staging, out, piece.sequence, program.head, query_rows)
 
     def work():
-        done = tiles.last(*lax.fori_loop(0, piece.num_tiles - 1, tiles.step, tiles.begin(*nothing)))
+        acc, *rest = tiles.last(*lax.fori_loop(0, piece.num_tiles - 1, tiles.step, tiles.begin(*nothing)))
+        value_scale = program.scale_of(piece, "v")
+        done = acc if value_scale is None else acc * value_scale, *rest
         pieces = program.ranges.slots(piece.sequence)[1] if plan.writes_out else 0
         pl.when(pieces == 1)(lambda: write(*done))
         pl.when(pieces != 1)(lambda: keep(*done))
@@ -155,7 +157,9 @@ class _Tiles:
         """Weights of tile i, the largest logit, the sum of weights, and the factor by which a larger logit shrinks earlier sums.
         The tile's keys are free from now on."""
         program, piece = self.program, self.piece
+        key_scale, value_scale = (self.scale(name, i, products.shape) for name in "kv")
         plgpu.barrier_arrive(program.shared.k_free.at[self.slot(i)])
+        products = products if key_scale is None else products * key_scale
         first = program.first_key(piece, i)
         row = program.row_of(piece, first)
 
@@ -169,10 +173,19 @@ class _Tiles:
         new_high = jnp.maximum(jnp.maximum(high, jnp.max(x, axis=1)), LOWEST)
         fade = jnp.exp2((high - new_high) * factor)
         p = jnp.exp2((x - over(new_high, x)) * factor)
-        return tuple(program.terms(p)), new_high, total * fade + jnp.sum(p, axis=1), fade
+        total = total * fade + jnp.sum(p, axis=1)
+        weights = p * value_scale if program.by_row("v") else p
+        return tuple(program.terms(weights)), new_high, total, fade
+
+    def scale(self, name, i, shape):
+        """The scale of tile i of "k" or "v": one number per row of the cache as a matrix, one for all of them, or None."""
+        if self.program.by_row(name):
+            scales = getattr(self.program.shared, f"{name}_scale").at[self.slot(i)]
+            return lax.broadcast_in_dim(plgpu.load(scales, layout=OF_COLUMNS, optimized=False), shape, [1])
+        return self.program.scale_of(self.piece, name)
 
     def slot(self, i):
-        return lax.rem(self.piece.tiles_before + i, self.program.plan.stages)
+        return lax.rem(self.piece.tiles_before + i, self.program.plan.places["k"])
 
     def keys(self, slot):
         return self.program.shared.k.at[slot].transpose((1, 0))
@@ -185,10 +198,7 @@ class _Tiles:
         row = program.row_of(piece, program.first_key(piece, i))
 
         def clear():
-            key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=TILE) + row
-            seen = (key >= piece.start) & (key < piece.end)
-            values[...] = jnp.where(seen, plgpu.load(values, layout=TILE), tile_of(values.shape, 0, values.dtype))
-            plgpu.commit_smem()
+            program.clear(piece, row, values)
 
         def clear_for_all():
             clear()
@@ -199,7 +209,8 @@ class _Tiles:
             pl.when(self.warpgroup > 0)(lambda: plgpu.barrier_wait(shared.v_clear.at[slot]))
 
         plgpu.barrier_wait(shared.v_full.at[slot])
-        pl.when(program.at_an_end(piece, row))(clear if program.plan.warpgroups == 1 else clear_or_wait)
+        if not program.plan.wide_stages:  # who widens a tile clears it
+            pl.when(program.at_an_end(piece, row))(clear if program.plan.warpgroups == 1 else clear_or_wait)
         return values
 
     def interpreted_sum(self, acc, weights, values):

@@ -17,7 +17,15 @@ from ._tuning import Tiles
 
 
 LOG2_E = math.log2(math.e)
-TILED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # how products want 16-bit operands in shared memory
+
+
+def tiling(columns, dtype):
+    """How products want operands in shared memory."""
+    swizzle = min(columns * jnp.dtype(dtype).itemsize, 128)
+    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+TILED = tiling(64, jnp.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Program:
         query_block: which block of the head's query rows.
         query: ref [B, T, Hkv, G, D], D padded; `plan` says which T and G.
         cache: refs of key and value.
+        scales: refs of the scales of "k" and "v", as in `ejk_ragged.Cache`, or None each.
         page_table: ref of the page table, or None.
         ranges: where the pieces are.
         query_bounds: refs of the first row and the end of each query row, as for `split`.
@@ -48,6 +57,7 @@ class Program:
     query_block: Any
     query: Any
     cache: Any
+    scales: Any
     page_table: Any
     ranges: Ranges
     query_bounds: Any
@@ -121,13 +131,41 @@ class Program:
             yield rounded
             p = p - rounded.astype(jnp.float32)
 
+    def scale_of(self, piece: Piece, name):
+        """The scale of "k" or "v" that all rows of the piece share, or None: there is none, or one per row."""
+        ref = self.scales[name]
+        if ref is None or self.by_row(name):
+            return None
+        pages, heads, _ = ref.shape
+        return ref[piece.sequence if pages > 1 else 0, self.head if heads > 1 else 0, 0]
+
+    def by_row(self, name) -> bool:
+        """Whether "k" or "v" has a scale per row."""
+        return self.scales[name] is not None and self.scales[name].shape[2] > 1
+
+    def clear(self, piece: Piece, row, values):
+        """Sets rows of a tile of values, read at `row`, to zero where they lie outside the range: 0 times what such a row holds may be
+        NaN."""
+        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=TILE) + row
+        seen = (key >= piece.start) & (key < piece.end)
+        values[...] = jnp.where(seen, plgpu.load(values, layout=TILE), tile_of(values.shape, 0, values.dtype))
+        plgpu.commit_smem()
+
     def barriers(self, name):
-        """The barriers of a ring: one per place for "full", and one for "free"."""
+        """The barriers of a ring: of places that are full, and of places that are free."""
         return getattr(self.shared, f"{name}_full"), getattr(self.shared, f"{name}_free")
 
-    def rings(self):
-        """Name and number of places of each ring."""
-        return ("q", self.plan.query_slots), ("k", self.plan.stages), ("v", self.plan.stages)
+    def release(self, *names):
+        """Says of all places of some rings that they are free."""
+        for name in names:
+            for place in range(self.plan.places[name]):
+                plgpu.barrier_arrive(self.barriers(name)[1].at[place])
+
+    def drain(self, *names):
+        """Returns when all places of some rings are free: nobody leaves while something is on its way."""
+        for name in names:
+            for place in range(self.plan.places[name]):
+                plgpu.barrier_wait(self.barriers(name)[1].at[place])
 
 
 def tile_of(shape, value, dtype=jnp.float32):

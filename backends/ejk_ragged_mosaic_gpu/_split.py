@@ -13,8 +13,9 @@ from . import _few, _many
 from ._copy import copy
 from ._jax import launch, plgpu
 from ._line import Ranges
-from ._program import Program, TILED
+from ._program import Program, TILED, tiling
 from ._tuning import Tiles
+from ._widen import widen
 
 
 def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how):
@@ -37,28 +38,18 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
     dtype, keys = problem.dtype, plan.schedule.block_keys
     heads, num_rows = problem.num_kv_heads, plan.row_blocks * plan.block_rows
     sink = sink if plan.writes_out else None
-    operands, tree = jax.tree.flatten((query, cache.key, cache.value, cache.page_table, lengths, query_bounds, sink))
+    operands, tree = jax.tree.flatten((query, cache, lengths, query_bounds, sink))
     results = {
         "parts": ((plan.schedule.slots, heads, num_rows, plan.stored_dim), jnp.float32),
         "stats": ((plan.schedule.slots, heads, 2, num_rows), jnp.float32),
     }
     if plan.writes_out:
         results |= plan.output(problem)
-    ring = lambda dim: plgpu.SMEM((plan.stages, keys, dim), dtype, transforms=TILED if plan.direct else ())
+    shared = _rings(problem, plan, cache)
     readers = plan.warpgroups
-    shared = {
-        "q": plgpu.SMEM((plan.query_slots, readers, plan.warpgroup_rows, plan.block_dim), dtype, transforms=TILED),
-        "k": ring(plan.block_dim),
-        "v": ring(plan.value_dim),
-    }
-    copies_of = {"q": plan.block_rows // plan.copy_rows, "k": keys // plan.part_rows, "v": keys // plan.part_rows}
-    for name, copies in copies_of.items():
-        places = plan.query_slots if name == "q" else plan.stages
-        shared[f"{name}_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=places)
-        shared[f"{name}_free"] = plgpu.Barrier(num_arrivals=readers, num_barriers=places)
     if not plan.many or how["interpret"]:
         shared["p"] = plgpu.SMEM((readers if plan.many else plan.terms, plan.warpgroup_rows, keys), dtype, transforms=TILED)
-    if readers > 1:
+    if readers > 1 and not plan.wide_stages:
         shared["v_clear"] = plgpu.Barrier(num_arrivals=1, num_barriers=plan.stages)
     if not plan.direct:
         dims = {"k_tile": plan.block_dim, "v_tile": plan.value_dim}
@@ -72,7 +63,7 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
         results.values(),
         {"block": heads * plan.row_blocks, "program": plan.schedule.programs},
         follows=False,
-        num_threads=readers + 1,
+        num_threads=readers + bool(plan.wide_stages) + 1,
         thread_name="warpgroup",
         scratch_types=shared,
         reduction_bytes=plan.reduction_bytes,
@@ -83,7 +74,7 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
 
 def _kernel(*refs, tree, problem, plan, results, interpreted, **shared):
     inputs, outputs = refs[: tree.num_leaves], refs[tree.num_leaves :]
-    query, key, value, page_table, lengths, query_bounds, sink = tree.unflatten(inputs)
+    query, cache, lengths, query_bounds, sink = tree.unflatten(inputs)
     block = lax.axis_index("block")
     program = Program(
         problem=problem,
@@ -93,8 +84,9 @@ def _kernel(*refs, tree, problem, plan, results, interpreted, **shared):
         head=lax.div(block, plan.row_blocks),
         query_block=lax.rem(block, plan.row_blocks),
         query=query,
-        cache=(key, value),
-        page_table=page_table,
+        cache=(cache.key, cache.value),
+        scales={"k": cache.key_scale, "v": cache.value_scale},
+        page_table=cache.page_table,
         ranges=Ranges(plan, lengths, shared.pop("stops", None)),
         query_bounds=query_bounds,
         sink=sink,
@@ -103,16 +95,43 @@ def _kernel(*refs, tree, problem, plan, results, interpreted, **shared):
     )
     warpgroup = lax.axis_index("warpgroup")
     pl.when(warpgroup < plan.warpgroups)(lambda: _multiply(program, warpgroup))
-    pl.when(warpgroup == plan.warpgroups)(lambda: copy(program))
+    if plan.wide_stages:
+        pl.when(warpgroup == plan.warpgroups)(lambda: widen(program))
+    pl.when(warpgroup == lax.axis_size("warpgroup") - 1)(lambda: copy(program))
+
+
+def _rings(problem, plan, cache):
+    """The rings of shared memory, with the barriers of their places: who fills a place, and who frees it."""
+    keys, dims = plan.schedule.block_keys, {"k": plan.block_dim, "v": plan.value_dim}
+    parts = keys // plan.part_rows
+    by_row = [
+        name for name, scale in (("k", cache.key_scale), ("v", cache.value_scale)) if scale is not None and scale.shape[2] > 1
+    ]
+    arrivals = {"q": (plan.block_rows // plan.copy_rows, plan.warpgroups)}
+    shared = {"q": ((plan.warpgroups, plan.warpgroup_rows, plan.block_dim), problem.dtype)}
+    for name in "kv":
+        shared[name] = (keys, dims[name]), problem.dtype
+        arrivals[name] = 1 if plan.wide_stages else parts, plan.warpgroups
+        if plan.wide_stages:
+            shared[f"narrow_{name}"] = (keys, dims[name]), problem.cache_dtype
+            arrivals[f"narrow_{name}"] = parts * (1 + len(by_row)) if name == "k" else parts, 1
+    rings = {}
+    for name, (shape, dtype) in shared.items():
+        tiled = plan.direct or name == "q"
+        rings[name] = plgpu.SMEM((plan.places[name], *shape), dtype, transforms=tiling(shape[-1], dtype) if tiled else ())
+        for state, count in zip(("full", "free"), arrivals[name], strict=True):
+            rings[f"{name}_{state}"] = plgpu.Barrier(num_arrivals=count, num_barriers=plan.places[name])
+    for name in by_row:
+        rings[f"narrow_{name}_scale"] = plgpu.SMEM((plan.stages, keys), jnp.float32)
+        rings[f"{name}_scale"] = plgpu.SMEM((plan.wide_stages, keys), jnp.float32)
+    return rings
 
 
 def _multiply(program, warpgroup):
     """All pieces of a program, for one of the warpgroups that multiply."""
     if program.plan.registers:
         plgpu.set_max_registers(program.plan.registers[0], action="increase")
-    for name, places in program.rings():
-        for slot in range(places):
-            plgpu.barrier_arrive(program.barriers(name)[1].at[slot])
+    program.release("q", "k", "v")
     if program.plan.table:
         plgpu.barrier_wait(program.shared.stops_full)
     compute_piece = _many.compute_piece if program.plan.many else _few.compute_piece

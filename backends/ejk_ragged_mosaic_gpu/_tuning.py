@@ -24,7 +24,8 @@ class Tiles:
         block_dim, value_dim: head dimensions of key and value, padded to a multiple of 64.
         paged: whether the cache is a pool of pages.
         part_rows: rows of a tile that one copy takes: all, or those that lie in one page.
-        stages: tiles of keys, and as many of values, that a program holds.
+        stages: tiles of keys, and as many of values, that a program holds as they are copied.
+        wide_stages: and as many widened ones of a cache of 8 bits; 0 for others.
         direct: whether copies lay a tile out as products want it. It takes rows that divide by 8 and dimensions by 64; other tiles
             are copied as they are, and laid out by the program.
         table: size of the table of sequences that a program makes itself; 0 where it has to do with one only.
@@ -45,6 +46,7 @@ class Tiles:
     paged: bool
     part_rows: int
     stages: int
+    wide_stages: int
     direct: bool
     table: int
     schedule: Schedule
@@ -71,9 +73,18 @@ class Tiles:
         return {"out": (out, problem.out_dtype), "lse": (lse, "float32")}
 
     @property
-    def registers(self) -> tuple[int, int] | None:
-        """Registers of a thread that multiplies, and of one that copies; None: as the compiler likes."""
-        return REGISTERS[self.warpgroups] if self.many else None
+    def places(self) -> dict[str, int]:
+        """Places of each ring in shared memory."""
+        narrow = dict.fromkeys(("narrow_k", "narrow_v"), self.stages) if self.wide_stages else {}
+        return {"q": self.query_slots, **dict.fromkeys("kv", self.wide_stages or self.stages), **narrow}
+
+    @property
+    def registers(self) -> tuple[int, ...] | None:
+        """Registers of a thread that multiplies, of one that widens, if any does, and of one that copies; None: as the compiler
+        likes."""
+        if not self.many:
+            return None
+        return (WIDENING_REGISTERS if self.wide_stages else REGISTERS)[self.warpgroups]
 
     @property
     def align(self) -> int:
@@ -100,8 +111,15 @@ class Tiles:
         """Bytes of shared memory that a program needs, each array beginning at a multiple of 1024."""
         keys, rows, dim = self.schedule.block_keys, self.block_rows, self.block_dim
         tiles = keys * (dim + self.value_dim) * ITEMSIZE
+        narrow = [tiles // ITEMSIZE * self.stages, *[keys * 4 * places for places in (self.stages, self.wide_stages) * 2]]
         weights = 0 if self.many else MOST_TERMS * rows * keys * ITEMSIZE
-        arrays = [tiles * self.stages, tiles * (not self.direct), self.query_slots * rows * dim * ITEMSIZE, weights]
+        arrays = narrow if self.wide_stages else []
+        arrays += [
+            tiles * (self.wide_stages or self.stages),
+            tiles * (not self.direct),
+            self.query_slots * rows * dim * ITEMSIZE,
+            weights,
+        ]
         arrays += [self.reduction_bytes, BARRIERS, self.table * 4]
         return sum(round_up(size, 1024) for size in arrays)
 
@@ -109,13 +127,16 @@ class Tiles:
 # The defaults, as measured on an H100; docs/developers has the log.
 BLOCK_KEYS = 64  # what the tensor cores take at once
 STAGE_BYTES = 64 * 1024  # of tiles of keys and values on their way or worked on; more of them wait for each other
+NARROW_BYTES = 48 * 1024  # likewise of 8 bits
 # Query rows of a block. Up to FEW are columns of the products, up to MOST_FEW where they cannot be rows. Many are rows, and MANY
 # says how many by the number of 64 that there are. More go into further blocks, each of which reads the cache again.
 FEW, MOST_FEW, MANY = 32, 64, (64, 128, 192, 128)
 # Keys of a tile where there are such further blocks. The tensor cores set the pace then, and read the query half as often.
 MANY_KEYS = 128
-# Registers of a thread that multiplies, and of one that copies, by the warpgroups that multiply: ptxas spills none.
+# Registers of a thread that multiplies, of one that widens, and of one that copies, by the warpgroups that multiply.
 REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
+WIDENING_REGISTERS = {1: (240, 152, 40), 2: (176, 112, 40)}
+WIDE_STAGES = 2  # widened tiles that a program holds
 # Of the second kernel: rows that a program merges at once, where that leaves one for each multiprocessor, partial results of a row
 # that it reads at once at least, and programs of a multiprocessor, as many as find room beside one of the first kernel.
 MERGE_ROWS, LEAST_MERGED, MERGE_PROGRAMS = 4, 4, 4
@@ -158,6 +179,8 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 def default_stages(problem: Problem, keys: int) -> int:
     """Stages of about `STAGE_BYTES`: two at least, so that keys are on their way while values are worked on."""
     dims = round_up(problem.head_dim, 64) + round_up(problem.value_dim, 64)
+    if problem.quantised:
+        return max(NARROW_BYTES // (keys * dims), 2)
     return max(STAGE_BYTES // (keys * dims * ITEMSIZE), 2)
 
 
@@ -176,15 +199,21 @@ def candidates(problem: Problem, target: Target):
 
 def does_not_fit(problem: Problem, target: Target) -> str | None:
     """Why not even the smallest tiles fit, or None."""
-    needs = _bytes(problem, BLOCK_KEYS, 8, 1, target)
-    if needs > shared_memory(target):
+    if problem.quantised and not _takes_many(problem):
+        return "it widens quantised caches where 64 divides the head dimensions, 8 the rows, and no junk lies between tokens"
+    rows = 64 if problem.quantised else 8
+    if _bytes(problem, BLOCK_KEYS, rows, 1, target) <= shared_memory(target):
+        return None
+    if _bytes(dataclasses.replace(problem, batch=1), BLOCK_KEYS, rows, 1, target) <= shared_memory(target):
         return f"its table of {problem.batch} sequences takes more shared memory than there is"
-    return None
+    return f"tiles of {problem.head_dim} and {problem.value_dim} dimensions take more shared memory than there is"
 
 
 def _block_rows(problem: Problem, wanted: int | None) -> int:
     """Query rows of a block."""
     there = problem.num_tokens * problem.group
+    if problem.quantised:
+        return min(round_up(min(wanted or there, there), 64), MANY[1])
     if not _takes_many(problem):
         return round_up(min(wanted or MOST_FEW, there, MOST_FEW), 8)
     if min(wanted or there, there) <= FEW:
@@ -257,6 +286,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         paged=problem.paged,
         part_rows=_part_rows(problem, keys),
         stages=stages,
+        wide_stages=WIDE_STAGES if problem.quantised else 0,
         direct=_direct(problem),
         table=0 if alone else round_up(problem.batch, 8) + BLOCK_SEQUENCES - 8,  # where the last sum begins, and what it writes
         schedule=schedule,
