@@ -103,8 +103,9 @@ class _Tiles:
         """Weights of the first tile."""
         slot = self.slot(0)
         plgpu.barrier_wait(self.program.shared.k_full.at[slot])
+        scales = self.scales(slot)
         products = product(self.query, self.keys(slot))
-        weights, high, total, _ = self.softmax(0, products, high, total)
+        weights, high, total, _ = self.softmax(0, products, scales, high, total)
         return acc, high, total, weights
 
     def step(self, i, carry):
@@ -113,10 +114,11 @@ class _Tiles:
         slot, next_slot = self.slot(i), self.slot(i + 1)
         values = self.values(i)
         plgpu.barrier_wait(self.program.shared.k_full.at[next_slot])
+        scales = self.scales(next_slot)
         if self.program.interpreted:  # which takes both operands of a product from shared memory
             products = product(self.query, self.keys(next_slot))
             acc = self.interpreted_sum(acc, weights, values)
-            weights, high, total, fade = self.softmax(i + 1, products, high, total)
+            weights, high, total, fade = self.softmax(i + 1, products, scales, high, total)
         else:
 
             def both(refs):
@@ -127,7 +129,7 @@ class _Tiles:
                     for term in weights:
                         plgpu.wgmma(out, term, values)
                     products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
-                    new_weights, *rest = self.softmax(i + 1, products, high, total)
+                    new_weights, *rest = self.softmax(i + 1, products, scales, high, total)
                     for ref, result in zip(results, (*new_weights, *rest), strict=True):
                         ref[...] = result
 
@@ -153,12 +155,14 @@ class _Tiles:
         plgpu.barrier_arrive(self.program.shared.v_free.at[self.slot(i)])
         return acc, high, total
 
-    def softmax(self, i, products, high, total):
+    def softmax(self, i, products, scales, high, total):
         """Weights of tile i, the largest logit, the sum of weights, and the factor by which a larger logit shrinks earlier sums.
         The tile's keys are free from now on."""
         program, piece = self.program, self.piece
-        key_scale, value_scale = (self.scale(name, i, products.shape) for name in "kv")
         plgpu.barrier_arrive(program.shared.k_free.at[self.slot(i)])
+        key_scale, value_scale = (
+            lax.broadcast_in_dim(x, products.shape, [1]) if program.by_row(name) else x for name, x in scales.items()
+        )
         products = products if key_scale is None else products * key_scale
         first = program.first_key(piece, i)
         row = program.row_of(piece, first)
@@ -177,12 +181,14 @@ class _Tiles:
         weights = p * value_scale if program.by_row("v") else p
         return tuple(program.terms(weights)), new_high, total, fade
 
-    def scale(self, name, i, shape):
-        """The scale of tile i of "k" or "v": one number per row of the cache as a matrix, one for all of them, or None."""
-        if self.program.by_row(name):
-            scales = getattr(self.program.shared, f"{name}_scale").at[self.slot(i)]
-            return lax.broadcast_in_dim(plgpu.load(scales, layout=OF_COLUMNS, optimized=False), shape, [1])
-        return self.program.scale_of(self.piece, name)
+    def scales(self, slot):
+        """Scales of "k" and "v": one per row of the tile of keys in this slot, one for all of them, or None."""
+
+        def of_rows(name):
+            return plgpu.load(getattr(self.program.shared, f"{name}_scale").at[slot], layout=OF_COLUMNS, optimized=False)
+
+        program = self.program
+        return {name: of_rows(name) if program.by_row(name) else program.scale_of(self.piece, name) for name in "kv"}
 
     def slot(self, i):
         return lax.rem(self.piece.tiles_before + i, self.program.plan.places["k"])

@@ -135,8 +135,8 @@ FEW, MOST_FEW, MANY = 32, 64, (64, 128, 192, 128)
 MANY_KEYS = 128
 # Registers of a thread that multiplies, of one that widens, and of one that copies, by the warpgroups that multiply.
 REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
-WIDENING_REGISTERS = {1: (240, 152, 40), 2: (176, 112, 40)}
-WIDE_STAGES = 2  # widened tiles that a program holds
+WIDENING_REGISTERS = {1: (240, 152, 40), 2: (192, 80, 40)}
+WIDE_STAGES = 3  # widened tiles that a program holds
 # Of the second kernel: rows that a program merges at once, where that leaves one for each multiprocessor, partial results of a row
 # that it reads at once at least, and programs of a multiprocessor, as many as find room beside one of the first kernel.
 MERGE_ROWS, LEAST_MERGED, MERGE_PROGRAMS = 4, 4, 4
