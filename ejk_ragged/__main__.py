@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """The benchmark. The exit status is 1 if a backend of ours was wrong or failed."""
+    """Runs the benchmark. The exit status is 1 if a backend of this package was wrong or failed."""
     try:
         rows.named(arguments.names or [])
         for name in arguments.backends:
@@ -58,12 +58,12 @@ def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
 
 
 def _say(text: str):
-    """On the error stream: what goes to standard output may be JSON."""
+    """Prints to standard error, because standard output may be JSON."""
     print(text, file=sys.stderr, flush=True)
 
 
 def _make(parser, option, folder):
-    """The folder where results will be kept, before any time is spent on them."""
+    """Makes the folder for results before the measurement starts, so that an error costs no time."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -71,7 +71,7 @@ def _make(parser, option, folder):
 
 
 def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """The tuner. The exit status is 1 if nothing was saved."""
+    """Runs the tuner. The exit status is 1 if nothing was saved."""
     try:
         cases = [*rows.named(arguments.rows), *map(tuner.parse, arguments.problem)]
         for name in arguments.backends:
@@ -100,7 +100,7 @@ def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 
 def explain_shapes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """What would run where. The exit status is 1 if a problem is one that a call would refuse."""
+    """Prints which backend would run on each platform. The exit status is 1 if a call would refuse one of the problems."""
     try:
         registry.resolve(arguments.backend)
         cases = [case for text in arguments.problems for case in ([tuner.parse(text)] if "," in text else rows.named([text]))]
@@ -125,7 +125,7 @@ def explain_shapes(parser: argparse.ArgumentParser, arguments: argparse.Namespac
 
 
 def report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """The quick report."""
+    """Prints the report. The exit status is 1 if a check or the timed step failed."""
     cases = tool.CHECKS
     if arguments.checks:
         known = {case.name: case for case in cases}

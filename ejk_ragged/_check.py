@@ -119,7 +119,7 @@ def check_columns(columns, value, key, softmax_scale) -> tuple[int, int] | None:
 
 
 def check_cache(query, key, value, page_table=None):
-    """Checks shapes and dtypes: query [B, Hq, D] or [B, T, Hq, D], and key and value [B, S, Hkv, ...], or pools and a page table."""
+    """Checks that query [B, Hq, D] or [B, T, Hq, D] fits key and value [B, S, Hkv, ...], or fits pools and a page table."""
     layout = PADDED if page_table is None else POOL
     if len(query.shape) not in (3, 4):
         raise ValueError(

@@ -11,7 +11,8 @@ from typing import Any
 
 
 def fingerprint(x: Any) -> str:
-    """A text for `x`. Equal texts mean equal values. A value without a stable text, such as a function, gets a new text each time."""
+    """A text for `x`. Equal texts mean equal values. A value without a text of its own, such as a function, gets a new one each
+    time."""
     kind = f"{type(x).__module__}.{type(x).__qualname__}"
     match x:
         case type():
