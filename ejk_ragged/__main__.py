@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         whole = options.parser(report, bench, tune, explain_shapes)
         arguments = whole.parse_args(argv)
         if arguments.checks is not None and arguments.command is not whole:
-            whole.error("argument --checks: the report has checks, and no command has")
+            whole.error("argument --checks: only the report takes it, not a command")
         return arguments.run(arguments.command, arguments)
 
 
@@ -41,10 +41,10 @@ def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
     folder, parts = arguments.out, []
     if folder:
         _make(parser, "--out", folder)
-    _say(f"Results are kept in {folder}, after each part." if folder else "Results are printed at the end; --out DIR keeps them.")
+    _say(f"Results are kept in {folder}, after each part." if folder else "Results are printed at the end. --out DIR keeps them.")
     how = {name: x for name, x in vars(arguments).items() if name not in ("run", "command", "checks", "json", "out")}
     keep = (lambda data: parts.append(suite.write(data, folder))) if folder else (lambda data: None)
-    lost = "Nothing is kept." if folder else "Nothing is kept, for want of --out DIR."
+    lost = "Nothing is kept." if folder else "Nothing is kept, because --out DIR was not given."
     with interrupt.says(lambda: f"What was measured, {len(parts)} parts, is kept in {parts[-1]}." if parts else lost):
         data = suite.run(**how, keep=keep)
     if arguments.json:

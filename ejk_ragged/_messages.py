@@ -81,7 +81,7 @@ def other_order(query: tuple, key: tuple, value: tuple | None, paged: bool) -> s
     came = ", ".join(f"{name} {layout}" for name, layout in layouts.items())
     taken = ", ".join(f"{name} {layout}" for name, layout in accepted.items())
     passed = ", ".join(f"{name}.transpose{axes[name]}" for name in names)
-    copies = "" if names == ["query"] else " A transposed cache is a copy at every step: the docs' recipes do without."
+    copies = "" if names == ["query"] else " Transposing the cache copies it at every step. The docs' recipes avoid the copy."
     return f" The sizes would fit {came}; the order here is {taken}: pass {passed}.{copies}"
 
 

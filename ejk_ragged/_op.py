@@ -308,8 +308,8 @@ def _refuse_gradients(cache):
     for name, x in vars(cache).items():
         if x is not None and x.perturbed:
             raise ValueError(
-                f"{name} of a {what} has no gradient, but one is asked for: pass jax.lax.stop_gradient({name}). Query and "
-                "softmax_aux have theirs."
+                f"{name} of a {what} has no gradient, but one is asked for: pass jax.lax.stop_gradient({name}). Only query "
+                "and softmax_aux have gradients here."
             )
 
 
