@@ -23,8 +23,8 @@ workers have the same load, however ragged the batch is. Here three workers shar
 A program walks through the tiles of all its pieces in one loop. One loop keeps the loads of the next tiles in flight when the
 sequence changes.
 
-With `by_sequence`, each sequence has a line of its own, with `workers` workers of its own. The number of a program is then its slot.
-The result of a sequence does not depend on the other sequences.
+With `by_sequence`, each sequence has a line and workers of its own, and the number of a program is its slot. The result of a
+sequence then does not depend on the other sequences.
 
 This module is arithmetic on values. The kernels read the lengths and write the results.
 """
