@@ -92,16 +92,17 @@ class Layout:
     def rule(self, args) -> tuple[str, dict[str, Any]]:
         """The layout as a sharding rule for Shardy: the text of the rule, and the sizes of its factors.
 
-        For a padded cache, the rule ties key, value and results together, and no other operand: Shardy propagates a split between
-        them only. If the query were tied to them too, a query with another split would leave d_key and d_value without a sharding,
-        and XLA would gather them. A pool has no gradient. Its rule ties the sequences to the query and the page table.
+        For a padded cache, the rule ties key, value and results together, so that Shardy propagates a split between them. The query
+        is tied to the results only by query heads that share the only kv head. If it were tied by other axes, too, a query with
+        another split would leave d_key and d_value without a sharding, and XLA would gather them. A pool has no gradient. Its rule
+        ties the sequences of the results to the query and the page table.
         """
         queries, cache = args[:2]
         mapped = [f"m{i}" for i in range(cache.key.ndim - 4)]
         kv_heads = cache.key.shape[-2]
         group = queries.query.shape[-2] // kv_heads
         of_cache, of_results = {axis: axis for axis in ("s", "k", *mapped)}, {axis: axis for axis in ("b", "s", "k", *mapped)}
-        if group == 1 or kv_heads > 1:  # Shardy accepts no factor of size 1 beside another
+        if group == 1 or kv_heads > 1:  # Shardy accepts no factor of size 1 together with another
             of_results["h"] = "k" if group == 1 else "(k g)"
         else:
             of_results["h"] = "h"
