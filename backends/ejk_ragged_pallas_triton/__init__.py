@@ -50,7 +50,7 @@ class PallasTritonBackend(Backend):
         elements = rows * problem.num_kv_heads * max(problem.row_dim, problem.value_dim)
         if problem.quantised and 2**31 < elements <= 2**32:
             # Offsets count elements. JAX's lowering uses 64-bit offsets only for an array of more than 2**32 bytes.
-            return f"JAX addresses a cache of {elements} bytes with signed 32-bit offsets, which are too small"
+            return f"JAX addresses a cache of {elements} bytes with 32 bits, one of which is the sign"
         capability = getattr(target.device, "compute_capability", None)
         # Triton converts from float8_e4m3fn only if the hardware does.
         least, what = (8.9, " for float8_e4m3fn") if problem.cache_dtype == jnp.float8_e4m3fn else (8.0, "")
