@@ -1,4 +1,4 @@
-"""`ragged_decode_attention`: what callers write is checked, reduced to the canonical operation, and the answer shaped."""
+"""`ragged_decode_attention`: checks the arguments, calls the canonical operation, and shapes the result."""
 
 import functools
 from typing import Literal, overload
@@ -101,60 +101,67 @@ def ragged_decode_attention(
     backend=None,
     return_lse=False,
 ):
-    """Attention of each sequence's newest tokens over a KV cache of which each sequence uses a range of rows of its own.
+    """Attention of the newest tokens of each sequence over a KV cache. Each sequence uses its own range of rows of the cache.
 
-    The cache is padded, [batch, seq_len, ...], or a pool of pages with a page table. Query head h reads kv head h // (Hq / Hkv).
-    Row j of a sequence is valid when start <= j < end. The tokens are in the cache already: the last token stands at end - 1, the
-    tokens before it at the rows before, and each token sees the valid rows up to its own position that the window around that
-    position keeps. Positions come from `sequence_end` as it is given, be it beyond the cache; only rows of the cache are seen.
-    Logits are `scale * q . k`, then capped, then masked. With sinks s_n,
-    `out = sum_j exp(x_j) v_j / (sum_j exp(x_j) + sum_n exp(s_n))`, accumulated in float32 (float64 for float64 queries). A token
-    that sees no row gives 0. What the cache holds at rows that no token sees changes nothing. Differentiable in query, sinks, and a
-    padded key and value of floats.
+    **Cache.** The cache is padded, [batch, seq_len, ...], or it is a pool of pages with a page table. Query head h reads kv head
+    h // (num_q_heads / num_kv_heads). Row j of a sequence is valid if start <= j < end.
 
-    The first ten arguments are those of ejkernel's `ragged_decode_attention`, with a meaning that every backend keeps. The fourth
-    argument is `sequence_start`, not the lengths: pass `sequence_end=lengths` by name.
+    **Tokens.** The keys and values of the tokens are in the cache already. The newest token has position end - 1, and the tokens
+    before it have the positions before. Token t sees the valid rows up to its own position, within the sliding window. Positions
+    come from `sequence_end` as given, even if it is larger than seq_len.
+
+    **Result.** The logit of row j is x_j = softmax_scale * (q . k_j), then capped. With sinks s_n,
+    `out = sum_j exp(x_j) v_j / (sum_j exp(x_j) + sum_n exp(s_n))`, over the rows that the token sees. Sums are accumulated in
+    float32, or in float64 for float64 queries. A token that sees no row gives 0. A row that no token sees may hold anything, NaN
+    included.
+
+    **Gradients** exist for the query, the sinks, and a padded cache of floats.
+
+    The first ten arguments are the arguments of ejkernel's `ragged_decode_attention`, and they mean the same on every backend. The
+    fourth argument is `sequence_start`, not the lengths: pass the lengths by name, as `sequence_end=lengths`.
 
     Args:
-        query: [batch, num_q_heads, head_dim], one token per sequence, or [batch, num_tokens, num_q_heads, head_dim]; float16,
+        query: [batch, num_q_heads, head_dim] for one token per sequence, or [batch, num_tokens, num_q_heads, head_dim]. float16,
             bfloat16, float32 or float64.
-        key: [batch, seq_len, num_kv_heads, head_dim], the cache, in the query's dtype, or quantised: int8, float8_e4m3fn or
-            float8_e5m2; num_q_heads is a multiple of num_kv_heads. With a page table
-            [num_pages, page_size, num_kv_heads, head_dim].
-        value: like `key`, with a head dimension of its own. None where the value is in the key's rows: see `value_columns`.
-        sequence_start: integers [batch], the first valid row; None is 0.
-        sequence_end: integers [batch], one past the last valid row, which is the newest token's; None is seq_len.
-        softmax_scale: factor on the logits; None is head_dim ** -0.5. With `value=None` the scale must be given.
-        fwd_params: tuning hints; None leaves them to the backend. With `num_key_splits` given, a sequence's result does not depend
-            on the rest of the batch, bit by bit.
-        sliding_window: (left, right) around each token's position; a negative side is unlimited. `left` keeps left + 1 keys;
-            `right` bounds nothing that causality does not.
-        logits_soft_cap: cap > 0: logits become cap * tanh(logits / cap).
-        softmax_aux: sinks, extra logits in the softmax's denominator, neither scaled nor capped: [num_sinks] for all heads,
-            [num_q_heads, num_sinks], or [num_kv_heads, num_sinks].
-        page_table: integers [batch, pages], for a cache in pages: row j of sequence b is row j % page_size of page
-            `page_table[b, j // page_size]` of the pool. seq_len is pages * page_size. Entries may repeat, and an entry of a page of
-            which no token sees a row may be any integer.
-        value_columns: (first, end), for `value=None`: rows of `key` are [..., num_kv_heads, row_dim] with row_dim >= head_dim, the
-            key is their first head_dim columns and the value their columns first to end.
-        query_lengths: integers [batch], how many of the num_tokens tokens are there, the first ones; None is all of them. The
-            others see no row. For a query of four axes.
-        key_scale: of a quantised cache, which stands for `key * key_scale`: a number, or an array [num_kv_heads],
-            [batch, num_kv_heads] or [batch, num_kv_heads, seq_len]; in pages [num_pages, num_kv_heads, page_size] in place of the
-            last two. int8 needs both scales.
-        value_scale: likewise, for `value * value_scale`. With `value=None`, None is `key_scale`.
-        backend: None or "auto" to choose by platform and problem, a name that `backends()` lists, or a `Backend`.
-        return_lse: also return the log of the softmax's denominator.
+        key: [batch, seq_len, num_kv_heads, head_dim]. With a page table: [num_pages, page_size, num_kv_heads, head_dim]. The dtype
+            is the query's, or int8, float8_e4m3fn or float8_e5m2 for a quantised cache. num_q_heads must be a multiple of
+            num_kv_heads.
+        value: like `key`, but its head dimension may differ. None if the value is in the key's rows: see `value_columns`.
+        sequence_start: integers [batch], the first valid row of each sequence. None means 0.
+        sequence_end: integers [batch], one past the last valid row of each sequence. The last valid row belongs to the newest
+            token. None means seq_len.
+        softmax_scale: factor on the logits. None means head_dim ** -0.5. With `value=None` the scale must be given.
+        fwd_params: tuning hints. None leaves the hints to the backend. If `num_key_splits` is given, the result of a sequence does
+            not depend on the rest of the batch, bit by bit.
+        sliding_window: (left, right). A token at position p sees only the rows from p - left on: left + 1 rows, its own included.
+            A negative left is unlimited. `right` has no effect, because no token sees a row after its own.
+        logits_soft_cap: cap > 0. Logits become cap * tanh(logits / cap).
+        softmax_aux: sinks, which are extra logits in the softmax's denominator. They are neither scaled nor capped. [num_sinks]
+            for all heads, [num_q_heads, num_sinks] per query head, or [num_kv_heads, num_sinks] per kv head.
+        page_table: integers [batch, pages], for a cache in pages. Row j of sequence b is row j % page_size of page
+            `page_table[b, j // page_size]`, and seq_len is pages * page_size. Several entries may name the same page. If no token
+            sees a row of a page, the entry of the page may be any integer.
+        value_columns: (first, end), with `value=None`. `key` is then [..., num_kv_heads, row_dim] with row_dim >= head_dim. The
+            first head_dim columns are the key, and the columns from first to end are the value.
+        query_lengths: integers [batch], the number of tokens that each sequence has: the first query_lengths[b] of the num_tokens
+            tokens. The other tokens are padding and see no row. None means all tokens. Only for a query of four axes.
+        key_scale: scale of a quantised cache: the keys are `key * key_scale`. A number, [num_kv_heads], [batch, num_kv_heads] or
+            [batch, num_kv_heads, seq_len]. With a page table: a number, [num_kv_heads] or [num_pages, num_kv_heads, page_size].
+            int8 needs both scales.
+        value_scale: likewise, for `value * value_scale`. With `value=None`, None means `key_scale`.
+        backend: None or "auto" chooses by platform and problem. Otherwise a name that `backends()` lists, or a `Backend`.
+        return_lse: also return the log-sum-exp: the natural log of the softmax's denominator.
 
     Returns:
-        Shaped and typed like the query, but the last axis is the value's head dimension; with `return_lse`, also float32 without
-        the last axis, natural log, sinks included, -inf for a token that sees no row and has no sink.
+        The output, in the query's shape and dtype, except that the last axis is the value's head dimension. With `return_lse` a
+        pair: the output, and the log-sum-exp in float32, without the last axis. The log-sum-exp includes the sinks, and is -inf
+        for a token that sees no row and has no sink.
 
     Raises:
-        ValueError: shapes, dtypes or values that do not fit, an unknown backend, or a named one that cannot do the call; a gradient
-            of a quantised cache, of its scales or of a pool of pages.
-        TypeError: an argument of the wrong type; from JAX, differentiation in forward mode (`jax.jvp`).
-        NotImplementedError: second derivatives.
+        ValueError: shapes, dtypes or values do not fit; the backend is unknown, or is named and cannot do the call; or a gradient
+            is asked for of a quantised cache, of its scales or of a pool of pages.
+        TypeError: an argument has the wrong type. JAX raises it for differentiation in forward mode (`jax.jvp`).
+        NotImplementedError: a second derivative is asked for.
     """
     arguments, request = checked(
         query=query,
@@ -180,7 +187,7 @@ def ragged_decode_attention(
 
 @functools.partial(jax.jit, static_argnames="request")
 def _decode(arguments: Arguments, request: Request):
-    """Jitted, so that an eager call is one dispatch."""
+    """The call on checked arguments. Jitted, so that an eager call is one dispatch."""
     queries, cache = canonical(arguments)
     out, lse = _op.decode(request, queries, cache)
     if arguments.query.ndim == 3:

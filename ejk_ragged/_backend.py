@@ -1,4 +1,4 @@
-"""What a backend is: the abstract `Backend`, where it runs (`Target`), and which gradients it may be asked for (`Wanted`)."""
+"""The interface of backends: the abstract `Backend`, where a call runs (`Target`), and which gradients it needs (`Wanted`)."""
 
 import abc
 import contextlib
@@ -16,7 +16,7 @@ Direction = Literal["forward", "backward"]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a call would run: JAX's name of the platform, and one of its devices when this process has any."""
+    """Where a call runs: JAX's name of the platform, and one device of the platform, or None if this process has none."""
 
     platform: str
     device: Any = None
@@ -32,29 +32,31 @@ class Target:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """Which gradients are asked for: d_query, and d_key with d_value."""
+    """Which gradients a backward operation must return: d_query, and d_key together with d_value."""
 
     query: bool = True
     key_value: bool = True
 
 
 class BackendFailed(RuntimeError):
-    """A backend raised where the registry asked it something; chained to what it raised."""
+    """A backend raised an error when the registry asked it a question. The exception is chained to that error."""
 
 
 class Backend(abc.ABC):
-    """One implementation of the decode operation. Instances hold no arrays, and are equal where class and fields are, so that calls
-    with equal ones share what was compiled.
+    """One implementation of the decode operation.
 
-    Operands come folded: windows, causality and padding are bounds of each token, sinks are one logit per head, scales have an
-    axis for each of sequence (or page), kv head and row. What the caller did not say is None. `Queries`, `Cache` and `Settings`
-    say what a backend must keep to, and `ejk_ragged.testing.verify_backend` tries a backend on each point.
+    Operands are in canonical form. Windows, causality and padding are bounds of each token. Sinks are one logit per query head.
+    Scales have three axes: sequence (or page), kv head and row. What the caller did not pass is None. The docstrings of `Queries`,
+    `Cache` and `Settings` say what a backend must obey. `ejk_ragged.testing.verify_backend` tests a backend on each point.
+
+    An instance holds no arrays. Two instances are equal if their classes and fields are equal. Calls with equal instances share
+    compiled programs.
 
     Attributes:
-        name: what users write in `backend=`.
-        platforms: the JAX platforms it runs on, or None for all.
-        priority: automatic selection asks backends of higher priority first.
-        version: changes whenever hints that were tuned before may no longer be the best.
+        name: the name that users pass as `backend=`.
+        platforms: the JAX platforms on which the backend runs, or None for all.
+        priority: automatic selection asks the backend with the highest priority first.
+        version: version of the backend for the tuner. A new version makes hints that were tuned before invalid.
     """
 
     name: ClassVar[str]
@@ -68,38 +70,44 @@ class Backend(abc.ABC):
         return self is other or vars(self) == vars(other)
 
     def __hash__(self):
-        return hash(type(self))  # fields may change while JAX holds the instance, and need not have a hash
+        return hash(type(self))  # the fields may change while JAX holds the instance, and may have no hash
 
     def unavailable(self) -> str | None:
-        """Why it cannot run in this installation at all, or None."""
+        """Why the backend cannot run in this installation at all, or None if it can."""
         return None
 
     @abc.abstractmethod
     def supports(self, problem: Problem, target: Target) -> str | None:
-        """Why it cannot do the forward operation of `problem` on `target`, or None. Only asked on its own platforms."""
+        """Why the backend cannot do the forward operation of `problem` on `target`, or None if it can.
+
+        The registry asks only about the platforms of the backend.
+        """
 
     def supports_backward(self, problem: Problem, target: Target) -> str | None:
-        """Likewise for the backward operation. Where it can't, automatic selection finds another for the gradients."""
+        """Why the backend cannot do the backward operation, or None if it can.
+
+        If it cannot, automatic selection uses another backend for the gradients.
+        """
         if type(self).backward is Backend.backward:
             return "it has no backward operation"
         return self.supports(problem, target)
 
     def fwd_params(self, problem: Problem, target: Target) -> FwdParams:
-        """The hints it would use: the caller's, with its own defaults in the gaps.
+        """The hints that the backend would use: the hints in `problem`, with the backend's defaults for fields that are None.
 
         Raises:
-            ValueError: a given hint cannot work, naming the field.
+            ValueError: a given hint cannot work. The message names the field.
         """
         del target
         return problem.fwd_params
 
     def candidates(self, problem: Problem, target: Target) -> Iterable[FwdParams]:
-        """Hints that the tuner should try for `problem` beside the defaults; the order says what to try first."""
+        """Hints that the tuner tries for `problem` in addition to the defaults, the most promising hints first."""
         del problem, target
         return ()
 
     def lowering(self, target: Target) -> contextlib.AbstractContextManager:
-        """What must surround the lowering of its operations for `target`: a device to assume, warnings to keep from users."""
+        """A context manager for lowering the backend's operations. It can set a device to assume, or hide warnings from users."""
         del target
         return contextlib.nullcontext()
 
@@ -107,34 +115,35 @@ class Backend(abc.ABC):
     def forward(self, problem: Problem, target: Target, queries: Queries, cache: Cache) -> tuple[jax.Array, jax.Array]:
         """Output and log-sum-exp.
 
-        With `x_j = softmax_scale * q . (k_j * key_scale_j)`, then capped, over the keys j of a token's own range:
-        `lse = log(sum_j exp(x_j) + exp(sink))`, `out = sum_j exp(x_j - lse) v_j * value_scale_j`, and 0 for an empty range.
+        The logit of key j is `x_j = softmax_scale * q . (k_j * key_scale_j)`, then capped. Over the keys j of a token's range:
+        `lse = log(sum_j exp(x_j) + exp(sink))` and `out = sum_j exp(x_j - lse) v_j * value_scale_j`. For an empty range, out is 0.
 
         Args:
             problem: the static facts.
-            target: where it runs.
-            queries: the tokens, with their bounds, which may lie outside the cache (`Queries.bounds` clips them), and their sinks.
-            cache: the keys and values, with their scales and page table (`Cache.pages` clips its entries).
+            target: where the operation runs.
+            queries: the tokens, their bounds and their sinks. Bounds may lie outside the cache: `Queries.bounds` clips them.
+            cache: the keys and values, their scales and the page table. Entries of the page table may lie outside the pool:
+                `Cache.pages` clips them.
 
         Returns:
-            out [B, T, Hq, Dv] in `problem.out_dtype`, and lse [B, T, Hq] in the accumulation dtype.
+            A pair (out, lse): out [B, T, Hq, Dv] in `problem.out_dtype`, and lse [B, T, Hq] in the accumulation dtype.
         """
 
     def backward(
         self, problem: Problem, target: Target, queries: Queries, cache: Cache, lse, d_out, delta, *, wanted: Wanted
     ) -> list[jax.Array]:
-        """Gradients, from d_logit_j = p_j (d_out . v_j * value_scale_j - delta) with p_j = exp(x_j - lse).
+        """The gradients, from d_logit_j = p_j (d_out . v_j * value_scale_j - delta) with p_j = exp(x_j - lse).
 
         Args:
             problem, target, queries, cache: as in `forward`.
-            lse: accumulation dtype [B, T, Hq], what `forward` returned.
-            d_out: [B, T, Hq, Dv], the output's cotangent.
-            delta: accumulation dtype [B, T, Hq], d_out . out - d_lse.
-            wanted: which gradients to return; never those of a quantised cache or of a pool.
+            lse: [B, T, Hq] in the accumulation dtype, as `forward` returned it.
+            d_out: [B, T, Hq, Dv], the cotangent of the output.
+            delta: [B, T, Hq] in the accumulation dtype, d_out . out - d_lse.
+            wanted: which gradients to return. Gradients of a quantised cache or of a pool are never wanted.
 
         Returns:
-            [d_query] if `wanted.query`, in `problem.out_dtype`, then [d_key, d_value] if `wanted.key_value`, in the cache's dtype,
-            with exact zeros in the rows that no token sees; shaped like their primals. Where the value is in the key's rows, d_key
-            alone, the sum of both uses, 0 in columns that neither uses.
+            A list of the wanted gradients, each in the shape of its primal. If `wanted.query`: d_query in `problem.out_dtype`.
+            Then, if `wanted.key_value`: d_key and d_value in the cache's dtype, exactly 0 in the rows that no token sees. If the
+            value is in the key's rows, there is no d_value. d_key is then the sum over both uses, and 0 in unused columns.
         """
         raise NotImplementedError

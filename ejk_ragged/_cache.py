@@ -1,4 +1,4 @@
-"""`KVCache`: the arrays of a KV cache in one object, which writes new rows and gives the arguments of a call."""
+"""`KVCache`: the arrays of a KV cache in one object. It writes new rows and gives the arguments of a call."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ ARRAYS = ("key", "value", "key_scale", "value_scale", "page_table")
 
 
 class KVCache(eqx.Module):
-    """A KV cache: padded or a pool of pages, of floats or quantised, with a value array or with the value in the key's rows.
+    """A KV cache: padded or in pages, of floats or quantised, with a value array or with the value in the key's rows.
 
-    `KVCache.zeros` makes an empty cache, `write` returns the cache with new rows, and `arguments` gives the cache to a call:
+    `KVCache.zeros` makes an empty cache. `write` returns the cache with new rows. `arguments` returns the arguments of a call:
 
     ```python
     cache = KVCache.zeros(batch, seq_len, num_kv_heads, head_dim)
@@ -28,36 +28,37 @@ class KVCache(eqx.Module):
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def step(cache, lengths, query, key, value):  # key and value [batch, num_kv_heads, head_dim], of the newest token
-        cache = cache.write(key, value, at=lengths)  # row `lengths` is the first row that is free
+        cache = cache.write(key, value, at=lengths)  # row `lengths` is the first free row
         lengths = lengths + 1
         return cache, lengths, ragged_decode_attention(query, sequence_end=lengths, **cache.arguments())
     ```
 
-    A write is in place where the cache is donated to the jitted function, as in the example, and where the cache is in the carry of
-    `jax.lax.scan` or `jax.lax.while_loop`. Elsewhere a write copies the cache. XLA for CPUs always copies an array of float8, and
-    before JAX 0.11 an array of bfloat16.
+    A write is in place if the cache is donated to the jitted function, as in the example. A write is also in place if the cache is
+    in the carry of `jax.lax.scan` or `jax.lax.while_loop`. Any other write copies the cache. XLA for CPUs always copies an array of
+    float8, and before JAX 0.11 also an array of bfloat16.
 
-    **A full cache** drops the rows that no longer fit, and nothing reports that. Compare the lengths with `seq_len` before a step.
+    **A full cache** drops the rows that no longer fit, without an error. Compare the lengths with `seq_len` before a step.
 
     **Pages.** `page_table` is an array like the others. A scheduler that gives pages to sequences replaces the table between steps:
     `dataclasses.replace(cache, page_table=table)`. The package has no scheduler.
 
     **Several layers.** A list with one cache per layer suits most models. A cache with a leading axis of layers on each array also
-    works: `write` and `arguments` then belong inside `jax.vmap`. To scan over layers, hold all layers in one pool of
-    `num_layers * num_pages` pages; the page table of a layer is `table + layer * num_pages`. Then no layer is copied.
+    works: call `write` and `arguments` inside `jax.vmap`. To scan over layers, hold all layers in one pool of
+    `num_layers * num_pages` pages. The page table of a layer is `table + layer * num_pages`. No layer is copied then.
 
     Attributes:
-        key: [batch, seq_len, num_kv_heads, row_dim]; of a cache in pages [num_pages, page_size, num_kv_heads, row_dim]. row_dim is
-            the head dimension, or more where the value is in the key's rows.
-        value: like `key`, with a head dimension of its own; None where the value is in the key's rows.
-        key_scale: of a quantised cache, float32 [batch, num_kv_heads, seq_len]; in pages [num_pages, num_kv_heads, page_size].
-        value_scale: likewise; None where the value is in the key's rows.
-        page_table: integers [batch, pages], for a cache in pages: row j of sequence b is row j % page_size of page
+        key: [batch, seq_len, num_kv_heads, row_dim]. For a cache in pages: [num_pages, page_size, num_kv_heads, row_dim]. row_dim
+            is the head dimension, or larger if the value is in the key's rows.
+        value: like `key`, but its head dimension may differ. None if the value is in the key's rows.
+        key_scale: scale of a quantised cache, float32 [batch, num_kv_heads, seq_len]. For a cache in pages:
+            [num_pages, num_kv_heads, page_size].
+        value_scale: like `key_scale`. None if the value is in the key's rows.
+        page_table: integers [batch, pages], for a cache in pages. Row j of sequence b is row j % page_size of page
             `page_table[b, j // page_size]`. None for a padded cache.
-        value_columns: (first, end), static: the columns of the key's rows that are the value. None where `value` is an array.
+        value_columns: (first, end), static: the columns of the key's rows that are the value. None if `value` is an array.
 
     Raises:
-        ValueError, TypeError: on construction, for arrays that do not fit together.
+        ValueError, TypeError: on construction, if the arrays do not fit together.
     """
 
     key: Shaped[AnyArray, "pages page_size num_kv_heads row_dim"]
@@ -88,7 +89,7 @@ class KVCache(eqx.Module):
                 f"key and value must have the same dtype, and the same shape but for the last axis; got key {_named(key)} and "
                 f"value {_named(value)}."
             )
-        if len(key.shape) == 4:  # not of several layers
+        if len(key.shape) == 4:  # one layer
             check_scales(key, table, scales[0], scales[0] if value is None and scales[1] is None else scales[1])
             if table is not None:
                 check_page_table(table, table.shape[0] if table.shape else "batch")
@@ -109,27 +110,28 @@ class KVCache(eqx.Module):
         num_pages: int | None = None,
         page_table: Int[AnyArray, "batch pages_per_sequence"] | None = None,
     ) -> "KVCache":
-        """An empty cache, of zeros.
+        """An empty cache: all rows are zeros.
 
         Args:
-            batch: sequences.
-            seq_len: the most rows of a sequence. In pages, rounded up to whole pages.
-            num_kv_heads: key/value heads.
+            batch: number of sequences.
+            seq_len: largest number of rows per sequence. For a cache in pages, seq_len is rounded up to whole pages.
+            num_kv_heads: number of key/value heads.
             head_dim: head dimension of the key, and of the value unless `value_dim` is given.
-            dtype: the queries' dtype; or int8, float8_e4m3fn or float8_e5m2 for a quantised cache, with one scale per row and head.
-            value_dim: head dimension of the value, where the value's differs from the key's.
+            dtype: the dtype of the queries. For a quantised cache int8, float8_e4m3fn or float8_e5m2: the cache then has one scale
+                per row and head.
+            value_dim: head dimension of the value. None means head_dim.
             value_columns: (first, end), for a cache whose value is these columns of the key's rows. Such a cache has no value
                 array.
-            row_dim: with `value_columns`, the columns of the key's rows, where there are more than head_dim.
-            page_size: rows per page, for a cache in pages. None for a padded cache.
-            num_pages: pages of the pool. None is as many as the sequences need when all are full.
-            page_table: integers [batch, pages] with `pages * page_size` the rows of a sequence, rounded up to whole pages. An entry
-                outside the pool, for example -1, stands for a page that the sequence does not have yet. None gives each sequence
-                pages of its own, in order; a pool that is too small for that needs a table. The table is copied.
+            row_dim: number of columns of the key's rows, with `value_columns`. None means head_dim.
+            page_size: number of rows per page, for a cache in pages. None for a padded cache.
+            num_pages: number of pages of the pool. None means as many as the sequences need when all of them are full.
+            page_table: integers [batch, pages], where pages is seq_len / page_size, rounded up. An entry outside the pool, for
+                example -1, stands for a page that the sequence does not have yet. None gives each sequence pages of its own, in
+                order. A pool with too few pages for that needs a table. The table is copied.
 
         Raises:
-            ValueError: sizes or arguments that do not fit together.
-            TypeError: a size that is not an integer.
+            ValueError: sizes or arguments do not fit together.
+            TypeError: a size is not an integer.
         """
         sizes = {"batch": batch, "seq_len": seq_len, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         optional = {"value_dim": value_dim, "row_dim": row_dim, "page_size": page_size, "num_pages": num_pages}
@@ -168,11 +170,11 @@ class KVCache(eqx.Module):
 
     @property
     def seq_len(self) -> int:
-        """The most rows of a sequence."""
+        """The largest number of rows per sequence."""
         return self.key.shape[-3] * (1 if self.page_table is None else self.page_table.shape[-1])
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `ragged_decode_attention`: `key` and `value`, and of the other fields those that are set."""
+        """The keyword arguments of `ragged_decode_attention`: `key`, `value`, and every other field that is not None."""
         fields = {name: getattr(self, name) for name in (*ARRAYS, "value_columns")}
         return {name: x for name, x in fields.items() if x is not None or name == "value"}
 
@@ -183,27 +185,29 @@ class KVCache(eqx.Module):
         at: Int[AnyArray, " batch"],
         lengths: Int[AnyArray, " batch"] | None = None,
     ) -> "KVCache":
-        """The cache with new rows: token t of sequence b becomes row `at[b] + t`. A quantised cache quantises them.
+        """The cache with new rows: token t of sequence b becomes row `at[b] + t`. A quantised cache quantises the rows.
 
-        A row outside the cache (before row 0, at `seq_len` and beyond, or in a page outside the pool) is dropped: the row is
-        written nowhere. In pages, no two sequences may write the same row of the pool. If they do, either of the two rows remains:
-        share pages that are complete, and give each sequence a page of its own to write to.
+        **Dropped rows.** A row outside the cache is written nowhere. A row is outside the cache before row 0, from row `seq_len`
+        on, and in a page outside the pool.
+
+        **Shared pages.** No two sequences may write to the same row of the pool. If they do, one of the two new rows remains, and
+        either is possible. Share only pages that are complete, and give each sequence a page of its own to write to.
 
         Gradients pass through a write into a padded cache of floats.
 
         Args:
-            key: [batch, num_tokens, num_kv_heads, row_dim], or of one token per sequence [batch, num_kv_heads, row_dim]. In the
-                cache's dtype; for a quantised cache floats of any dtype, not yet quantised. Where the value is in the key's rows,
-                these are whole rows: every column.
-            value: likewise, with the value's head dimension. None where the value is in the key's rows.
-            at: integers [batch], the row of each sequence at which its first token goes. For a decode step that is the length of
-                the sequence before the step, for a prompt 0.
-            lengths: integers [batch], how many of the tokens are there, the first ones. The others are not written. None is all of
-                them. A length of 0 leaves a sequence as it is.
+            key: [batch, num_tokens, num_kv_heads, row_dim], or [batch, num_kv_heads, row_dim] for one token per sequence. The
+                dtype is the cache's. For a quantised cache the dtype is any float dtype: the rows are not quantised yet. If the
+                value is in the key's rows, pass whole rows, with every column.
+            value: like `key`, with the value's head dimension. None if the value is in the key's rows.
+            at: integers [batch], the row of each sequence's first token. For a decode step, `at` is the length of the sequence
+                before the step. For a prompt, `at` is 0.
+            lengths: integers [batch], the number of tokens that each sequence has: only the first lengths[b] tokens are written.
+                None means all tokens. A length of 0 leaves a sequence unchanged.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit the cache.
-            TypeError: an argument that is not an array.
+            ValueError: shapes or dtypes do not fit the cache.
+            TypeError: an argument is not an array.
         """
         if len(self.key.shape) != 4:
             raise ValueError(
@@ -238,7 +242,7 @@ class KVCache(eqx.Module):
         return PADDED if self.page_table is None else POOL
 
     def _check_new(self, name, new, key):
-        """New rows fit the array that holds them, and the cache has one scale per row where they are quantised."""
+        """Checks that new rows fit the array `name` of the cache. A quantised cache must have one scale per row and head."""
         held, scale = getattr(self, name), getattr(self, f"{name}_scale")
         one, several = (self._batch, *held.shape[2:]), f"({self._batch}, num_tokens, {held.shape[2]}, {held.shape[3]})"
         if len(new.shape) not in (3, 4) or (new.shape[0], *new.shape[-2:]) != one or 0 in new.shape:
@@ -271,7 +275,7 @@ def _named(x) -> str:
 
 
 def _table(batch, pages, num_pages, table):
-    """The table of a new cache, and the pages of its pool."""
+    """The page table of a new cache, and the number of pages of its pool."""
     needed = batch * pages
     pool = needed if num_pages is None else num_pages
     if table is not None:
@@ -280,7 +284,7 @@ def _table(batch, pages, num_pages, table):
             raise ValueError(
                 f"page_table must be integers of shape ({batch}, {pages}), the pages of each sequence in order; got {_named(came)}."
             )
-        return jnp.array(table), pool  # a copy: who donates the cache keeps the table
+        return jnp.array(table), pool  # a copy, so that a caller who donates the cache keeps the table
     if pool < needed:
         raise ValueError(
             f"page_table must be given for a pool of {pool} pages, fewer than the {needed} pages that {batch} sequences of {pages} "
@@ -291,10 +295,11 @@ def _table(batch, pages, num_pages, table):
 
 @jax.jit
 def _written(cache: KVCache, key, value, at, lengths) -> KVCache:
-    """Jitted, so that an eager write is one dispatch."""
+    """The write on checked arguments. Jitted, so that an eager write is one dispatch."""
     new = {name: x if x.ndim == 4 else x[:, None] for name, x in (("key", key), ("value", value)) if x is not None}
     page, offset = _places(cache, at, lengths, new["key"].shape[1])
-    unique = cache.page_table is None  # in pages only the caller can know, and a mistake must not be undefined behaviour
+    # With duplicate indices, `unique_indices` is undefined behaviour. Only the caller knows whether pages are shared.
+    unique = cache.page_table is None
     held = {name: getattr(cache, name) for name in (*ARRAYS, "value_columns")}
     for name, rows in new.items():
         if is_quantised(held[name].dtype):
@@ -306,9 +311,10 @@ def _written(cache: KVCache, key, value, at, lengths) -> KVCache:
 
 
 def _places(cache, at, lengths, num_tokens):
-    """Page and row of the page of each new row, int32 [B, T]. A row that is dropped has a row of its own beyond its page.
+    """The page of each new row, and the row within the page: int32, [B, T] or [B, 1] each.
 
-    A padded cache is a pool in which each sequence has one page of seq_len rows.
+    The row of a dropped token is beyond the end of the page, where the scatter drops it. Each dropped token has a different such
+    row, so that indices are unique. A padded cache is a pool in which each sequence has one page of seq_len rows.
     """
     num_pages, page_size = cache.key.shape[:2]
     batch, entries = (num_pages, 1) if cache.page_table is None else cache.page_table.shape
@@ -327,13 +333,13 @@ def _places(cache, at, lengths, num_tokens):
 
 
 def _within(x, low: int, high: int):
-    """Integers of any type as int32, those beyond low and high as low and high."""
+    """Integers of any type, clipped to [low, high], as int32."""
     x, bounds = jnp.asarray(x), np.iinfo(x.dtype)
     return jnp.clip(x, max(low, bounds.min), min(high, bounds.max)).astype(jnp.int32)
 
 
 def _set(array, new, index, unique) -> Array:
-    """One scatter, which XLA does in place, and which keeps the array's sharding."""
+    """Writes `new` with one scatter, which XLA can do in place. The result keeps the array's sharding."""
     sharding = jax.typeof(array).sharding
     explicit = AxisType.Explicit in sharding.mesh.axis_types
     return array.at[index].set(new, mode="drop", unique_indices=unique, out_sharding=sharding if explicit else None)

@@ -1,7 +1,7 @@
-"""What a call means: every rule that turns what a caller wrote into the operands of the canonical operation.
+"""The meaning of a call: the rules that turn the arguments into the operands of the canonical operation.
 
-The rules are in the order in which the docstring of `ragged_decode_attention` states them. Lengths may have any integer type, and
-values at the ends of that type: each is brought to int32 by a function that says what becomes of values beyond.
+The docstring of `ragged_decode_attention` states the rules. Lengths may have any integer type and any value of the type. Each
+function that converts lengths to int32 says what happens to values beyond int32.
 """
 
 import functools
@@ -26,7 +26,7 @@ LARGEST = np.iinfo(np.int32).max
 def checked(
     *, value_columns, softmax_scale, fwd_params, sliding_window, logits_soft_cap, backend, **arrays
 ) -> tuple[Arguments, Request]:
-    """The arguments of a call of `ragged_decode_attention`, all of them, checked, in two halves: what is traced, what is static."""
+    """Checks all arguments of `ragged_decode_attention`. Returns the traced arguments and the static request."""
     columns = check_arrays(arrays, value_columns, softmax_scale)
     hints, left = check_fwd_params(fwd_params), check_window(sliding_window)
     settings = Settings(
@@ -43,8 +43,11 @@ def checked(
 
 
 def _beside(query, left: int) -> Any:
-    """`left` as an operand of the jitted call, so that calls with other windows share a program. Where the query is there already,
-    `left` is put beside it explicitly: users may forbid implicit transfers (`jax.transfer_guard`)."""
+    """`left` as an operand of the jitted call. Calls that differ only in the window then share a program.
+
+    If the query is on a device already, `left` is put on the device explicitly, because users may forbid implicit transfers
+    (`jax.transfer_guard`).
+    """
     wide = jax.dtypes.canonicalize_dtype(np.uint64).type
     number = wide(min(left, np.iinfo(wide).max))
     if not isinstance(query, jax.Array) or isinstance(query, Tracer) or not query.is_fully_addressable:
@@ -60,7 +63,7 @@ def _placed(number, sharding):
 
 
 def canonical(arguments: Arguments) -> tuple[Queries, Cache]:
-    """The operands of the canonical operation. What the caller did not say is None."""
+    """The operands of the canonical operation. What the caller did not pass is None."""
     a = jax.tree.map(jnp.asarray, arguments)
     query = a.query[:, None] if a.query.ndim == 3 else a.query
     accum = accum_dtype(query.dtype)
@@ -71,9 +74,9 @@ def canonical(arguments: Arguments) -> tuple[Queries, Cache]:
 
 
 def _bounds(a: Arguments, num_tokens):
-    """The first row and the end of every token, [B, T], or [B, 1] where all tokens see the same rows; None where nothing is said.
+    """The first row and the end of the range that each token sees: [B, T], or [B, 1] if all tokens of a sequence see the same rows.
 
-    The bounds count rows of the sequence, be they in the cache or not: a position comes from `sequence_end` as the caller gave it.
+    None where no argument sets a bound. Bounds may lie outside the cache, because positions come from `sequence_end` as given.
     """
     batch = a.query.shape[0]
     seq_len = a.key.shape[1] * (1 if a.page_table is None else a.page_table.shape[1])
@@ -84,7 +87,7 @@ def _bounds(a: Arguments, num_tokens):
     if several:
         lengths = jnp.full(batch, num_tokens, jnp.int32) if a.query_lengths is None else _int32(a.query_lengths)
         lengths, token = jnp.clip(lengths, 0, num_tokens)[:, None], jnp.arange(num_tokens, dtype=jnp.int32)[None]
-        # One past the position of each token. From an end of 0 on, as from any end below, no token has a row.
+        # One past the position of each token. An end below 0 counts as 0: no token sees a row then.
         end = jnp.where(token < lengths, jnp.maximum(end, 0) - (lengths - 1 - token), 0)
     if a.window_left is not None:
         first = jnp.maximum(end, 0) - 1 - _left(a.window_left, given_end)[:, None]
@@ -93,16 +96,17 @@ def _bounds(a: Arguments, num_tokens):
 
 
 def _int32(lengths):
-    """Integers of any type as int32. Values beyond int32 become its ends: rows that no cache has."""
+    """Integers of any type as int32. A value beyond int32 becomes the smallest or largest int32: no cache has such rows."""
     if not np.can_cast(lengths.dtype, np.int32):
         lengths = jnp.clip(lengths, max(np.iinfo(lengths.dtype).min, -LARGEST - 1), LARGEST)
     return lengths.astype(jnp.int32)
 
 
 def _left(window_left, end):
-    """How many rows before the position of a token its window keeps, int32 [B], for positions from `_int32(end)`.
+    """The number of rows that a window keeps before a token's position, int32 [B] or [1].
 
-    What `_int32` takes off an end, the window loses on the left.
+    Positions come from `_int32(end)`. If `_int32` makes an end smaller, the number of rows shrinks by the same amount, so that the
+    window still begins at the same row.
     """
     if np.can_cast(end.dtype, np.int32):
         return jnp.minimum(window_left, LARGEST).astype(jnp.int32)[None]
@@ -111,20 +115,22 @@ def _left(window_left, end):
 
 
 def _sink(aux, num_q_heads, accum):
-    """All sinks of a head as one logit, [1, 1, Hq]; None for no sinks."""
+    """All sinks of a query head merged into one logit, [1, 1, Hq]. None if there are no sinks."""
     if aux is None:
         return None
     aux = jnp.atleast_2d(aux.astype(accum))
     sink = aux[:, 0]
     if aux.shape[1] != 1:
-        some = jnp.any(aux > -jnp.inf, axis=-1, keepdims=True)  # of none the logsumexp is -inf, but its gradient would be NaN
+        some = jnp.any(aux > -jnp.inf, axis=-1, keepdims=True)  # if all are -inf, the gradient of logsumexp is NaN
         sink = jnp.where(some[:, 0], jax.nn.logsumexp(jnp.where(some, aux, 0), axis=-1), -jnp.inf)
     return jnp.repeat(sink, num_q_heads // sink.shape[0])[None, None]
 
 
 def _scale(scale, accum):
-    """[B, Hkv, S], or 1 for each: a number, [Hkv], [B, Hkv] or [B, Hkv, S] by its axes; in pages [N, Hkv, page_size] likewise. Not
-    broadcast, which on a GPU would be a kernel more."""
+    """A scale with three axes: [B, Hkv, S], or [N, Hkv, page_size] of a pool.
+
+    An axis that the caller's scale does not have gets size 1. It is not broadcast, because that would be one more kernel on a GPU.
+    """
     if scale is None:
         return None
     axes = {0: (None, None, None), 1: (None, ..., None), 2: (..., None), 3: ()}[scale.ndim]

@@ -1,7 +1,7 @@
-"""What callers may pass, checked while tracing: every error names the argument, what came and what is accepted.
+"""Checks of the arguments, while tracing. Every error names the argument, what the caller passed and what is accepted.
 
-A wrong value, shape or dtype is a ValueError, a wrong type a TypeError. Arrays may be anything with a shape and a dtype, and count
-as what JAX will make of them: a NumPy array of float64 is one of float32 unless 64-bit types are enabled.
+A wrong value, shape or dtype is a ValueError, and a wrong type is a TypeError. An array is anything with a shape and a dtype. Its
+dtype is the dtype after conversion by JAX: a NumPy array of float64 counts as float32 unless 64-bit types are enabled.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from ._messages import other_order, refuse_ref, shown
 from ._problem import FwdParams
 
 
-AnyArray = Array | np.ndarray  # what comes; what is returned is always JAX's
+AnyArray = Array | np.ndarray  # the type of arguments; results are always JAX arrays
 Window = tuple[int, int]
 Scale = (
     float
@@ -34,7 +34,7 @@ Scale = (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The arrays of a call as they came, and, static, what says how to read them."""
+    """The arrays of a call, as the caller passed them. `window_left` is the left side of the sliding window."""
 
     query: Any
     key: Any
@@ -50,7 +50,7 @@ class Arguments:
 
 
 def check_arrays(arrays: dict[str, Any], value_columns, softmax_scale) -> tuple[int, int] | None:
-    """The arrays of a call fit together, and with `value_columns`, which come back as two integers or None."""
+    """Checks that the arrays of a call and `value_columns` fit together. Returns `value_columns` as two integers, or None."""
     types: dict[str, Any] = {
         name: None if x is None and name not in ("query", "key") else array_type(name, x) for name, x in arrays.items()
     }
@@ -88,7 +88,7 @@ PADDED, POOL = "[batch, seq_len, num_kv_heads, {}]", "[num_pages, page_size, num
 
 
 def check_columns(columns, value, key, softmax_scale) -> tuple[int, int] | None:
-    """Where the value is in the key's rows, `columns` says in which of them."""
+    """Checks `value_columns`, which must be given exactly if there is no value array. Returns two integers, or None."""
     if columns is None:
         if value is None:
             raise ValueError(
@@ -119,7 +119,7 @@ def check_columns(columns, value, key, softmax_scale) -> tuple[int, int] | None:
 
 
 def check_cache(query, key, value, page_table=None):
-    """query [B, Hq, D] or [B, T, Hq, D], key and value [B, S, Hkv, ...], or pools with a page table, fit together."""
+    """Checks that query [B, Hq, D] or [B, T, Hq, D] fits key and value [B, S, Hkv, ...], or fits pools and a page table."""
     layout = PADDED if page_table is None else POOL
     if len(query.shape) not in (3, 4):
         raise ValueError(
@@ -167,7 +167,7 @@ def check_cache(query, key, value, page_table=None):
 
 
 def check_page_table(page_table, batch):
-    """A page table names the pages of each sequence."""
+    """Checks that a page table is integers [batch, pages]."""
     shape, dtype = page_table.shape, page_table.dtype
     if len(shape) != 2 or shape[0] != batch or 0 in shape or not np.issubdtype(dtype, np.integer):
         raise ValueError(
@@ -177,13 +177,13 @@ def check_page_table(page_table, batch):
 
 
 def check_lengths(name, lengths, batch):
-    """Lengths are one integer a sequence."""
+    """Checks that lengths are one integer per sequence."""
     if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
         raise ValueError(f"{name} must be None or integers of shape ({batch},), got {lengths.dtype.name} of shape {lengths.shape}.")
 
 
 def check_scales(key, page_table, key_scale, value_scale):
-    """A quantised cache has scales, one of floats none."""
+    """Checks the scales of a quantised cache. A cache of floats must have none."""
     (pages, rows, num_kv_heads), dtype = key.shape[:3], key.dtype
     shapes = {
         "[num_kv_heads]": (num_kv_heads,),
@@ -212,7 +212,7 @@ def check_scales(key, page_table, key_scale, value_scale):
 
 
 def check_sinks(aux, num_q_heads, num_kv_heads):
-    """Sinks are shared by all heads, or given per query head or per kv head."""
+    """Checks the sinks, which are shared by all heads, or given per query head or per kv head."""
     if aux.dtype.name not in FLOATING_DTYPES:
         raise ValueError(f"softmax_aux must have one of the dtypes {', '.join(FLOATING_DTYPES)}; got {aux.dtype.name}.")
     axes = len(aux.shape)
@@ -251,14 +251,14 @@ def _as_float(name: str, value: Any) -> float:
         if isinstance(value, str | bool):
             raise TypeError
         return float(value)
-    except TypeError:  # JAX's error for a traced value is one too
+    except TypeError:  # JAX raises one for a traced value, too
         raise TypeError(
             f"{name} must be a number known while tracing, or None; got {shown(value)} of type {type(value).__name__}."
         ) from None
 
 
 def check_window(window) -> int | None:
-    """Keys that the window keeps to the left of a token, None for all of them."""
+    """The number of keys that the window keeps before a token's own key. None means all keys."""
     if window is None:
         return None
     try:
@@ -272,7 +272,7 @@ def check_window(window) -> int | None:
 
 
 def _pair(window) -> str:
-    """What to write for a window that came as one number."""
+    """Advice for a window that was passed as one number."""
     try:
         keys = 0 if isinstance(window, bool) else operator.index(window)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Which backend a call would run on each platform, and why not the others."""
+"""`explain`: which backend a call would run on each platform, and why the other backends would not run."""
 
 import dataclasses
 import inspect
@@ -16,17 +16,19 @@ from ._registry import HintsFrom, registry
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What one platform would do with a call.
+    """The backends that one platform would use for a call.
 
     Attributes:
-        platform: JAX's name of it.
-        forward: name of the backend that computes the output, or None.
-        backward: name of the one that computes the gradients, or None.
-        fwd_params: the tuning hints it would use.
-        hints_from: where they come from: "given" by the caller, "tuned" by `python -m ejk_ragged tune`, or the backend's "default".
-        passed_over: reasons by backend, for those asked before the chosen one and for gradients.
-        error: what a call there would raise, or its gradient, or None.
-        not_for_backward: names of the given hints that are for the backend of the forward, and not for another of the gradients.
+        platform: JAX's name of the platform.
+        forward: name of the backend that computes the output. None if no backend can.
+        backward: name of the backend that computes the gradients. None if no backend can.
+        fwd_params: tuning hints of the forward operation.
+        passed_over: the backends that were asked first and refused, with their reasons. A reason that concerns only the gradients
+            says so.
+        error: the error that the call or its gradient would raise on the platform, or None.
+        hints_from: origin of the hints: "given" by the caller, "tuned" by `python -m ejk_ragged tune`, or "default", which is the
+            backend's own choice.
+        not_for_backward: names of the given hints that the backward operation does not use, because another backend does it.
     """
 
     platform: str
@@ -41,13 +43,13 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What every platform would do with a call; `str()` of it is for reading."""
+    """The choices of every platform for a call. `str()` gives a text for reading."""
 
     problem: Problem
     choices: dict[str, Choice]
 
     def __getitem__(self, platform: str) -> Choice:
-        """The choice of a platform, by JAX's name of it. "gpu" is the kind of GPU that is here, or else cuda."""
+        """The choice of a platform, by JAX's name of the platform. "gpu" means this machine's kind of GPU, or cuda without one."""
         if platform == "gpu":
             platform = gpu_platform()
         if platform not in self.choices:
@@ -69,12 +71,12 @@ class Explanation:
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:
-    """Which backend `ragged_decode_attention(*args, **kwargs)` would run on each platform, and why not the others.
+    """Which backend `ragged_decode_attention(*args, **kwargs)` would run on each platform, and why the others would not run.
 
-    Nothing is computed: arrays may be `jax.ShapeDtypeStruct`s.
+    Nothing is computed. Arrays may be `jax.ShapeDtypeStruct`s.
 
     Raises:
-        ValueError, TypeError: as the call itself would.
+        ValueError, TypeError: the same errors that the call would raise.
     """
     call = inspect.signature(ragged_decode_attention).bind(*args, **kwargs)
     call.apply_defaults()

@@ -1,4 +1,4 @@
-"""A text for a value, the same in every process, so that programs that are kept on disk can be told apart by it."""
+"""`fingerprint`: a text for a value that is the same in every process. The text identifies compiled programs in a cache on disk."""
 
 import dataclasses
 import enum
@@ -11,7 +11,8 @@ from typing import Any
 
 
 def fingerprint(x: Any) -> str:
-    """Equal texts mean equal values. A value that has no text of its own, such as a function, gets another one each time."""
+    """A text for `x`. Equal texts mean equal values. A value without a text of its own, such as a function, gets a new one each
+    time."""
     kind = f"{type(x).__module__}.{type(x).__qualname__}"
     match x:
         case type():
@@ -28,7 +29,7 @@ def fingerprint(x: Any) -> str:
         values = {field.name: getattr(x, field.name) for field in dataclasses.fields(x) if field.compare}
         return _listed(f"class {_class(type(x))}", [fingerprint(values)])
     text = repr(x)
-    if " at 0x" in text:  # a place in memory, which says nothing of the value
+    if " at 0x" in text:  # an address in memory, which says nothing about the value
         text = uuid.uuid4().hex
     return _listed(kind, [text])
 
@@ -37,12 +38,12 @@ def _listed(kind, texts) -> str:
     return f"{kind}({', '.join(texts)})"
 
 
-_tokens: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()  # of classes that no other process can name
+_tokens: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()  # for classes that cannot be imported by name
 
 
 def _class(x: type) -> str:
-    """A class by its name and its module's source. A class that nobody can import from its module by that name is another one in
-    each process."""
+    """The name of a class and a hash of its module's source. A class that cannot be imported by its name gets a text that differs
+    between processes."""
     module = sys.modules.get(x.__module__)
     found: Any = module
     for part in x.__qualname__.split("."):
@@ -55,5 +56,5 @@ def _class(x: type) -> str:
 def _source(module) -> str:
     try:
         return hashlib.sha256(pathlib.Path(module.__file__).read_bytes()).hexdigest()
-    except (AttributeError, TypeError, OSError):  # built in, or from somewhere without files
+    except (AttributeError, TypeError, OSError):  # a built-in module, or a module without a file
         return ""

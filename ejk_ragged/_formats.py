@@ -1,6 +1,6 @@
-"""The formats of numbers: which floats a query may have, and the table of what a quantised cache may hold.
+"""The dtypes that a query may have, and the table of the dtypes of quantised caches.
 
-The quantiser, the checks, the oracle's cases, the tuner and the backends read the table. A new format is a new line.
+The quantiser, the checks, the oracle's cases, the tuner and the backends read the table. A new dtype is a new line of the table.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ FLOATING_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What a quantised cache may hold.
+    """The facts about one dtype of a quantised cache.
 
     Attributes:
         largest: the largest number that the quantiser stores.
-        whole: whether the stored numbers are integers, to which the quantiser rounds.
+        whole: whether the stored numbers are integers. The quantiser then rounds.
         needs_scales: whether a cache without scales is an error.
     """
 
@@ -35,10 +35,10 @@ QUANTISED = {
 
 
 def is_quantised(dtype) -> bool:
-    """Whether a cache of `dtype` is a quantised one."""
+    """Whether a cache of `dtype` is quantised."""
     return np.dtype(dtype).name in QUANTISED
 
 
 def accum_dtype(dtype) -> np.dtype:
-    """The dtype in which sums over values of `dtype` are held: float32, or float64 for float64."""
+    """The dtype of sums over values of `dtype`: float64 for float64, and float32 otherwise."""
     return np.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

@@ -1,7 +1,7 @@
-"""The memory of the tuner: which hints were best for which class of problems, on which device, by which backend.
+"""The file of tuned hints: the best hints that the tuner found, per backend, kind of device and class of problems.
 
-A JSON file in the user's cache folder, which `python -m ejk_ragged tune` writes and calls read by themselves. What a file says is
-held as a `Tuned`, which travels with a call's static settings, so that compiled calls are compiled again when it changes.
+The file is JSON, in the user's cache folder. `python -m ejk_ragged tune` writes the file, and calls read it without being asked to.
+The content of a file is a `Tuned`. A `Tuned` is part of the static settings of a call, so a change of the file recompiles calls.
 """
 
 import contextlib
@@ -29,19 +29,21 @@ FORMAT = 2
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What a file says. Two are equal when their files hold the same bytes."""
+    """The content of a file. Two are equal if their files hold the same bytes."""
 
     digest: str
     entries: Mapping[str, FwdParams] = dataclasses.field(compare=False, repr=False)
 
     def best(self, backend: Backend, problem: Problem, target: Target) -> FwdParams | None:
-        """The hints that were found best for the class of `problem`, or None."""
+        """The best hints for the class of `problem`, or None if the class was not tuned."""
         return self.entries.get(key_of(backend, problem, target) or "")
 
 
 def key_of(backend: Backend, problem: Problem, target: Target) -> str | None:
-    """The class of a problem, for a backend of one version on one kind of device; None where there is none: sizes that are
-    symbolic, or a platform without a device here."""
+    """The file's key for a class of problems, with one version of a backend, on one kind of device.
+
+    None if there is no key, because a size is symbolic or this machine has no device of the target's platform.
+    """
     kind = getattr(target.device, "device_kind", None)
     if kind is None or not all(isinstance(n, int) for n in problem.sizes):
         return None
@@ -64,15 +66,15 @@ def key_of(backend: Backend, problem: Problem, target: Target) -> str | None:
 _NOT_GIVEN = object()
 _given: contextvars.ContextVar[Any] = contextvars.ContextVar("ejk_ragged_tuned_hints", default=_NOT_GIVEN)
 _reading = threading.Lock()
-_read: dict[pathlib.Path, tuple[Any, Tuned | None]] = {}  # by path: what stat said of the file, and what was in it
+_read: dict[pathlib.Path, tuple[Any, Tuned | None]] = {}  # path: (stamp of the file, content of the file)
 
 
 @contextlib.contextmanager
 def tuned_hints(file: str | os.PathLike | None) -> Iterator[None]:
-    """Inside, calls take tuned hints from `file` (as `python -m ejk_ragged tune --file` writes it), or, given None, from nowhere.
+    """A context in which calls take their tuned hints from `file`, or use no tuned hints if `file` is None.
 
-    It holds for calls that are made, or traced under `jax.jit`, inside; what is compiled already keeps its hints. A damaged file is
-    warned about once and counts as none.
+    `python -m ejk_ragged tune --file` writes such a file. The context applies to calls that are made inside, or are traced inside
+    under `jax.jit`. A function that is already compiled keeps its hints. A damaged file gives one warning, and is then ignored.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -88,17 +90,20 @@ def tuned_hints(file: str | os.PathLike | None) -> Iterator[None]:
 
 
 def current() -> Tuned | None:
-    """What calls use now: a given file, or the one in the user's cache folder, or nothing. Costs a look at the file's date."""
+    """The tuned hints that calls use now: from the file that `tuned_hints` gives, or else from the file in the user's cache folder.
+
+    None if there is no file. The file is read again only if its date, size or inode has changed.
+    """
     given = _given.get()
     path = default_file() if given is _NOT_GIVEN else given
     if path is None:
         return None
     try:
         stat = os.stat(path)
-    except OSError:  # nothing was tuned
+    except OSError:  # nothing is tuned yet
         return None
     stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-    with _reading:  # by one of several threads, which also warns
+    with _reading:  # one thread reads, and warns once
         if path not in _read or _read[path][0] != stamp:
             _read[path] = (stamp, _load(path))
         return _read[path][1]
@@ -106,10 +111,10 @@ def current() -> Tuned | None:
 
 @functools.cache
 def default_file() -> pathlib.Path | None:
-    """The file in the user's cache folder."""
+    """The path of the file in the user's cache folder. None without platformdirs, which the tuner needs to write the file."""
     try:
         import platformdirs
-    except ModuleNotFoundError:  # then nothing has been tuned either
+    except ModuleNotFoundError:
         return None
     return platformdirs.user_cache_path("ejk-ragged", appauthor=False) / "tuned.json"
 
@@ -144,11 +149,13 @@ def _entries(data) -> dict[str, FwdParams]:
 
 
 def save(path: pathlib.Path, entries: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Adds entries, {"fwd_params": {...}, ...} by key, to those in the file. Readers see the old file or the new one. Processes and
-    threads that save at once wait for each other.
+    """Adds entries to the file: {key: {"fwd_params": {...}, ...}}. An entry replaces an older entry with the same key.
+
+    Readers see the old file or the new file, and never a part of one. If several processes or threads save, one waits for another.
 
     Returns:
-        None if the entries are saved; otherwise why not. A file that a newer version wrote is left alone, with a warning.
+        None if the entries are saved, otherwise the reason. A file of a newer version of the package is not changed, and gives a
+        warning.
 
     Raises:
         OSError: the file cannot be read or written.
@@ -167,7 +174,7 @@ def save(path: pathlib.Path, entries: Mapping[str, Mapping[str, Any]]) -> str | 
 
 
 def cannot_save(path: pathlib.Path) -> str | None:
-    """Why `save` would leave the file alone, or None."""
+    """The reason why `save` would not change the file, or None."""
     try:
         _kept(path)
     except _Newer as error:
@@ -176,7 +183,7 @@ def cannot_save(path: pathlib.Path) -> str | None:
 
 
 def _kept(path) -> dict[str, Any]:
-    """What the file holds. A damaged file holds nothing."""
+    """The content of the file, which `save` extends. A damaged or missing file counts as empty."""
     nothing = {"format": FORMAT, "entries": {}}
     try:
         old = json.loads(path.read_bytes())
@@ -189,8 +196,8 @@ def _kept(path) -> dict[str, Any]:
 
 
 def _replace(path, text):
-    """Puts a file with `text` in the place of `path`, with the mode of the old file, or the mode that the umask gives."""
-    new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # not from `tempfile`, whose files are their owner's alone
+    """Replaces the file at `path` by one that holds `text`. The mode is the old file's, or else the mode that the umask gives."""
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # not from `tempfile`: only the owner may read its files
     try:
         new.write_text(text)
         with contextlib.suppress(FileNotFoundError):
@@ -206,19 +213,19 @@ _saving = threading.Lock()
 
 @contextlib.contextmanager
 def _lock(path):
-    """Holds the operating system's lock on the file at `path`. The lock ends with the process that holds it, whatever ends that."""
-    with _saving:  # threads of one process; on some file systems the lock below is one for each process
+    """Holds the operating system's lock on the file at `path`. The lock ends with the process, however the process ends."""
+    with _saving:  # for the threads of this process: on some file systems the lock below works between processes only
         file = _locked(path)
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # Windows removes no open file; there it stays, and does no harm
+            with contextlib.suppress(OSError):  # Windows does not remove an open file; the file may stay
                 os.unlink(path)
             os.close(file)
 
 
 def _locked(path) -> int:
-    """The open file at `path`, locked."""
+    """Opens and locks the file at `path`. Returns the file descriptor."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -229,7 +236,7 @@ def _locked(path) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # the one who held it before has removed it, so others lock another file by now
+        os.close(file)  # the previous holder has removed this file: others now lock a new one
 
 
 try:

@@ -1,4 +1,4 @@
-"""`merge`: attention over disjoint ranges of keys, computed apart, becomes attention over all of them."""
+"""`merge`: combines attention over disjoint ranges of keys into attention over all the keys."""
 
 from collections.abc import Iterable
 
@@ -14,25 +14,28 @@ Partial = tuple[Float[Array, "*sequences head_dim"], Float[Array, "*sequences"]]
 
 
 def merge(partials: Iterable[Partial]) -> Partial:
-    """The attention of one query over several disjoint ranges of keys, from the attention over each of them.
+    """The attention of one query over all keys, from partial results over disjoint ranges of the keys.
 
-    Partials are what `ragged_decode_attention(..., return_lse=True)` returns: of a shared prefix in one cache and the rest in
-    another, say, or of the pieces that several devices hold. In any order and any grouping they give the same, up to rounding.
-    A partial whose lse is -inf, an empty range's, counts for nothing, whatever its output holds. Differentiable, also there.
+    A partial result is what `ragged_decode_attention(..., return_lse=True)` returns. For example, one partial result is of a shared
+    prefix in one cache, and the other is of the rest of the sequence in another cache. Or each of several devices has a partial
+    result.
 
-    Sinks are counted once: pass `softmax_aux` to the call of one partial only.
+    The order and the grouping of the partial results do not matter, up to rounding. A partial result of an empty range has an lse
+    of -inf and no influence, whatever its out holds. `merge` is differentiable, including for empty ranges.
+
+    Sinks must be counted once: pass `softmax_aux` to the call of one partial result only.
 
     Args:
-        partials: (out, lse) pairs, one at least: out [batch, num_q_heads, head_dim], lse [batch, num_q_heads]. Any other leading
-            axes will do, as long as they are alike.
+        partials: one or more pairs (out, lse). out is [batch, num_q_heads, head_dim] and lse [batch, num_q_heads]. Other leading
+            axes are accepted, too, if they are the same in all arrays.
 
     Returns:
-        (out, lse) of all keys together, shaped and typed like one partial. Sums are float32, or float64 for float64 outputs, and
-        rounded once, at the end. Where all ranges are empty, out is 0 and lse -inf.
+        The pair (out, lse) over all keys, with the shapes and dtypes of one partial result. Sums are accumulated in float32, or in
+        float64 for float64 outputs, and rounded once, at the end. If all ranges are empty, out is 0 and lse is -inf.
 
     Raises:
-        ValueError: no partials, or shapes or dtypes that do not fit.
-        TypeError: something that is not pairs of arrays.
+        ValueError: there are no partials, or shapes or dtypes do not fit.
+        TypeError: a partial is not a pair of arrays.
     """
     outs, lses = _checked(list(partials))
     dtype, accum = outs[0].dtype, accum_dtype(outs[0].dtype)
@@ -41,7 +44,7 @@ def merge(partials: Iterable[Partial]) -> Partial:
 
 
 def merge_stacked(out, lse):
-    """Partials [N, ..., D] and [N, ...], merged along N; in the accumulation dtype."""
+    """Merges N stacked partial results, out [N, ..., D] and lse [N, ...], in the accumulation dtype."""
     high = jax.lax.stop_gradient(jnp.max(lse, axis=0, keepdims=True))
     high = jnp.where(high == -jnp.inf, 0, high)  # -inf - -inf is NaN
     weight = jnp.exp(lse - high)

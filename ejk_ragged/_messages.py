@@ -1,4 +1,4 @@
-"""What error messages say of a value that came, and of a way out."""
+"""Parts of error messages: the value that the caller passed, and the way out."""
 
 import itertools
 from typing import Any
@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 
-LONGEST = 120  # characters of a value; an array of any size is named by its type
+LONGEST = 120  # characters of a shown value
 
 
 def shown(x: Any) -> str:
-    """A value in a few words, without the numbers that an array holds."""
+    """A value as a short text. An array is shown as its dtype and shape."""
     if hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, np.generic):
         return f"{x.dtype} of shape {tuple(x.shape)}"
     if isinstance(x, tuple | list) and any(hasattr(item, "shape") for item in x):
@@ -25,16 +25,16 @@ def _cut(text):
 
 
 def refuse_ref(name: str, x: Any):
-    """A `jax.Ref` has a shape and a dtype, and is no array.
+    """Refuses a `jax.Ref`, which has a shape and a dtype but is not an array.
 
     Raises:
-        TypeError: `x` is one.
+        TypeError: `x` is a `jax.Ref`.
     """
     if isinstance(x, jax.Ref):
         raise TypeError(f"{name} must be an array, got a jax.Ref, {shown(x)}. Pass the array that the Ref holds: {name}[...].")
 
 
-# Orders of axes that others use, each with the transposition to ours.
+# Orders of axes that other libraries use, each with the transposition to the order of this package.
 CACHE_ORDERS = {
     "[batch, seq_len, num_kv_heads, head_dim]": (0, 1, 2, 3),
     "[batch, num_kv_heads, seq_len, head_dim]": (0, 2, 1, 3),
@@ -58,7 +58,8 @@ QUERY_ORDERS = {
 
 
 def other_order(query: tuple, key: tuple, value: tuple | None, paged: bool) -> str:
-    """For shapes that do not fit: which order of the axes they would fit in, and what to do. Nothing where there is none."""
+    """For shapes that do not fit: the order of axes in which the shapes would fit, and the transposition to pass. "" if there is
+    no such order."""
     if not all(isinstance(n, int) for n in (*query, *key, *(value or ()))):
         return ""
     arrays = {"query": query, "key": key} | ({} if value is None else {"value": value})
@@ -66,7 +67,7 @@ def other_order(query: tuple, key: tuple, value: tuple | None, paged: bool) -> s
     guesses = [dict(zip(arrays, names, strict=True)) for names in itertools.product(*orders)]
     ours = guesses[0]
     changed = lambda guess: [name for name in arrays if guess[name] != ours[name]]
-    # Few changes first, and key and value alike.
+    # The guess with the fewest changed arrays comes first, and key and value in the same order before two orders.
     for guess in sorted(guesses, key=lambda guess: (len(changed(guess)), guess.get("value") != guess["key"])):
         axes = {name: order[guess[name]] for name, order in zip(arrays, orders, strict=True)}
         if _fit(**{name: tuple(arrays[name][axis] for axis in axes[name]) for name in arrays}, paged=paged):
@@ -80,7 +81,7 @@ def other_order(query: tuple, key: tuple, value: tuple | None, paged: bool) -> s
     came = ", ".join(f"{name} {layout}" for name, layout in layouts.items())
     taken = ", ".join(f"{name} {layout}" for name, layout in accepted.items())
     passed = ", ".join(f"{name}.transpose{axes[name]}" for name in names)
-    copies = "" if names == ["query"] else " A transposed cache is a copy at every step: the docs' recipes do without."
+    copies = "" if names == ["query"] else " Transposing the cache copies it at every step. The docs' recipes avoid the copy."
     return f" The sizes would fit {came}; the order here is {taken}: pass {passed}.{copies}"
 
 

@@ -1,4 +1,4 @@
-"""`RaggedDecodeAttention`: the function as an Equinox module, with sinks that learn."""
+"""`RaggedDecodeAttention`: `ragged_decode_attention` as an Equinox module, with learned sinks."""
 
 from typing import Literal, overload
 
@@ -13,13 +13,14 @@ from ._problem import FwdParams
 
 
 class RaggedDecodeAttention(eqx.Module):
-    """Ragged decode attention with its settings, as a layer.
+    """Ragged decode attention as a layer, which holds its settings and its sinks.
 
-    Everything but the sinks is static, so that the module passes through `jax.jit` and Equinox's filtered transformations.
+    The settings have the meaning of the arguments of `ragged_decode_attention`. The settings are static and the sinks are not, so
+    the module passes through `jax.jit` and Equinox's filtered transformations.
 
     Attributes:
         sinks: learned sinks [num_q_heads, num_sinks], or None.
-        softmax_scale: as in `ragged_decode_attention`, like the rest.
+        softmax_scale: factor on the logits, or None.
         sliding_window: (left, right) or None.
         logits_soft_cap: a positive number or None.
         fwd_params: tuning hints or None.
@@ -27,7 +28,7 @@ class RaggedDecodeAttention(eqx.Module):
         value_columns: (first, end) for a value in the key's rows, or None.
 
     Raises:
-        ValueError, TypeError: on construction, for settings that no call would accept.
+        ValueError, TypeError: on construction, if no call would accept a setting.
     """
 
     sinks: Float[Array, "num_q_heads num_sinks"] | None = None
@@ -109,7 +110,7 @@ class RaggedDecodeAttention(eqx.Module):
         value_scale=None,
         return_lse=False,
     ):
-        """`ragged_decode_attention` of these arrays with the module's settings and sinks."""
+        """Calls `ragged_decode_attention` on these arrays, with the module's settings and sinks."""
         if self.sinks is not None and self.sinks.shape[0] != query.shape[-2]:
             raise ValueError(f"query must have the sinks' {self.sinks.shape[0]} heads, got shape {query.shape}.")
         return ragged_decode_attention(

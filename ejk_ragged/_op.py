@@ -1,9 +1,13 @@
-"""The waist: one forward and one backward operation on canonical operands, and how JAX's transformations meet them.
+"""The waist of the package: the forward and the backward operation on canonical operands, with rules for transformations.
 
-From the outside in: `custom_vjp` (both directions are backend operations with the same residuals), `custom_vmap` (mapped axes join
-the batch or the tokens), what spreads an operation over devices (`_sharding`), and a primitive of our own whose lowering asks the
-registry, platform by platform. Operands are trees, `Queries` and `Cache` and what has a row for each token and head; the primitive
-binds their leaves.
+The layers, from the outermost to the innermost:
+
+- `custom_vjp`: the forward and the backward pass are both backend operations.
+- `custom_vmap`: a mapped axis becomes a leading axis, or more tokens, or more sequences.
+- `_sharding`: spreads an operation over devices.
+- A primitive: its lowering rule asks the registry for a backend, once per platform.
+
+Operands are trees: `Queries`, `Cache`, and arrays with one entry per token and query head. The primitive binds their leaves.
 """
 
 import contextlib
@@ -34,7 +38,7 @@ from ._registry import registry, Request
 
 
 def _primitive(name, direction: Direction, result_types) -> Primitive:
-    """A primitive on the leaves of `tree` that each platform lowers through the backend selected for it."""
+    """A primitive on the leaves of `tree`. Each platform lowers the primitive through the backend selected for that platform."""
     primitive = Primitive(name)
     primitive.multiple_results = True
 
@@ -43,10 +47,10 @@ def _primitive(name, direction: Direction, result_types) -> Primitive:
         return result_types(request, *tree.unflatten(leaves), **params)
 
     def plan(platform, leaves, tree, request, params):
-        """What surrounds the work on operands of such types, and a function that does it."""
+        """For operands of these types: a context manager, and a function that does the work inside the context."""
         types = tree.unflatten([ShapedArray(x.shape, x.dtype) for x in leaves])
         results = result_types(request, *types, **params)
-        if any(0 in x.shape for x in results):  # a map over nothing
+        if any(0 in x.shape for x in results):  # `vmap` over an axis of size 0
             return contextlib.nullcontext(), lambda *leaves: [jnp.zeros(x.shape, x.dtype) for x in results]
         problem = Problem.of(types[0], types[1], request.settings)
         chosen = registry.select(platform, problem, request.backend, direction, request.tuned)
@@ -60,17 +64,17 @@ def _primitive(name, direction: Direction, result_types) -> Primitive:
 
     def lower(ctx, *leaves, platform=None, tree, request, **params):
         surrounding, run = plan(platform or ctx.module_context.platforms[0], ctx.avals_in, tree, request, params)
-        # Of how arrays vary over the devices of a mesh, a backend hears nothing: it need not say it of what it makes.
+        # The types that a backend sees do not say how arrays vary over a mesh. So a backend need not declare that of its results.
         ctx = ctx.replace(avals_in=[ShapedArray(x.shape, x.dtype) for x in ctx.avals_in])
         with surrounding, _sharding.wide(ctx.avals_in[0].dtype):
             return mlir.lower_fun(run, multiple_results=True)(ctx, *leaves)
 
     mlir.register_lowering(primitive, lower)
-    for platform in KNOWN_PLATFORMS:  # one rule each, so that an artifact for several holds each one's own backend
+    for platform in KNOWN_PLATFORMS:  # one rule each: an export for several platforms holds a backend for each
         mlir.register_lowering(primitive, functools.partial(lower, platform=platform), platform=platform)
 
     @primitive.def_impl
-    def _(*leaves, tree, request, **params):  # only reached under jax.disable_jit: the backend, operation by operation
+    def _(*leaves, tree, request, **params):  # reached only under jax.disable_jit
         device, *_ = leaves[0].devices()
         surrounding, run = plan(platform_of(device), leaves, tree, request, params)
         with surrounding:
@@ -80,7 +84,7 @@ def _primitive(name, direction: Direction, result_types) -> Primitive:
 
 
 def _checked(chosen, direction: Direction, types, results):
-    """What a backend returns is what its contract says."""
+    """The results of a backend, which must have the shapes and dtypes `types`."""
     got, wanted = ([f"{x.dtype.name}{list(x.shape)}" for x in arrays] for arrays in (results, types))
     if got != wanted:
         raise TypeError(
@@ -132,8 +136,11 @@ def _backward(request: Request, wanted: Wanted, *args):
 
 
 def _bind(primitive, layout, request, *args, **params):
-    """The primitive, on operands with any number of axes in front. The axes join the batch, and those of a pool its pages, which
-    on one device is no copy: the entries of the page tables move along."""
+    """Binds the primitive to operands with any number of leading axes.
+
+    The leading axes of a pool join its pages, and the entries of the page tables are moved to match. All other leading axes join
+    the batch. On one device this copies nothing.
+    """
     queries, cache = args[:2]
     front = cache.key.shape[:-4]
     if front and cache.page_table is not None:
@@ -154,7 +161,7 @@ def _bind(primitive, layout, request, *args, **params):
 
 
 def _once(op):
-    """`op`, whose own derivative is an error: it belongs to a `custom_vjp` already."""
+    """`op` with a derivative that raises an error. The `custom_vjp` around `op` gives the only derivative there is."""
     op = jax.custom_jvp(op)
 
     @op.defjvp
@@ -168,12 +175,16 @@ def _once(op):
 
 
 def _batched(layout, op, writes_cache=False):
-    """`op` with a rule for vmap; `writes_cache` says whether results are shaped like the cache.
+    """`op` with a rule for `vmap`. `writes_cache` says whether results are shaped like the cache.
 
-    A mapped cache is one more axis in front. Where the cache is shared, what is mapped becomes more tokens, each with bounds of its
-    own, so that the cache is read once and never copied; where page tables are mapped and the pool is shared, more sequences. What
-    remains is done one after another: a key that is mapped without its value, say, or gradients of a shared cache, of which each
-    map has its own.
+    The rule depends on what is mapped:
+
+    - Key and value: the mapped axis becomes one more leading axis.
+    - A page table, on a shared pool: each map becomes more sequences.
+    - Only queries, bounds and sinks, on a shared cache: each map becomes more tokens, which have their own bounds. The cache is
+      read once and never copied.
+    - Everything else: one map is done after another. Examples are a key that is mapped without its value, and gradients of a
+      shared cache, because each map has its own gradients.
     """
     op = jax.custom_batching.custom_vmap(op)
 
@@ -198,13 +209,14 @@ def _broadcast(size, mapped, x):
 
 
 def _fold(into, size, mapped, layout, op, request, args):
-    """`op` where the maps join the tokens, or the sequences, `into` being the letter of their axis."""
+    """`op` with the mapped axis joined to the axis `into`: "t" for the tokens, or "b" for the sequences."""
     own = args[0].query.shape[layout.operands[0].query.index(into) - 4]
-    # Where sequences are split over devices, a device keeps all maps of its own, unless the maps are split.
+    # If sequences are split over devices, each device keeps all maps of its own sequences, unless the maps are split.
     maps_are_inner = into == "b" and not _sharding.maps_are_split(mapped, args)
 
     def fold(letters, mapped, x):
-        """[M, ..., T, ...] as [..., M * T, ...]; what has no such axis, or is alike along the axis, may stay so."""
+        """[M, ..., T, ...] as [..., M * T, ...]. An array without the axis stays as it is. So does an unmapped array in which the
+        axis has size 1 because all its entries are alike."""
         if x is None or into not in letters:
             return x
         axis = letters.index(into) - len(letters)
@@ -243,12 +255,11 @@ def _one_by_one(op, mapped, args):
 def decode(
     request: Request, queries: Queries, cache: Cache
 ) -> tuple[Float[Array, "batch num_tokens num_q_heads value_dim"], Float[Array, "batch num_tokens num_q_heads"]]:
-    """Output and log-sum-exp of one decode step on canonical operands; differentiable in query, sink and a padded cache of
-    floats.
+    """Output and log-sum-exp of one decode step on canonical operands. Differentiable in query, sink, and a padded cache of floats.
 
     Raises:
-        ValueError: a named backend that cannot do it; shardings that cannot work together, where types state them; a gradient of a
-            quantised cache, of its scales or of a pool of pages.
+        ValueError: a named backend cannot do the call; the types of the operands state shardings that cannot work together; or a
+            gradient is asked for of a quantised cache, of its scales or of a pool of pages.
     """
     _typed(**vars(queries), **vars(cache))
     registry.check_named(request.backend, Problem.of(queries, cache, request.settings))
@@ -267,7 +278,7 @@ def _typed(
     value_scale: Float[Array, " #pages #num_kv_heads #page_size"] | None,
     page_table: Int32[Array, "batch pages_per_sequence"] | None,
 ):
-    """Does nothing; where jaxtyping's import hook is on, as in the tests, it holds the operands to their types together."""
+    """Does nothing, except under jaxtyping's import hook, as in the tests: there the hook checks the operands' shapes together."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -280,7 +291,8 @@ def _decode_fwd(request, queries, cache):
     wanted = Wanted(queries.query.perturbed, any(x.perturbed for x in (cache.key, cache.value) if x is not None))
     _refuse_gradients(cache)
     queries, cache = jax.tree.map(lambda x: x.value, (queries, cache))
-    # The backward pass takes delta from the output. What rounding takes away from that one multiplies what all keys share.
+    # The backward pass computes delta from the output, so the output must not be rounded yet. A rounding error in delta is
+    # multiplied by whatever all keys have in common.
     wide = dataclasses.replace(request, settings=dataclasses.replace(request.settings, keeps_accum_dtype=True))
     out, lse = _forward(wide, queries, cache)
     return (out.astype(queries.query.dtype), lse), (wanted, queries, cache, out, lse)
@@ -296,8 +308,8 @@ def _refuse_gradients(cache):
     for name, x in vars(cache).items():
         if x is not None and x.perturbed:
             raise ValueError(
-                f"{name} of a {what} has no gradient, but one is asked for: pass jax.lax.stop_gradient({name}). Query and "
-                "softmax_aux have theirs."
+                f"{name} of a {what} has no gradient, but one is asked for: pass jax.lax.stop_gradient({name}). Only query "
+                "and softmax_aux have gradients here."
             )
 
 
@@ -308,7 +320,7 @@ def _decode_bwd(request, residuals, cotangents):
         jnp.zeros_like(residual, dtype=dtype) if isinstance(x, SymbolicZero) else x
         for residual, dtype, x in zip((out, lse), (queries.query.dtype, lse.dtype), cotangents, strict=True)
     )
-    # With p_j the probability of key j: d_logit_j = p_j (d_out . v_j - delta), and the sink is a key without a value.
+    # p_j is the probability of key j, and d_logit_j = p_j (d_out . v_j - delta). A sink is a key whose value is 0.
     delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - d_lse
     d_sink = None if sink is None else _d_sink(sink, lse, delta)
     d_query = d_key = d_value = None

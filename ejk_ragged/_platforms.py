@@ -1,23 +1,23 @@
-"""JAX's names of platforms, and what they are here."""
+"""JAX's names of platforms."""
 
 from typing import Any
 
 import jax
 
 
-KNOWN_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # what JAX can lower for by these names; others take its default rule
+KNOWN_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # each gets its own lowering rule; other platforms use the default rule
 
 
 def platform_of(device: Any) -> str:
-    """The name by which JAX lowers for `device`; its `platform` says "gpu" for both kinds of GPU."""
+    """The name by which JAX lowers for `device`: "cuda" or "rocm" for a GPU, where `device.platform` is only "gpu"."""
     if device.platform == "gpu":
         return "rocm" if "rocm" in getattr(device.client, "platform_version", "") else "cuda"
     return device.platform
 
 
 def gpu_platform() -> str:
-    """What "gpu" means here: JAX says so of NVIDIA's and of AMD's."""
+    """The platform that "gpu" stands for on this machine: "rocm" if its GPU is AMD's, otherwise "cuda"."""
     try:
         return platform_of(jax.local_devices(backend="gpu")[0])
-    except RuntimeError:  # there is none
+    except RuntimeError:  # no GPU
         return "cuda"

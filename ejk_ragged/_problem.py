@@ -1,6 +1,7 @@
-"""What an operation is: its operands (`Queries`, `Cache`), and its static facts (`Problem`), among them the tuning hints.
+"""The operands of an operation (`Queries`, `Cache`), its static facts (`Settings`, `Problem`) and its tuning hints (`FwdParams`).
 
-A `Problem` is what backends look at to say whether they can do a call, what the tuner keys on, and what error messages quote.
+Backends look at a `Problem` to decide whether they can do a call. The tuner derives its keys from a `Problem`, and error messages
+quote it.
 """
 
 import dataclasses
@@ -15,8 +16,8 @@ from ._formats import accum_dtype, is_quantised
 from ._messages import shown
 
 
-# What `jax.default_matmul_precision` may be, as one of the three levels that every platform has, never a lower one than the name
-# says. Of the names that are not here, those of exact or of many-pass products, the level is the highest.
+# Each name that `jax.default_matmul_precision` accepts, as one of the three levels that every platform has. The level is never
+# lower than the name says. A name that is not listed asks for exact or many-pass products: its level is HIGHEST.
 _LEVELS = {
     jax.lax.Precision.DEFAULT: (
         *("default", "bfloat16", "BF16_BF16_F32", "BF16_BF16_BF16", "F16_F16_F32", "F16_F16_F16"),
@@ -27,22 +28,22 @@ _LEVELS = {
 
 
 def precision_of(name: str | None) -> jax.lax.Precision:
-    """How products of float32 operands are taken; for None, where nobody asks for less, exactly."""
+    """The precision of products of float32 operands. None means exact products: the user has not asked for less."""
     return next((level for level, names in _LEVELS.items() if name in names), jax.lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)
 class FwdParams:
-    """Tuning hints. They change how fast an answer comes and how it is rounded, never what it means.
+    """Tuning hints. Hints change the speed of a call and the rounding of its result. They never change its meaning.
 
-    Every field may be None, which leaves the choice to the backend, and a backend ignores a hint that has no meaning for it.
+    None leaves the choice to the backend. A backend ignores a hint that has no meaning for the backend.
 
     Attributes:
-        block_size_heads: rows of queries, a row for each token and query head of a kv head, that a program works on together.
-        block_size_keys: keys of one tile, or of one chunk.
-        num_key_splits: pieces that every sequence's live range is cut into, whatever else the batch holds. With it given, the
-            bits of a sequence's result do not depend on its neighbours.
-        num_warps: warps of one program, on a GPU.
+        block_size_heads: number of query rows per program. A query row is one token and one query head of a kv head.
+        block_size_keys: number of keys per tile, or per chunk.
+        num_key_splits: number of pieces per sequence: the live range of every sequence is cut into this many, whatever else is in
+            the batch. If the hint is given, the bits of a sequence's result do not depend on the other sequences.
+        num_warps: number of warps per program, on a GPU.
         num_stages: depth of the software pipeline, on a GPU.
 
     Raises:
@@ -68,7 +69,7 @@ class FwdParams:
             object.__setattr__(self, field.name, int(given))
 
     def over(self, defaults: "FwdParams") -> "FwdParams":
-        """These hints, with `defaults` where one is None."""
+        """These hints, with the fields that are None taken from `defaults`."""
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         return dataclasses.replace(defaults, **given)
 
@@ -76,15 +77,15 @@ class FwdParams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """T query tokens of each of B sequences, each with the rows that it sees. What is alike along an axis may have size 1 there.
+    """The query tokens of an operation, T per sequence of B sequences, with the range of rows that each token sees.
 
     Attributes:
         query: [B, T, Hq, D].
-        start, end: int32 [B, T], or [B, 1] where all tokens of a sequence see the same rows: the first row of a token and the end,
-            exclusive; empty where start >= end. Both are as the caller's arguments gave them, and may lie outside the cache:
-            `bounds` clips them. None: all rows from the first on, or up to the last.
-        sink: accumulation dtype [B, T, Hq], 1 for B or T where alike: one logit in the softmax's denominator, -inf for none. None:
-            no token has a sink.
+        start, end: int32 [B, T], or [B, 1] if all tokens of a sequence see the same rows. A token sees the rows
+            start <= j < end, and no row if start >= end. A range may exceed the cache: `bounds` clips it. If start is None, ranges
+            begin at row 0. If end is None, ranges end at row S.
+        sink: [B, T, Hq] in the accumulation dtype, with size 1 for B or T if all sequences or tokens have the same. One logit in
+            the softmax's denominator per token and query head, or -inf for no sink. None: no token has a sink.
     """
 
     query: Float[Array, "batch num_tokens num_q_heads head_dim"]
@@ -93,21 +94,24 @@ class Queries:
     sink: Float[Array, " #batch #num_tokens num_q_heads"] | None = None
 
     def bounds(self, seq_len) -> tuple[jax.Array, jax.Array]:
-        """`start` and `end` within the cache, [0, S]: int32 [B, T] or [B, 1] each, never None."""
-        sequences = (*self.query.shape[:-3], 1)  # mapped axes may stand in front
+        """`start` and `end`, clipped to [0, seq_len]. Each is int32 [B, T] or [B, 1], never None."""
+        sequences = (*self.query.shape[:-3], 1)  # there may be leading mapped axes
         start = jnp.zeros(sequences, jnp.int32) if self.start is None else jnp.clip(self.start, 0, seq_len)
         end = jnp.full(sequences, seq_len, jnp.int32) if self.end is None else jnp.clip(self.end, 0, seq_len)
         return start, end
 
     def hull(self, seq_len) -> tuple[jax.Array, jax.Array]:
-        """The first row of each sequence that any token sees, and the end: int32 [B] each; (seq_len, 0) if no token sees a row."""
+        """The smallest range of rows per sequence that holds the ranges of all its tokens: first row and end, int32 [B] each.
+
+        (seq_len, 0) if no token of the sequence sees a row.
+        """
         start, end = self.bounds(seq_len)
         some = start < end
         start, end = jnp.where(some, start, seq_len), jnp.where(some, end, 0)
         return jnp.min(start, axis=-1), jnp.max(end, axis=-1)
 
     def sinks(self) -> jax.Array:
-        """`sink`, or -inf for every head: accumulation dtype [B or 1, T or 1, Hq]."""
+        """`sink`, or -inf for every head if there is none: [B or 1, T or 1, Hq] in the accumulation dtype."""
         if self.sink is not None:
             return self.sink
         return jnp.full((1, 1, self.query.shape[-2]), -jnp.inf, accum_dtype(self.query.dtype))
@@ -116,19 +120,22 @@ class Queries:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The keys and values of B sequences of S rows: padded, or in a pool of N pages of `page_size` rows, P pages per sequence.
+    """The keys and values of B sequences, S rows per sequence.
 
-    Row j of sequence b is row j of `key[b]`, or, with a page table, row j % page_size of page `page_table[b, j // page_size]`. Rows
-    that no token sees may hold anything, and so may entries of pages of which no token sees a row. A quantised cache stands for
-    `key * key_scale` and `value * value_scale`.
+    A padded cache holds row j of sequence b as `key[b, j]`. A pool holds N pages of page_size rows, and a sequence has P pages: row
+    j of sequence b is row j % page_size of page `page_table[b, j // page_size]`, and S is P * page_size. A row that no token sees
+    may hold anything. If no token sees a row of a page, the page table's entry for the page may be any integer.
+
+    A quantised cache stands for `key * key_scale` and `value * value_scale`.
 
     Attributes:
-        key: [B, S, Hkv, R] or [N, page_size, Hkv, R], in the query's dtype or a quantised one. R is D; where the value is in the
-            key's rows, R may be larger, and the key is the first D columns.
-        value: [B, S, Hkv, Dv] or [N, page_size, Hkv, Dv], in the key's dtype. None: the columns `problem.value_columns` of `key`.
-        key_scale, value_scale: accumulation dtype [B, Hkv, S] or [N, Hkv, page_size], each axis being 1 where the scale is alike
-            along the axis. None: no scale.
-        page_table: int32 [B, P], as the caller gave it: `pages` clips the entries. None: the cache is padded.
+        key: [B, S, Hkv, R] or [N, page_size, Hkv, R], in the query's dtype or a quantised dtype. The key is the first D columns. R
+            is D, unless the value is in the key's rows: then R may be larger.
+        value: [B, S, Hkv, Dv] or [N, page_size, Hkv, Dv], in the key's dtype. None: the value is the columns
+            `problem.value_columns` of `key`.
+        key_scale, value_scale: [B, Hkv, S] or [N, Hkv, page_size] in the accumulation dtype. An axis has size 1 if the scale is the
+            same along the whole axis. None: no scale.
+        page_table: int32 [B, P]. An entry may lie outside the pool: `pages` clips it. None: the cache is padded.
     """
 
     key: Shaped[Array, "pages page_size num_kv_heads row_dim"]
@@ -138,7 +145,7 @@ class Cache:
     page_table: Int32[Array, "batch pages_per_sequence"] | None = None
 
     def pages(self) -> jax.Array:
-        """Numbers of the pages of every sequence, within the pool: int32 [B, P]. A padded cache is one page per sequence."""
+        """The page table with its entries clipped to the pool: int32 [B, P]. A padded cache has one page per sequence."""
         num_pages = self.key.shape[-4]
         if self.page_table is None:
             return jnp.arange(num_pages, dtype=jnp.int32)[:, None]
@@ -147,21 +154,22 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The static facts of a call that are not of its shapes; they travel with the operation through every transformation.
+    """The static facts of a call other than shapes and dtypes. They accompany the operation through every transformation.
 
-    A backend must keep to the first six. `most_keys` is for tuning alone.
+    A backend must obey the first six fields. `fwd_params` are hints, and `most_keys` serves only to choose defaults.
 
     Attributes:
         softmax_scale: factor on the logits.
         logits_soft_cap: cap of the logits, or None.
-        value_columns: (first, end) of the columns of the key's rows that are the value, where the cache has no value of its own.
-        precision: how products of float32 operands are to be taken; sums are in the accumulation dtype whatever it says.
-        keeps_accum_dtype: whether output and d_query stay in the accumulation dtype, for they go on to be merged or differentiated.
-        junk_between_tokens: whether there may be rows between the ranges of a sequence's tokens that no token sees. Such rows may
-            hold NaN, like the rows before the first range and after the last.
+        value_columns: (first, end), the columns of the key's rows that are the value. None if the cache has a value array.
+        precision: precision of products of float32 operands. Sums are in the accumulation dtype at every precision.
+        keeps_accum_dtype: whether output and d_query keep the accumulation dtype. They do if they are merged or differentiated
+            afterwards.
+        junk_between_tokens: whether rows that no token sees may lie between the ranges of a sequence's tokens. Such rows may hold
+            NaN, like the rows before the first range and after the last.
         fwd_params: tuning hints.
-        most_keys: no token sees more keys than this, as a window may say: a power of 16, so that calls with other windows share a
-            program. None where nothing but the lengths bounds the keys.
+        most_keys: an upper bound of the keys that a token sees, from the sliding window. The bound is a power of 16, so that calls
+            with similar windows share a program. None: no bound but the lengths.
     """
 
     softmax_scale: float
@@ -176,24 +184,23 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem(Settings):
-    """One decode operation as a backend meets it: T query tokens of each of B sequences attend to ranges of rows of a cache.
+    """All static facts of one decode operation: the shapes and dtypes of the operands, and the fields of `Settings`.
 
-    Sizes are integers, or symbolic dimensions while a function is exported with symbolic shapes. The other static facts are those
-    of `Settings`.
+    While a function is exported with symbolic shapes, sizes may be symbolic dimensions. Otherwise they are integers.
 
     Attributes:
-        batch: sequences, B.
-        num_tokens: query tokens of a sequence, T.
-        seq_len: rows of a sequence, S: of a padded cache as many as the cache has, with pages P * page_size.
-        num_q_heads: query heads, Hq, a multiple of `num_kv_heads`.
-        num_kv_heads: key/value heads, Hkv.
+        batch: number of sequences, B.
+        num_tokens: number of query tokens per sequence, T.
+        seq_len: number of rows per sequence, S. For a cache in pages, P * page_size.
+        num_q_heads: number of query heads, Hq, a multiple of `num_kv_heads`.
+        num_kv_heads: number of key/value heads, Hkv.
         head_dim: head dimension of query and key, D.
         dtype: dtype of the query.
-        cache_dtype: dtype of key and value: the query's, or a quantised one.
-        value_dim: head dimension of value and output, Dv; None stands for D.
-        row_dim: columns of the key's rows, R; None stands for D. R is D, or more where the value is in the key's rows.
-        num_pages: pages of the pool, N; None for a padded cache.
-        page_size: rows per page; None for a padded cache.
+        cache_dtype: dtype of key and value: the query's dtype, or a quantised dtype.
+        value_dim: head dimension of value and output, Dv. None means D.
+        row_dim: number of columns of the key's rows, R. None means D. R may be larger than D if the value is in the key's rows.
+        num_pages: number of pages of the pool, N. None for a padded cache.
+        page_size: number of rows per page. None for a padded cache.
     """
 
     batch: int
@@ -216,7 +223,7 @@ class Problem(Settings):
 
     @classmethod
     def of(cls, queries: Queries, cache: Cache, settings: Settings) -> "Problem":
-        """The problem of these operands, or of their shapes."""
+        """The problem of these operands, which may be arrays or their shapes and dtypes."""
         batch, num_tokens, num_q_heads, head_dim = queries.query.shape
         num_pages, page_size, num_kv_heads, row_dim = cache.key.shape
         paged = cache.page_table is not None
@@ -239,17 +246,17 @@ class Problem(Settings):
 
     @property
     def group(self) -> int:
-        """Query heads that share a kv head, G."""
+        """Number of query heads per kv head, G."""
         return self.num_q_heads // self.num_kv_heads
 
     @property
     def quantised(self) -> bool:
-        """Whether the cache is of a narrower dtype than the query."""
+        """Whether the cache is quantised."""
         return is_quantised(self.cache_dtype)
 
     @property
     def sizes(self) -> tuple[Any, ...]:
-        """Those that may be symbolic."""
+        """The sizes that may be symbolic."""
         return self.batch, self.num_tokens, self.seq_len, *([self.num_pages] if self.paged else [])
 
     @property
@@ -259,7 +266,7 @@ class Problem(Settings):
 
     @property
     def plain(self) -> bool:
-        """Whether key and value are two padded arrays of one width."""
+        """Whether key and value are two padded arrays with the same head dimension."""
         return not self.paged and self.value_columns is None and self.value_dim == self.head_dim
 
     @property

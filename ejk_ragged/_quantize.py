@@ -1,4 +1,4 @@
-"""`quantize`: rows of keys or values as 8-bit numbers and scales, as a quantised cache holds them."""
+"""`quantize`: turns rows of keys or values into 8-bit numbers and scales, for a quantised cache."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Shaped
@@ -8,20 +8,22 @@ from ._messages import refuse_ref
 
 
 def quantize(x: Float[Array, "*rows head_dim"], dtype=jnp.int8) -> tuple[Shaped[Array, "*rows head_dim"], Float32[Array, "..."]]:
-    """Rows of floats as `stored * scale`, up to half a step of `dtype`, each row with a scale from its largest absolute value.
+    """Quantises rows of floats: `stored * scale` is `x`, up to half a step of `dtype`.
+
+    Each row has one scale, from the largest absolute value of the row. The scale is symmetric: zero stays zero.
 
     Args:
-        x: [..., head_dim]: of a whole cache [batch, seq_len, num_kv_heads, head_dim], of one step's rows
+        x: [..., head_dim]. A whole cache is [batch, seq_len, num_kv_heads, head_dim]. The rows of one step are
             [batch, num_kv_heads, head_dim].
         dtype: int8, float8_e4m3fn or float8_e5m2.
 
     Returns:
-        stored, shaped like `x`, in `dtype`; and scale, float32, symmetric (zero stays zero), of a whole cache
-        [batch, num_kv_heads, seq_len], sequence last as `ragged_decode_attention` takes it, of anything else without the last axis.
-        A row of zeros has zeros and a positive scale.
+        A pair (stored, scale). stored has the shape of `x`, and the dtype `dtype`. scale is float32. For `x` of four axes, scale is
+        [batch, num_kv_heads, seq_len], as `ragged_decode_attention` takes it. For any other `x`, scale has the shape of `x` without
+        the last axis. A row of zeros gives zeros and a positive scale.
 
     Raises:
-        ValueError: not floats, no axis, or another dtype.
+        ValueError: `x` is not floats or has no axis, or `dtype` is another dtype.
     """
     refuse_ref("x", x)
     x, dtype = jnp.asarray(x), jnp.dtype(dtype)
@@ -32,7 +34,7 @@ def quantize(x: Float[Array, "*rows head_dim"], dtype=jnp.int8) -> tuple[Shaped[
     x = x.astype(jnp.float32)
     kind = QUANTISED[dtype.name]
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = jnp.maximum(largest / kind.largest, jnp.finfo(jnp.float32).tiny)  # what is smaller would divide by zero
+    scale = jnp.maximum(largest / kind.largest, jnp.finfo(jnp.float32).tiny)  # no division by zero
     steps = jnp.clip(x / scale, -kind.largest, kind.largest)  # the division may round upwards
     stored = (jnp.round(steps) if kind.whole else steps).astype(dtype)
     scale = scale[..., 0]

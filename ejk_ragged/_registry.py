@@ -1,6 +1,7 @@
-"""Which backend does a call: the installed ones (entry points, imported when first needed), and the selection, with its reasons.
+"""The registry: finds the installed backends, and selects the backend for a call.
 
-Distributions announce backends in the entry-point group `ejk_ragged.backends`; nothing here knows one by name.
+Distributions register backends in the entry-point group `ejk_ragged.backends`. A backend is imported when it is first needed. The
+registry contains no backend's name.
 """
 
 import contextlib
@@ -32,11 +33,11 @@ class BackendInfo:
     """An installed backend.
 
     Attributes:
-        name: what users write in `backend=`.
-        distribution: the name of the distribution that registers the backend.
-        platforms: the JAX platforms it runs on, or None for all.
-        broken: why the backend cannot be used here, or None.
-        faulty: whether `broken` is an error that the backend raised, and not something that this installation lacks.
+        name: the name that users pass as `backend=`.
+        distribution: name of the distribution that registers the backend.
+        platforms: the JAX platforms on which the backend runs, or None for all.
+        broken: why the backend cannot be used in this installation, or None.
+        faulty: True if `broken` is an error that the backend raised. False if it names something that the installation lacks.
     """
 
     name: str
@@ -48,15 +49,16 @@ class BackendInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """A backend, chosen for one direction of one problem on one platform.
+    """The backend that was selected for one direction of one problem on one platform.
 
     Attributes:
-        backend: the chosen one.
-        problem: what it will be asked to do, tuning hints resolved.
-        target: where.
-        passed_over: names of the backends that were asked before, with their reasons.
-        hints_from: whether the tuning hints are the caller's ("given"), the tuner's ("tuned") or the backend's own ("default").
-        not_for: names of the caller's hints that were for the backend of the forward operation, and not for this one.
+        backend: the selected backend.
+        problem: the problem with resolved hints, as the backend will get it.
+        target: where the operation runs.
+        passed_over: the backends that were asked before and refused: pairs (name, reason).
+        hints_from: origin of the hints: the caller ("given"), the tuner ("tuned") or the backend ("default").
+        not_for: names of the caller's hints that this backend does not get, because they are for the backend of the forward
+            operation.
     """
 
     backend: Backend
@@ -70,12 +72,12 @@ class Selection:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a caller asked for that is static: it travels with the operation, and `Registry.select` answers it.
+    """The static half of a call. A request accompanies the operation, and `Registry.select` finds its backend.
 
     Attributes:
-        settings: what every backend is told.
-        backend: the named one, or None for automatic selection.
-        tuned: what the tuner found, where the caller gave no hints.
+        settings: the settings that the selected backend must obey.
+        backend: the named backend, or None for automatic selection.
+        tuned: the tuned hints. None if the caller gave hints, or if there is no file of tuned hints.
     """
 
     settings: Settings
@@ -84,15 +86,15 @@ class Request:
 
 
 class Registry:
-    """Backends by name. Entry points come as an argument, so that tests can make them up. Any number of threads may ask at once."""
+    """The backends by name. Any number of threads may use a registry. Tests pass entry points of their own."""
 
     def __init__(self, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None):
         self._given = entry_points
-        self._lock = threading.RLock()  # reentrant: a plug-in may ask the registry while the registry imports the plug-in
+        self._lock = threading.RLock()  # reentrant: a plug-in may use the registry while it is imported
         self.clear()
 
     def clear(self):
-        """Forget what was found and loaded; the next question looks again."""
+        """Forgets the entry points and the loaded backends. The next call finds and loads them again."""
         with self._lock:
             self._entries: dict[str, importlib.metadata.EntryPoint] | None = None
             self._loaded: dict[str, Backend | Exception] = {}
@@ -100,7 +102,11 @@ class Registry:
             self._warned: set[str] = set()
 
     def entries(self) -> dict[str, importlib.metadata.EntryPoint]:
-        """Entry points by name, nothing imported."""
+        """The entry points by name. Imports nothing.
+
+        Raises:
+            RuntimeError: two distributions register a backend with the same name.
+        """
         with self._lock:
             if self._entries is None:
                 found = importlib.metadata.entry_points(group=GROUP) if self._given is None else self._given
@@ -132,16 +138,16 @@ class Registry:
                     if not isinstance(backend.priority, int | float):
                         raise TypeError(f"its priority must be a number, got {backend.priority!r}")
                     self._loaded[name] = backend
-                except Exception as error:  # whatever a plug-in raises, the others go on
+                except Exception as error:  # an error of one plug-in must not stop the others
                     self._loaded[name] = error
             return self._loaded[name]
 
     def get(self, name: str) -> Backend:
-        """The backend of that name.
+        """The backend with this name.
 
         Raises:
-            ValueError: no such name.
-            RuntimeError: it is installed but cannot be loaded; chained to the reason.
+            ValueError: there is no such name.
+            RuntimeError: the backend is installed but cannot be loaded. The exception is chained to the reason.
         """
         if name not in self.entries():
             raise ValueError(f"backend must be None, 'auto', a Backend or one of {', '.join(self.names())}; got {name!r}.")
@@ -152,7 +158,7 @@ class Registry:
         return backend
 
     def resolve(self, backend: "str | Backend | None") -> Backend | None:
-        """What `backend=` means: a Backend, or None for automatic selection."""
+        """The backend that a caller's `backend=` names, or None for automatic selection."""
         if backend is None or backend == "auto":
             return None
         if isinstance(backend, Backend):
@@ -165,7 +171,7 @@ class Registry:
         )
 
     def backends(self) -> tuple[BackendInfo, ...]:
-        """Every installed backend, broken ones with why."""
+        """Every installed backend. A broken backend has the reason with it."""
         infos = []
         for name, entry in self.entries().items():
             backend = self._load(name)
@@ -182,7 +188,7 @@ class Registry:
         return tuple(infos)
 
     def automatic(self) -> list[Backend]:
-        """The backends that load, highest priority first. One that doesn't is warned about once."""
+        """The backends that can be loaded, highest priority first. Each backend that cannot be loaded gives one warning."""
         loaded = []
         for name, entry in self.entries().items():
             backend = self._load(name)
@@ -194,8 +200,11 @@ class Registry:
         return sorted(loaded, key=lambda backend: (-backend.priority, backend.name))
 
     def fingerprint(self, request: "Request") -> str:
-        """A name for all that decides what `select` answers to `request` on a given device. It is the same in every process, unless
-        something cannot be named; then it is another in each."""
+        """A text that identifies everything that `select` depends on for `request`, apart from the device.
+
+        The text is the same in every process. If a part has no stable text, such as a class that cannot be imported, the text
+        differs between processes.
+        """
         with self._lock:
             if self._installed is None:
                 self._installed = [
@@ -216,32 +225,32 @@ class Registry:
 
     @contextlib.contextmanager
     def _asking(self, backend: Backend, what: str, passes: tuple[type[Exception], ...] = ()):
-        """Around a question to a backend's attribute or method `what`.
+        """A context for asking a backend: turns errors from its attribute or method `what` into `BackendFailed`.
 
         Raises:
-            BackendFailed: it raised, something else than what `passes`.
+            BackendFailed: the backend raised an error that is not in `passes`.
         """
         try:
             yield
         except passes:
             raise
-        except Exception as error:  # whatever a plug-in raises
+        except Exception as error:  # a plug-in may raise anything
             raise BackendFailed(
                 f"The backend {backend.name!r} of {self._origin(backend)} raised in `{what}`: {_reason(error)}."
             ) from error
 
     def _origin(self, backend: Backend) -> str:
-        """The distribution that registers the backend's class, or else where the class is."""
+        """The distribution that registers the backend's class. For an unregistered class, its module and name."""
         entry = self.entries().get(backend.name)
         if entry is not None and type(self._load(backend.name)) is type(backend):
             return _distribution(entry)
         return f"{type(backend).__module__}.{type(backend).__qualname__}"
 
     def refusal(self, backend: Backend, problem: Problem, target: Target, direction: Direction = "forward") -> str | None:
-        """Why `backend` cannot do it, or None.
+        """Why `backend` cannot do the operation, or None if it can.
 
         Raises:
-            BackendFailed: it raised when asked.
+            BackendFailed: the backend raised an error when asked.
         """
         platforms = self._platforms(backend)
         if platforms is not None and target.platform not in platforms:
@@ -266,13 +275,14 @@ class Registry:
         direction: Direction = "forward",
         tuned: Tuned | None = None,
     ) -> Selection:
-        """The backend that does `problem` on `platform`: the named one, or the first that gives no reason against it.
+        """Selects the backend for `problem` on `platform`: the named backend, or else the first backend that does not refuse.
 
-        One that raises when asked counts as one that gives a reason, with a warning; unless it is the named one.
+        A named backend that refuses the backward operation is replaced by the first backend that does not refuse. A backend that
+        raises an error when asked counts as refusing, with a warning.
 
         Raises:
-            ValueError: an unknown name, a named backend that cannot do it, or hints that cannot work.
-            BackendFailed: the named backend raised when asked.
+            ValueError: the name is unknown, the named backend or every backend refuses, or a given hint cannot work.
+            BackendFailed: the named backend raised an error when asked.
         """
         target = Target.of(platform)
         named = self.resolve(backend)
@@ -283,7 +293,7 @@ class Registry:
                 if reason is None:
                     hints, hints_from, not_for = self._hints(candidate, problem, target, direction, named, tuned)
                     with self._asking(candidate, "lowering"), candidate.lowering(target):
-                        pass  # it can be entered
+                        pass  # checks that the context can be entered
                     problem = dataclasses.replace(problem, fwd_params=hints)
                     return Selection(candidate, problem, target, tuple(passed_over), hints_from, not_for)
             except BackendFailed as failure:
@@ -301,10 +311,11 @@ class Registry:
         return str(failure).removesuffix(".")
 
     def _hints(self, backend, problem, target, direction, named, tuned) -> tuple[FwdParams, HintsFrom, tuple[str, ...]]:
-        """The hints for a call, where they come from, and the names of those that were for another backend.
+        """The hints for a call, their origin, and the names of given hints that are for another backend only.
 
-        They are given, or else tuned (for the forward operation, which is what the tuner times), or else the backend's own. Given
-        ones stand alone: what was tuned was tuned together.
+        Given hints come first, then tuned hints, then the backend's defaults. Tuned hints are for the forward operation only,
+        because the tuner times only that. Given hints are never mixed with tuned hints, because the tuner finds the best
+        combination of all hints.
         """
         given = self._given_for(backend, problem, target, direction, named)
         not_for = tuple(name for name, value in vars(problem.fwd_params).items() if value != getattr(given, name))
@@ -317,30 +328,33 @@ class Registry:
             try:
                 with self._asking(backend, "fwd_params", passes=(ValueError,)):
                     return backend.fwd_params(dataclasses.replace(problem, fwd_params=best), target), "tuned", not_for
-            except ValueError as error:  # of another device of the same name, or edited by hand
+            except ValueError as error:  # tuned on another device of the same kind, or edited by hand
                 self._warn_once(str(error), f"Tuned hints are ignored: {error}")
         with self._asking(backend, "fwd_params"):
             return backend.fwd_params(problem, target), "default", not_for
 
     def _given_for(self, backend, problem, target, direction, named) -> FwdParams:
-        """The caller's hints, as far as they are for `backend`. They are for the backend of the forward operation; `num_key_splits`
-        asks for batch invariance, and is for all."""
+        """The caller's hints that apply to `backend`.
+
+        The caller's hints are for the backend of the forward operation. Only `num_key_splits` applies to every backend, because it
+        asks for batch invariance.
+        """
         given = problem.fwd_params
         for_all = FwdParams(num_key_splits=given.num_key_splits)
         if direction == "forward" or given == for_all:
             return given
         try:
             forward = named or self.select(target.platform, problem).backend
-        except ValueError:  # no forward operation, or none with such hints
+        except ValueError:  # no backend does the forward operation with these hints
             return for_all
         return given if backend == forward else for_all
 
     def check_named(self, backend: Backend | None, problem: Problem):
-        """A named backend that cannot do `problem` on any of its platforms is refused before anything is lowered.
+        """Checks, before anything is lowered, that a named backend can do `problem` on one of its platforms at least.
 
         Raises:
-            ValueError: with its reason, and who can.
-            BackendFailed: it raised when asked, and no platform is left where it may do it.
+            ValueError: the backend cannot do it on any platform. The message has the reason, and the backends that can.
+            BackendFailed: the backend raised an error for one platform, and can do it on no other platform.
         """
         if backend is None:
             return
@@ -382,7 +396,7 @@ def _distribution(entry) -> str:
 
 
 def _described(backend) -> Any:
-    """What makes one backend, or what came in its place, another than the next."""
+    """The facts that tell one backend from another. For a backend that cannot be loaded, the type of its error."""
     if isinstance(backend, Backend):
         return type(backend), backend.name, backend.version, vars(backend)
     return backend and type(backend)
@@ -396,5 +410,5 @@ registry = Registry()
 
 
 def backends() -> tuple[BackendInfo, ...]:
-    """The installed backends, with their platforms; for one that cannot be used here, why."""
+    """The installed backends, with their platforms. A backend that cannot be used in this installation has the reason with it."""
     return registry.backends()

@@ -1,8 +1,11 @@
-"""One operation on many devices: the cache says how it is split, and everything else follows it.
+"""One operation on many devices. The sharding of the cache decides how the work is split, and the other operands follow the cache.
 
-Split by batch or by heads, every device does its own share and none talks to another. Split along the sequence axis, each does the
-rows that it holds, and what they find is merged by one collective over results, never over the cache. Who decides how the cache is
-split differs: XLA's partitioner (plain `jax.jit`), the cache's own type (a mesh with explicit axes), or the caller (`shard_map`).
+- Split by batch or by heads: each device does its own share. Devices do not communicate.
+- Split along the sequence axis: each device works on the rows that it holds. One collective merges the results of the devices.
+  The cache is never communicated.
+
+The sharding of the cache comes from XLA's partitioner (plain `jax.jit`), from the type of the cache (a mesh with explicit axes), or
+from the caller (`shard_map`).
 """
 
 import contextlib
@@ -22,23 +25,23 @@ from ._problem import Cache, Queries
 from ._registry import registry
 
 
-# An operation's layout has a letter for each axis of its operands and results. Operands are (queries, cache, ...).
+# A layout has one letter per axis of an operation's operands and results. Operands are (queries, cache, ...).
 _NAMES = {"b": "batch", "t": "num_tokens", "h": "num_q_heads", "d": "head_dim", "s": "seq_len", "k": "num_kv_heads"}
 _NAMES |= {"n": "num_pages", "p": "page_size", "c": "pages of a sequence", "e": "the value's head_dim"}
 
 QUERIES = Queries("bthd", "bt", "bt", "bth")  # pyright: ignore[reportArgumentType]
-PER_TOKEN = ("bth", "bthe", "bth")  # of the backward operation: lse, d_out, delta
+PER_TOKEN = ("bth", "bthe", "bth")  # lse, d_out and delta, which the backward operation takes
 
 
 def cache_letters(cache: Cache) -> Cache:
-    """Letters of a padded cache, or of a pool and its page table."""
+    """The letters of a padded cache, or of a pool and its page table."""
     pages, row = ("b", "s") if cache.page_table is None else ("n", "p")
     rows, scale = f"{pages}{row}k", f"{pages}k{row}"
     return Cache(f"{rows}d", f"{rows}e", scale, scale, "bc")  # pyright: ignore[reportArgumentType]
 
 
 class Rows(NamedTuple):
-    """That the cache's rows are split: over which axes of the mesh, and how many rows there are in all."""
+    """A split of the cache's rows: the mesh axes that split them, and the number of rows on all devices together."""
 
     axes: tuple[str, ...]
     seq_len: int
@@ -46,17 +49,17 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the axes of operands and results belong together: trees of letters."""
+    """The letters of the axes of operands and results. Axes with the same letter are split alike."""
 
     operands: Any
     results: tuple[str, ...]
-    whole_groups: bool = False  # whether results sum over the query heads of a kv head, so that one device has them all
+    whole_groups: bool = False  # whether results are sums over a kv head's query heads: one device then needs them all
 
     def split(self, mesh, args, spec_of) -> dict[str, Any]:
-        """How each letter's axis is split, from how the arguments are, by `spec_of`. An axis of size 1 is not: it is alike for all.
+        """The entry of a partition spec per letter, from the specs of the arguments (`spec_of`). An axis of size 1 is not split.
 
-        The cache says how sequences, rows and kv heads are split. What the cache has no axis for follows the queries: sequences of
-        a pool, and query heads that share one kv head.
+        The cache decides how sequences, rows and kv heads are split. The queries decide about axes that the cache does not have:
+        the sequences if the cache is a pool, and query heads that share the only kv head.
         """
         queries, cache = args[:2]
         query, key = spec_of(queries.query)[-4:], spec_of(cache.key)[-4:]
@@ -76,7 +79,7 @@ class Layout:
         return dict.fromkeys(_NAMES) | split
 
     def specs(self, mesh, args, spec_of):
-        """Partition specs of operands and results, mapped axes in front."""
+        """The partition specs of operands and results. Mapped axes come first."""
         mapped, split = spec_of(args[1].key)[:-4], self.split(mesh, args, spec_of)
 
         def spec(letters, x=None):
@@ -87,18 +90,19 @@ class Layout:
         return operands, [spec(letters) for letters in self.results]
 
     def rule(self, args) -> tuple[str, dict[str, Any]]:
-        """The same as a sharding rule for Shardy: its text, and the sizes that it needs.
+        """The layout as a sharding rule for Shardy: the text of the rule, and the sizes of its factors.
 
-        Splits spread between key, value and results, and nowhere else where the cache is padded. Were the other operands tied to
-        them, a query that is split in a way of its own would leave d_key and d_value without a sharding, and they would be
-        gathered. A pool has no gradient, and ties sequences to the query and the page table instead.
+        For a padded cache, the rule ties key, value and results together, so that Shardy propagates a split between them. The query
+        is tied to the results only by query heads that share the only kv head. If it were tied by other axes, too, a query with
+        another split would leave d_key and d_value without a sharding, and XLA would gather them. A pool has no gradient. Its rule
+        ties the sequences of the results to the query and the page table.
         """
         queries, cache = args[:2]
         mapped = [f"m{i}" for i in range(cache.key.ndim - 4)]
         kv_heads = cache.key.shape[-2]
         group = queries.query.shape[-2] // kv_heads
         of_cache, of_results = {axis: axis for axis in ("s", "k", *mapped)}, {axis: axis for axis in ("b", "s", "k", *mapped)}
-        if group == 1 or kv_heads > 1:  # a factor of size 1 may not stand beside another
+        if group == 1 or kv_heads > 1:  # Shardy accepts no factor of size 1 together with another
             of_results["h"] = "k" if group == 1 else "(k g)"
         else:
             of_results["h"] = "h"
@@ -124,10 +128,10 @@ class Layout:
 
 
 def align(args, layout: Layout):
-    """Arguments whose types agree on how they are spread over a mesh; JAX differentiates what it takes to get there.
+    """The arguments, resharded so that their types agree on how they are split over a mesh. JAX differentiates the resharding.
 
     Raises:
-        ValueError: their types state shardings that cannot work together.
+        ValueError: the types of the arguments state shardings that cannot work together.
     """
     mesh = _mesh(args)
     if AxisType.Explicit in mesh.axis_types:
@@ -136,20 +140,20 @@ def align(args, layout: Layout):
 
 
 def spread(name, part, layout: Layout, fold):
-    """A function of a request and arguments as `align` returns them: `part(rows, request, *args)` on each device of the mesh.
+    """The function `run(request, *args)`, which runs `part(rows, request, *args)` on each device. `args` come from `align`.
 
     Args:
-        name: of the operation.
-        part: what one device does; `rows` says how the cache's rows are split, or is None.
-        layout: of its arguments and results.
-        fold: makes such a function one that `vmap` may map, by adding axes in front of all arguments.
+        name: name of the operation.
+        part: the work of one device. `rows` says how the cache's rows are split, or is None.
+        layout: layout of the arguments and results.
+        fold: adds a rule for `vmap` to a function. The rule may add leading axes to all arguments.
     """
 
     def run(request, *args):
         mesh = _mesh(args)
         if AxisType.Explicit in mesh.axis_types:
             results = fold(_explicit(part, layout))(request, *args)
-            return _vary_alike(results, args)  # cotangents come as callers of vjp made them
+            return _vary_alike(results, args)  # callers of vjp choose how their cotangents vary
         if AxisType.Manual in mesh.axis_types:
             return fold(functools.partial(part, None))(request, *args)
         return fold(_automatic(name, part, layout))(request, *args)
@@ -158,7 +162,7 @@ def spread(name, part, layout: Layout, fold):
 
 
 def maps_are_split(mapped, args) -> bool:
-    """Whether types say that what `vmap` maps, along the first axis, is split over devices."""
+    """Whether a type says that a mapped axis, the first axis of a mapped argument, is split over devices."""
     return any(m and _spec_of_type(x)[0] for m, x in zip(jax.tree.leaves(mapped), jax.tree.leaves(args), strict=True))
 
 
@@ -173,7 +177,7 @@ def _reshard(mesh, specs, args):
 
 
 def _vary_alike(arrays, others):
-    """Inside a `shard_map`: the arrays, as varying over each mesh axis that one of `others` varies over."""
+    """Inside a `shard_map`: the arrays, marked as varying over each mesh axis over which any of `others` varies."""
     axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(others)))
 
     def vary(x):
@@ -184,7 +188,7 @@ def _vary_alike(arrays, others):
 
 
 def _explicit(part, layout: Layout):
-    """`part`, with the types of cache and queries saying how they are split."""
+    """`part` on each device, where the types of cache and queries say how these are split."""
 
     def run(request, *args):
         mesh = _mesh(args)
@@ -192,8 +196,8 @@ def _explicit(part, layout: Layout):
         given, wanted = dataclasses.replace(layout, whole_groups=False).specs(mesh, args, _spec_of_type)
         local = functools.partial(part, _rows(_spec_of_type(args[1].key), args[1]), request)
         if any(entry for spec in (given[0].query, given[1].key) for entry in spec):
-            # Over all axes that are to be had: all but those that `vmap` maps away. Unchecked: by its type, what is merged on every
-            # device differs between them.
+            # Over all mesh axes except those that `vmap` uses. `check_vma` is off: all devices compute the same merged result, but
+            # its type says that the result varies between devices.
             local = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return _reshard(mesh, wanted, local(*_reshard(mesh, in_specs, args)))
 
@@ -201,7 +205,7 @@ def _explicit(part, layout: Layout):
 
 
 def _automatic(name, part, layout: Layout):
-    """`part`, with the partitioner deciding how the cache is split."""
+    """`part` on each device, where XLA's partitioner decides how the cache is split."""
 
     def partition(request, mesh, operands, results):
         del results
@@ -218,7 +222,7 @@ def _automatic(name, part, layout: Layout):
 
         return mesh, local, out_shardings, in_shardings
 
-    def infer(mesh, operands, results):  # for XLA's older partitioner, which knows no rules
+    def infer(mesh, operands, results):  # for XLA's older partitioner, which uses no sharding rules
         del results
         _, specs = layout.specs(mesh, operands, _spec)
         return [NamedSharding(mesh, spec) for spec in specs]
@@ -231,8 +235,9 @@ def _automatic(name, part, layout: Layout):
         def named(*args):
             return op(*args)
 
-        # What the partitioner puts there it learns from a callback, of which the program has no more than an address. So that a
-        # program which is kept on disk is not taken for that of another request, the name says which request it is.
+        # The partitioner gets the code from a callback. The program contains only the callback's address, which says nothing about
+        # the request. The function's name identifies the request, so that JAX's cache on disk keeps programs of different requests
+        # apart.
         named.__name__ = f"{name}_{registry.fingerprint(request)}"
         return jax.jit(named)(*args)
 
@@ -240,33 +245,34 @@ def _automatic(name, part, layout: Layout):
 
 
 def wide(dtype):
-    """float64 stays float64 inside: the partitioner calls back from a thread that knows of no `jax.enable_x64` around the call."""
+    """A context in which float64 stays float64. The partitioner's callbacks run in a thread without the caller's `enable_x64`."""
     return jax.enable_x64(True) if dtype == jnp.float64 else contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# What one device does. Mapped axes may stand in front of all arguments; `op` takes them too.
+# The work of one device. All arguments may have leading mapped axes, and `op` accepts them.
 
 
 def forward_part(op, rows: Rows | None, request, queries, cache):
-    """Output and log-sum-exp of all keys, from the rows that this device holds of them."""
+    """Output and log-sum-exp over all keys. Each device contributes the rows that it holds."""
     if rows is None:
         return op(request, queries, cache)
     dtype = None if request.settings.keeps_accum_dtype else queries.query.dtype
     request, queries = _own_rows(rows, request, queries, cache)
-    if queries.sink is not None:  # counted once
+    if queries.sink is not None:  # only the first device counts the sink
         sink = jnp.where(lax.axis_index(rows.axes) == 0, queries.sink, -jnp.inf)
         queries = dataclasses.replace(queries, sink=sink)
     out, lse = op(request, queries, cache)
-    # One collective for both: on GPUs its latency is most of what it costs. Along an axis of its own, which is the first one:
-    # JAX loses the types of explicit axes where it makes that axis itself.
+    # One collective for both results, because on GPUs most of its cost is latency. The `[None]` makes the axis along which the
+    # devices' results are gathered: if `all_gather` makes that axis, JAX loses the types of explicit axes.
     packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1)[None], rows.axes, tiled=True)
     out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
     return [out.astype(dtype or out.dtype), lse]
 
 
 def backward_part(op, wanted, rows: Rows | None, request, queries, cache, *per_token):
-    """The gradients. With lse and delta of all keys, those of a device's own rows need nothing from the others."""
+    """The gradients. lse and delta cover all keys, so a device computes the gradients of its own rows alone. d_query is a sum over
+    devices."""
     if rows is None:
         return op(request, queries, cache, *per_token)
     dtype = queries.query.dtype
@@ -278,7 +284,8 @@ def backward_part(op, wanted, rows: Rows | None, request, queries, cache, *per_t
 
 
 def _own_rows(rows: Rows, request, queries, cache):
-    """The request and the bounds as seen from the rows that this device holds; the last ones may be none of the cache's."""
+    """The request and the queries for the rows of this device, with bounds relative to its first row. Where rows do not divide
+    evenly, the last devices hold padding beyond the cache, which no bound includes."""
     settings = dataclasses.replace(request.settings, keeps_accum_dtype=True)
     own = cache.key.shape[-3]
     first = lax.axis_index(rows.axes) * own
@@ -291,7 +298,7 @@ def _own_rows(rows: Rows, request, queries, cache):
 
 
 def _spec(array):
-    """The partition spec of an array, an entry for each axis; none is split where the partitioner does not know yet."""
+    """The partition spec of an array, with one entry per axis. If the partitioner has no spec yet, no axis is split."""
     spec = getattr(array.sharding, "spec", None) or ()
     return tuple(spec) + (None,) * (len(array.shape) - len(spec))
 
@@ -301,7 +308,7 @@ def _spec_of_type(array):
 
 
 def _devices(mesh, entry) -> int:
-    """Over how many devices one entry of a spec splits an axis."""
+    """The number of devices over which one entry of a spec splits an axis."""
     return math.prod(mesh.shape[name] for name in _axes(entry))
 
 
@@ -311,7 +318,7 @@ def _axes(entry) -> tuple[str, ...]:
 
 
 def _rows(key, cache) -> Rows | None:
-    """How a spec of the key splits the rows of a padded cache."""
+    """The split of a padded cache's rows, from the spec of the key. None if the rows are not split."""
     axes = _axes(key[-3])
     return Rows(axes, cache.key.shape[-3]) if axes else None
 
@@ -338,7 +345,7 @@ def _check_cache(cache, spec_of):
 
 
 def _check_even(mesh, cache, key):
-    """A device has whole kv heads. (Rows and sequences may be uneven: some devices then have fewer.)"""
+    """Raises a ValueError unless kv heads are split evenly. Rows and sequences may be split unevenly."""
     heads, devices = key.shape[-2], _devices(mesh, cache[-2])
     if heads % devices:
         raise ValueError(
@@ -348,7 +355,7 @@ def _check_even(mesh, cache, key):
 
 
 def _explicit_specs(layout, args):
-    """Specs that the arguments should have, by their types; an axis that is not split yet may become so."""
+    """The specs that the arguments must have, from their types. An argument that is not split yet may be resharded."""
     _check_cache(args[1], _spec_of_type)
     mesh = _mesh(args)
     specs, _ = layout.specs(mesh, args, _spec_of_type)

@@ -19,6 +19,7 @@ from support import assert_close, assert_right
 from test_traffic import collectives
 
 from ejk_ragged import KVCache, quantize, ragged_decode_attention
+from ejk_ragged._cache import _places
 from ejk_ragged.testing import TextbookBackend
 
 
@@ -181,6 +182,27 @@ def test_a_row_of_several_sequences():
     assert any(np.array_equal(written.key[0, :2], key[b]) for b in (1, 2))
 
 
+def test_rows_are_rounded_up_to_whole_pages():
+    assert zeros({"page_size": 5}, seq_len=12).seq_len == 15
+    assert zeros({"page_size": 5}, seq_len=15).seq_len == 15
+
+
+@pytest.mark.parametrize("layout", ["padded", "pages of a table"])
+def test_only_a_padded_cache_promises_unique_places(layout):
+    """XLA may do anything if the promise is broken. In pages, only the caller knows whether sequences share a page."""
+    cache = zeros(LAYOUTS[layout])
+    text = jax.jit(KVCache.write).lower(cache, *new_rows(cache, 3), np.zeros(BATCH, np.int32)).as_text()
+    assert ("unique_indices = true" in text) == (layout == "padded")
+    assert ("unique_indices = false" in text) == (layout != "padded")
+
+
+def test_dropped_rows_have_places_of_their_own():
+    """The promise of unique places includes the rows that are dropped: beyond the cache, before the cache, and padding tokens."""
+    page, offset = _places(zeros({}), np.array([11, -2, 2]), np.array([3, 3, 1]), 3)
+    places = np.stack([np.broadcast_to(page, offset.shape), offset], axis=-1).reshape(-1, 2)
+    assert len(np.unique(places, axis=0)) == 3 * BATCH
+
+
 def test_the_docstring_runs(promoted_ranks):
     code = re.findall(r"```python\n(.*?)```", inspect.getdoc(KVCache) or "", flags=re.DOTALL)
     names = {"jax": jax, "jnp": jnp, "functools": functools, "KVCache": KVCache, "ragged_decode_attention": ragged_decode_attention}
@@ -313,6 +335,7 @@ def test_through_transformations(layout, dtype):
     assert jax.tree.structure(want) == jax.tree.structure(cache)
     assert jax.eval_shape(lambda: zeros(layout, dtype)).seq_len == cache.seq_len
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), cache)
+    assert stacked.seq_len == cache.seq_len
     twice = jax.vmap(KVCache.write, (0, None, None, None))(stacked, key, value, at)
     looped = lax.scan(lambda cache, _: (cache.write(key, value, at), None), cache, length=2)[0]
     for got in (jax.tree.map(lambda x: x[1], twice), looped, jax.jit(KVCache.write)(cache, key, value, at)):

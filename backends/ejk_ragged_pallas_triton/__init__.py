@@ -1,4 +1,4 @@
-"""The Pallas-Triton backend: NVIDIA GPUs. Nothing of Pallas is imported before a GPU is asked for."""
+"""The Pallas-Triton backend for NVIDIA GPUs. It imports Pallas only when it is asked about a GPU."""
 
 import dataclasses
 import importlib.util
@@ -17,7 +17,7 @@ class PallasTritonBackend(Backend):
     """Decode attention as two Pallas kernels that Triton compiles.
 
     Attributes:
-        interpret: run the kernels in Pallas' interpreter, on any platform; slow, for tests.
+        interpret: whether to run the kernels in Pallas' interpreter, on any platform. Slow, for tests.
     """
 
     interpret: bool = False
@@ -31,10 +31,10 @@ class PallasTritonBackend(Backend):
         return None if self.interpret else frozenset({"cuda"})
 
     def unavailable(self) -> str | None:
-        # JAX has deprecated its Triton backend; the day it goes, this backend goes with it.
+        # JAX has deprecated its Triton backend. A future JAX may not have it.
         try:
             found = importlib.util.find_spec(LANGUAGE) and importlib.import_module(LANGUAGE)
-        except Exception as error:  # no Pallas at all, or what Triton's part of Pallas needs
+        except Exception as error:  # no Pallas, or a dependency of its Triton part is missing
             return f"this JAX has no {LANGUAGE} ({type(error).__name__}: {error})"
         return None if found else f"this JAX has no {LANGUAGE}"
 
@@ -49,10 +49,10 @@ class PallasTritonBackend(Backend):
         rows = (problem.num_pages or problem.batch) * (problem.page_size or problem.seq_len)
         elements = rows * problem.num_kv_heads * max(problem.row_dim, problem.value_dim)
         if problem.quantised and 2**31 < elements <= 2**32:
-            # JAX's lowering goes over to 64-bit offsets, which count elements, only where an array has more than 2**32 bytes.
-            return f"JAX addresses a cache of {elements} bytes with 32 bits, of which one is the sign"
+            # Offsets count elements. JAX's lowering uses 64-bit offsets only for an array of more than 2**32 bytes.
+            return f"JAX addresses a cache of {elements} bytes with 32 bits, one of which is the sign"
         capability = getattr(target.device, "compute_capability", None)
-        # Triton converts from float8_e4m3fn where the hardware does.
+        # Triton converts from float8_e4m3fn only if the hardware does.
         least, what = (8.9, " for float8_e4m3fn") if problem.cache_dtype == jnp.float8_e4m3fn else (8.0, "")
         if capability is not None and float(capability) < least:
             return f"it needs a GPU of compute capability {least} or newer{what}, not {capability}"

@@ -1,11 +1,13 @@
-"""The backward operation: `split` walks through the live ranges once more and writes d_key and d_value; a second kernel adds up
-the pieces of d_query.
+"""The backward operation in two kernels. `split` walks over the live ranges once more. `sum` adds up the pieces of d_query.
 
-Nothing of the softmax is stored by the forward but lse: p_j = exp(logit_j - lse), d_logit_j = p_j (d_out . v_j - delta).
-Every row of d_key and d_value is written exactly once, the rows outside the live range as zeros, by a second, even share of them.
+The forward operation keeps only lse of the softmax: p_j = exp(logit_j - lse), and d_logit_j = p_j (d_out . v_j - delta).
 
-Rows of queries beyond one block are added up in d_key and d_value tile by tile; d_query's sums stay in registers, for one block
-only. So where there are several blocks the two are done apart.
+- d_key and d_value: `split` writes each row exactly once. Rows outside the live ranges are zeros. A second schedule shares them out
+  evenly among all programs.
+- d_query: `split` adds up d_query in registers, and writes one partial result per piece.
+
+If a kv head has several blocks of query rows, `split` runs twice. For d_key and d_value, a program goes through all blocks at each
+tile. For d_query, a program has one block, because registers hold the sums of one block only.
 """
 
 import functools
@@ -38,7 +40,7 @@ from ._tuning import backward_tiles, SMALL_BLOCK, Tiles
 
 
 def backward(problem, target, queries, cache, lse, d_out, delta, *, wanted, interpret):
-    """The wanted gradients; shapes as in `ejk_ragged.Backend.backward`."""
+    """Does `ejk_ragged.Backend.backward` for a problem whose hints are resolved."""
     plan = backward_tiles(problem, target)
     if plan.row_blocks > 1 and wanted.query and wanted.key_value:
         arguments = problem, target, queries, cache, lse, d_out, delta
@@ -51,7 +53,7 @@ def backward(problem, target, queries, cache, lse, d_out, delta, *, wanted, inte
     query, d_out = queries.query.reshape(batch, rows, head_dim), d_out.reshape(batch, rows, problem.value_dim)
     lse, delta = (x.reshape(batch, rows) for x in (lse, delta))
     lengths = length_arrays(problem, queries)
-    # The rows before each live range and those after it, twice as many ranges, shared out among all programs alike.
+    # The idle rows are the rows before and after each live range: two ranges per sequence, shared out evenly among all programs.
     idle = Schedule(2 * batch, problem.seq_len, schedule.programs, schedule.block_keys, by_sequence=False)
     idle_lengths = _idle_lengths(problem, lengths) if wanted.key_value else None
     operands, tree = jax.tree.flatten((query, cache, lse, d_out, delta, lengths, idle_lengths))
@@ -86,7 +88,7 @@ def backward(problem, target, queries, cache, lse, d_out, delta, *, wanted, inte
 
 
 def _idle_lengths(problem, lengths):
-    """The rows before each live range and those after it, as ranges of 2 * B sequences."""
+    """The rows before and after each live range, as the ranges of 2 * B sequences."""
     start = jnp.zeros(problem.batch, jnp.int32) if lengths["start"] is None else jnp.clip(lengths["start"], 0, problem.seq_len)
     end = jnp.full(problem.batch, problem.seq_len) if lengths["end"] is None else jnp.clip(lengths["end"], 0, problem.seq_len)
     return {
@@ -96,8 +98,10 @@ def _idle_lengths(problem, lengths):
 
 
 def _split_kernel(*refs, tree, problem, plan: Tiles, idle: Schedule, wanted: Wanted):
-    """One program: its tiles of the live ranges, for the rows of queries of a kv head, all of them or, for d_query, a block; then
-    its share of the cache's rows that stay zero."""
+    """One program does its tiles of the live ranges, and then writes zeros to its share of the idle rows.
+
+    With d_query, the program has one block of query rows of a kv head. Without d_query, it has all blocks.
+    """
     operand_refs, out_refs = refs[: tree.num_leaves], refs[tree.num_leaves :]
     q_ref, cache, lse_ref, d_out_ref, delta_ref, lengths, idle_lengths = tree.unflatten(operand_refs)
     parts_ref, pieces_ref, *out_refs = out_refs if wanted.query else (None, None, *out_refs)
@@ -117,7 +121,7 @@ def _split_kernel(*refs, tree, problem, plan: Tiles, idle: Schedule, wanted: Wan
         live = rows.live(keys, end, found)
 
         def rows_of(block):
-            """Query and cotangent of a block, in parts."""
+            """The query and the output's cotangent of a block, in parts."""
             q = [load(block.of_query(q_ref, b, part)) for part in plan.key_parts]
             return q, [load(block.of_query(d_out_ref, b, part)) for part in plan.value_parts]
 
@@ -128,12 +132,12 @@ def _split_kernel(*refs, tree, problem, plan: Tiles, idle: Schedule, wanted: Wan
         key_scale, value_scale = (block.common_scale(problem, ref, b) for ref in (cache.key_scale, cache.value_scale))
 
         def gradients(block, q, d_out):
-            """For a block: probabilities, gradients of the products q . k; and keys with their scales."""
+            """For a block: the probabilities, the gradients of the products q . k, and the tile of keys."""
             lse, delta = load(block.of_row(lse_ref, b)), load(block.of_row(delta_ref, b))
             sees = block.sees(lengths, b, keys, live)
             seen_k, seen_v = (tile.cleaned(sees) for tile in (k, v)) if problem.junk_between_tokens else (k, v)  # 0 times NaN
             x = logits(problem, products(problem, q, seen_k.parts), seen_k.scales, key_scale)
-            # No probability is above 1, but beside large logits lse has lost its low bits.
+            # A probability is at most 1. The minimum enforces this, because lse has lost its low bits if logits are large.
             p = jnp.where(sees & block.ok[:, None], jnp.exp2(jnp.minimum(x - lse[:, None] * LOG2_E, 0.0)), 0.0)
             d_p = products(problem, d_out, seen_v.parts) * (value_scale if seen_v.scales is None else seen_v.scales[None, :])
             d_x = p * (d_p - delta[:, None]) * logits_slope(problem, x) * key_scale
@@ -143,8 +147,11 @@ def _split_kernel(*refs, tree, problem, plan: Tiles, idle: Schedule, wanted: Wan
         if wanted.key_value:
 
             def outer_products(p, d_x, q, d_out):
-                """Of d_key and d_value, one after the other: where there is one block only, the first is on its way to memory while
-                the second is computed. Both before d_query, whose store is a branch."""
+                """The gradients of the tile's keys, and then of its values.
+
+                If there is one block, d_key is on its way to memory while d_value is computed. Both come before d_query, whose
+                store is a branch.
+                """
                 for weights, rows in ((d_x, q), (p, d_out)):
                     yield from (dot(problem, weights.astype(part.dtype).T, part) for part in rows)
 
@@ -173,7 +180,7 @@ def _split_kernel(*refs, tree, problem, plan: Tiles, idle: Schedule, wanted: Wan
         return d_q, last, *next_tile(i + 1)
 
     def next_tile(i):
-        """Of tile i: sequence, first row, end of the piece, and what is looked up for it."""
+        """For tile i: the sequence, the first row, the end of the piece, and what `Rows.look_up` finds."""
         b, key, end = tile_at(i)
         return b, key, end, rows.look_up(b, key)
 
@@ -196,12 +203,12 @@ def _split_kernel(*refs, tree, problem, plan: Tiles, idle: Schedule, wanted: Wan
 
 
 def _parts_of(cache_refs, plan):
-    """Arrays like key and value, each with the parts of its dimensions."""
+    """Pairs of an array like key or value and a part of its dimensions."""
     return [(ref, part) for ref, parts in zip(cache_refs, (plan.key_parts, plan.value_parts), strict=True) for part in parts]
 
 
 def _sum_kernel(parts_ref, pieces_ref, d_query_ref, *, plan: Tiles):
-    """One program: d_query of some rows of one sequence, the sum of its pieces."""
+    """One program computes d_query of some query rows of one sequence: the sum over the pieces."""
     b = pl.program_id(0)
     rows = pl.program_id(1) * plan.merge_rows + jnp.arange(plan.merge_rows, dtype=jnp.int32)
     first, count = pieces_ref[0, b], pieces_ref[1, b]

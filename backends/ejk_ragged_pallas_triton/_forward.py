@@ -1,9 +1,10 @@
-"""The forward operation in two kernels: `split` works through pieces of the live ranges, `combine` merges each sequence's pieces.
+"""The forward operation in two kernels. `split` computes a partial result per piece, and `combine` merges a sequence's pieces.
 
-Inside `split` logits are in base 2: `exp2` is one instruction, and the factor log2(e) rides on the scale. Outside all is natural.
+A partial result is three things: the weighted sum of values, not divided yet, the largest logit, and the sum of the weights. The
+last two are separate numbers, because a log-sum-exp would lose the sum of the weights next to a large logit.
 
-A piece leaves sums that are not divided yet, and the largest logit apart from the sum of the weights: in one number, their
-log-sum-exp, the sum would be lost beside a large logit.
+`split` uses base-2 logits, because `exp2` is one instruction. The factor log2(e) is part of the scale of the logits. Everything
+outside `split` is in base e.
 """
 
 import functools
@@ -35,7 +36,7 @@ from ._tuning import forward_tiles, Tiles
 
 
 def forward(problem, target, queries, cache, *, interpret):
-    """Output and log-sum-exp; shapes as in `ejk_ragged.Backend.forward`."""
+    """Does `ejk_ragged.Backend.forward` for a problem whose hints are resolved."""
     plan = forward_tiles(problem, target)
     schedule = plan.schedule
     accum = problem.accum_dtype
@@ -73,7 +74,7 @@ def forward(problem, target, queries, cache, *, interpret):
 
 
 def _split_kernel(*refs, tree, problem, plan: Tiles):
-    """One program: its tiles, for one block of the query rows of a kv head."""
+    """One program does its tiles for one block of query rows of a kv head."""
     *operand_refs, parts_ref, part_stats_ref, pieces_ref = refs
     q_ref, cache, lengths = tree.unflatten(operand_refs)
     schedule = plan.schedule
@@ -92,14 +93,14 @@ def _split_kernel(*refs, tree, problem, plan: Tiles):
         sees = block.sees(lengths, b, keys, live)
         x = logits(problem, products(problem, q, k.parts), k.scales, block.common_scale(problem, cache.key_scale, b))
         x = jnp.where(sees, x, -jnp.inf)
-        # The first tile of a piece forgets the piece before. This is arithmetic and no branch, and so are the look-ups of the
-        # next tile: Triton keeps loads in flight only where their addresses come without one.
+        # The first tile of a piece resets the state. This is arithmetic, and so are the look-ups of the next tile. A branch would
+        # end Triton's pipeline, which needs load addresses that do not depend on a branch.
         high = jnp.where(fresh, -jnp.inf, high)
         new_high = jnp.maximum(jnp.maximum(high, jnp.max(x, axis=1)), LOWEST)
         fade = jnp.exp2(high - new_high)
         p = jnp.exp2(x - new_high[:, None])
-        total = total * fade[:, None] + p  # summed over keys at the end of a piece only: warps wait for each other once less
-        if problem.junk_between_tokens:  # what nobody sees weighs 0, but 0 times what is there may be NaN
+        total = total * fade[:, None] + p  # summed over keys only at the end of a piece: one barrier less per tile
+        if problem.junk_between_tokens:  # a row that no query row sees has weight 0, but 0 times NaN is NaN
             v = v.cleaned(sees)
         acc = tuple(x * fade[:, None] + value_dot(problem, p, tile, v.scales) for x, tile in zip(acc, v.parts, strict=True))
         last = schedule.is_last(program, key, end)
@@ -116,7 +117,7 @@ def _split_kernel(*refs, tree, problem, plan: Tiles):
         return acc, new_high, total, last, *next_tile(i + 1)
 
     def next_tile(i):
-        """Of tile i: sequence, first row, end of the piece, and what is looked up for it."""
+        """For tile i: the sequence, the first row, the end of the piece, and what `Rows.look_up` finds."""
         b, key, end = tile_at(i)
         return b, key, end, rows.look_up(b, key)
 
@@ -132,7 +133,7 @@ def _split_kernel(*refs, tree, problem, plan: Tiles):
 
 
 def _combine_kernel(parts_ref, part_stats_ref, pieces_ref, *refs, num_q_heads, plan: Tiles):
-    """One program: some rows of one sequence. Adds up its partial results, the sink's too."""
+    """One program merges the partial results and the sink of some query rows of one sequence."""
     *sink_refs, out_ref, lse_ref = refs
     b = pl.program_id(0)
     rows = pl.program_id(1) * plan.merge_rows + jnp.arange(plan.merge_rows, dtype=jnp.int32)
@@ -140,7 +141,7 @@ def _combine_kernel(parts_ref, part_stats_ref, pieces_ref, *refs, num_q_heads, p
     first, count = pieces_ref[0, b], pieces_ref[1, b]
 
     def masked(part, mask):
-        """[pieces, rows] with an axis of dimensions more."""
+        """A mask [pieces, rows] with one more axis, the dimensions of `part`."""
         beyond = part.first + part.size > part.limit
         return mask[:, :, None] & (part.dims < part.limit)[None, None, :] if beyond else mask[:, :, None]
 
@@ -149,7 +150,7 @@ def _combine_kernel(parts_ref, part_stats_ref, pieces_ref, *refs, num_q_heads, p
         piece = i * plan.merge_slots + jnp.arange(plan.merge_slots, dtype=jnp.int32)
         mask = (piece < count)[:, None] & ok[None, :]
         slots = first + piece
-        # Both numbers in one load: with two, this kernel takes half as long again where it is short.
+        # One load for both numbers. With two loads, this kernel takes 1.5 times as long when there is little to merge.
         which = jnp.arange(2, dtype=jnp.int32)[None, None, :]
         place = part_stats_ref.at[slots[:, None, None], rows[None, :, None], which]
         stats = plgpu.load(place, mask=mask[:, :, None], other=-jnp.inf)

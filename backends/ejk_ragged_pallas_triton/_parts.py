@@ -1,21 +1,21 @@
-"""A head's dimensions in parts: tiles are powers of two wide, and 576 is 512 + 64, 192 is 128 + 64, 96 is 64 + 32."""
+"""A head's dimensions in parts, because tiles are powers of two wide: 576 is 512 + 64, 192 is 128 + 64, 96 is 64 + 32."""
 
 import dataclasses
 
 import jax.numpy as jnp
 
 
-LEAST = 32  # dimensions of a part beside another
+LEAST = 32  # dimensions per part, at least, if a head has several parts
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a head's dimensions: tiles are powers of two wide, and a head that is not is walked over in parts.
+    """A part of a head's dimensions.
 
     Attributes:
         first: number of the first dimension.
-        size: dimensions, a power of two, 16 at least.
-        limit: dimensions of the head; the last part may go beyond.
+        size: number of dimensions: a power of two, and at least 16.
+        limit: number of dimensions of the head. The last part may exceed it: these dimensions are padding.
     """
 
     first: int
@@ -26,8 +26,8 @@ class Part:
     def of(cls, dim: int) -> "tuple[Part, ...]":
         """The parts of a head of `dim` dimensions, the largest first.
 
-        No part is smaller than 32 beside another: such tiles cost more than the padding that they spare. (On an H100, a head of
-        80 dimensions takes 1.3 times as long in 64 + 16 as in 128.)
+        If there are several parts, none is smaller than `LEAST`. A smaller tile costs more than the padding that it avoids: on an
+        H100, a head of 80 dimensions takes 1.3 times as long in 64 + 16 as in 128.
         """
         parts, first = [], 0
         while first < dim:
@@ -41,11 +41,11 @@ class Part:
 
     @property
     def dims(self):
-        """Numbers of the dimensions, [size]."""
+        """The numbers of the dimensions, [size]."""
         return self.first + jnp.arange(self.size, dtype=jnp.int32)
 
     def masked(self, ok):
-        """A mask [rows, size] of rows `ok`, [rows]; [rows, 1] where no dimension is beyond the head."""
+        """The mask of a tile [n, size], from a mask `ok` [n]. [n, 1] if the part has no padding."""
         if self.first + self.size <= self.limit:
             return ok[:, None]
         return ok[:, None] & (self.dims < self.limit)[None, :]

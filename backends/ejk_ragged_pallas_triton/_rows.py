@@ -1,8 +1,8 @@
-"""Where a tile of rows of a sequence is in the cache: in a padded array, or in pages.
+"""Finds a tile of rows of a sequence in the cache, which is padded or in pages.
 
-There is one way to find a row: the numbers of a tile's pages are looked up one tile ahead (`look_up`) and carried by the loop.
-Triton keeps loads in flight only where no load has to wait for the address of another load in the same round. A padded cache is the
-page that is the sequence, which needs no look-up.
+The numbers of a tile's pages are looked up one tile ahead (`look_up`), and the loop carries them. Triton keeps loads in flight only
+if no load has to wait for the address from another load in the same iteration. A padded cache has one page per sequence, and needs
+no look-up.
 """
 
 import dataclasses
@@ -14,15 +14,16 @@ from jax.experimental.pallas import triton as plgpu
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """How tiles of `block_keys` rows are found.
+    """Finds tiles of `block_keys` rows.
 
     Attributes:
-        table_ref: int32 [B, P], or None for a padded cache.
-        start_ref: int32 [B], the first rows of the ranges, or None.
-        num_pages: pages of the pool.
-        page_size: rows per page.
-        block_keys: rows per tile.
-        anywhere: whether tiles begin where ranges do, as they do in a padded cache, so that sums have the same order and bits.
+        table_ref: the page table, int32 [B, P], or None for a padded cache.
+        start_ref: the first rows of the ranges, int32 [B], or None.
+        num_pages: number of pages of the pool.
+        page_size: number of rows per page, or None for a padded cache.
+        block_keys: number of rows per tile.
+        anywhere: whether tiles in pages begin at the first row of the range, as tiles of a padded cache do. Sums then have the same
+            order and the same bits as for a padded cache.
     """
 
     table_ref: Any
@@ -39,7 +40,7 @@ class Rows:
 
     @property
     def align(self) -> int:
-        """Tiles begin at multiples of so many rows, and then have one page, or whole pages."""
+        """Tiles begin at multiples of this number of rows. If it is above 1, a tile lies in one page or is several whole pages."""
         if self.page_size is None or self.anywhere:
             return 1
         small, large = sorted((self.page_size, self.block_keys))
@@ -47,19 +48,23 @@ class Rows:
 
     @property
     def pages_of_tile(self) -> int:
-        """How many numbers are looked up per tile."""
+        """How many numbers of pages are looked up per tile."""
         if self.page_size is None:
             return 0
-        if self.align == 1:  # pages of one row, or of a size that fits no tile: a number for each row
+        if self.align == 1:  # one number per row: pages have one row, or tiles and pages do not line up
             return self.block_keys
         return max(self.block_keys // self.page_size, 1)
 
     def look_up(self, b, key):
-        """What must be known of the tile of sequence `b` that begins with row `key`: nothing of a padded cache, else the numbers of
-        its pages, one or [pages_of_tile], and, where tiles may begin before the range does, the range's first row.
+        """Looks up the tile of sequence `b` that begins at row `key`.
 
-        What is not in the pool, or beyond the table, is clipped: no token sees a row there. Clipped here, not where the numbers are
-        used a round later: then the loop waited longer (pages of 64, full: 1.12 of a padded cache in place of 1.06).
+        Entries outside the pool or the table are clipped, because no token sees a row there. They are clipped here and not one
+        iteration later, where they are used, because the loop then waited longer: with full pages of 64 rows, a call took 1.12
+        times the time of a padded cache, and now takes 1.06 times.
+
+        Returns:
+            () for a padded cache. Otherwise the number of the tile's page, or the numbers of its pages [pages_of_tile]. If the tile
+            may begin before the range, also the range's first row.
         """
         if self.page_size is None:
             return ()
@@ -74,14 +79,14 @@ class Rows:
         return jnp.clip(page, 0, self.num_pages - 1), *start
 
     def live(self, keys, end, found):
-        """Which keys of a tile are in the range, whose piece ends at `end`."""
+        """Which keys of a tile are in the range. `end` is the end of the piece, and `found` comes from `look_up`."""
         live = keys < end
         for start in found[1:]:
             live = live & (keys >= start)
         return live
 
     def place(self, b, key, found):
-        """Page, or pages [block_keys], of the tile's rows, and the rows in them, [block_keys]."""
+        """The place of the tile's rows: their page, or one page per row [block_keys], and the rows within pages [block_keys]."""
         offsets = jnp.arange(self.block_keys, dtype=jnp.int32)
         if self.page_size is None:
             return b, key + offsets

@@ -1,4 +1,4 @@
-"""Sizes of tiles, numbers of programs, warps and stages: the defaults with their reasons, and the checks of hints."""
+"""Sizes of tiles, and numbers of programs, warps and stages: the defaults with their reasons, and the checks of hints."""
 
 import dataclasses
 import functools
@@ -12,15 +12,18 @@ from ._parts import Part
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The static shape of the work.
+    """The static shape of the work of an operation, which is two kernels: one reads the cache, and one merges partial results.
 
     Attributes:
-        block_rows: query rows of one kv head in a program; a power of two, 16 at least (the tensor cores' smallest).
-        row_blocks: such blocks per kv head.
+        block_rows: number of query rows per program of the first kernel. A power of two, and at least 16, which is the smallest
+            tile of the tensor cores.
+        row_blocks: number of blocks of query rows per kv head.
         key_parts, value_parts: the dimensions of keys and values, in parts that are powers of two.
-        num_warps, num_stages: of the kernel that walks through the cache.
-        merge_rows, merge_slots, merge_warps: rows of a program that merges partials, partials at a time, and its warps.
-        schedule: who works on which keys.
+        num_warps, num_stages: warps and stages of the first kernel.
+        merge_rows: number of query rows per program of the merging kernel.
+        merge_slots: number of partial results that the merging kernel loads at a time.
+        merge_warps: warps of the merging kernel.
+        schedule: which program works on which keys.
     """
 
     block_rows: int
@@ -36,50 +39,65 @@ class Tiles:
 
     @property
     def key_width(self) -> int:
-        """Dimensions of a key, with the padding of the last part."""
+        """Number of dimensions of a key, with the padding of the last part."""
         return width_of(self.key_parts)
 
 
-# The defaults, measured on an H100; docs/developers has the log.
-TILE_BYTES = 16 * 1024  # of keys in a tile, and as many of values: enough in flight, and small enough for three stages
-MOST_KEYS = 256  # of a tile
-# Of a quantised cache, whose tiles are widened in registers: fewer; and fewer still beside more rows of queries than 16, in the
-# backward kernel, and of float8 no more than a head has dimensions. Where there are no more than so many tiles a program, they are
-# halved, down to the last number.
-MOST_QUANTISED_KEYS, FEW_QUANTISED_KEYS, FEW_TILES, LEAST_QUANTISED_KEYS = 128, 64, 4, 32
-NUM_WARPS = 4  # eight wait for each other in the softmax, two are too few for a tile
-NUM_STAGES = 3  # two tiles on their way while one is worked on
-# Programs of a multiprocessor, all of them there from the beginning to the end, by whether the cache is quantised. One gets its
-# equal share of the bandwidth. But a tile of 8 bits takes longer to work on than to load, and two work on one each in turn.
-PROGRAMS = {False: 1, True: 2}
-# Numbers of a block of queries that d_query's kernel loads before the keys of a quantised cache. Larger ones it loads after them:
-# what is loaded first waits in registers, where beside widened tiles there is little room.
-SMALL_BLOCK = 16 * 128
-# So many times as many keys in a tile where the cache is in pages: the loop waits a little for each tile's pages. With splits given
-# a tile is that of a padded cache, for the same bits.
-PAGED = 2
-MOST_MERGED = 32  # partial results of a sequence at a time
+# The defaults, measured on an H100. docs/developers/pallas-triton.md has the measurements.
 
-# What there is to a device, where there is no device to ask: an H100.
+# Bytes of keys per tile, and bytes of values: enough loads in flight, and small enough for three stages.
+TILE_BYTES = 16 * 1024
+# Keys per tile, at most.
+MOST_KEYS = 256
+# Keys per tile of a quantised cache, at most. The number is smaller, because tiles are widened in registers. A tile of float8 also
+# has no more keys than a head has dimensions, unless that is below FEW_QUANTISED_KEYS.
+MOST_QUANTISED_KEYS = 128
+# The same for more than 16 query rows per program, and in the backward kernel.
+FEW_QUANTISED_KEYS = 64
+# If a program has at most this many tiles of a quantised cache, tiles are halved, so that more programs have work ...
+FEW_TILES = 4
+# ... but have at least this many keys.
+LEAST_QUANTISED_KEYS = 32
+# Warps per program. Eight warps wait for each other in the softmax, and two are too few for a tile.
+NUM_WARPS = 4
+# Stages: two tiles are on their way while the program works on one.
+NUM_STAGES = 3
+# Programs per multiprocessor, by whether the cache is quantised. All programs run from the beginning to the end. One program per
+# multiprocessor gets an equal share of the bandwidth. But an 8-bit tile takes longer to work on than to load, so that two programs,
+# which work and load in turn, are faster.
+PROGRAMS = {False: 1, True: 2}
+# If a block of queries has more numbers than this, the backward kernel loads the block after the tile of a quantised cache, and not
+# before. A block that is loaded first waits in registers, where widened tiles leave little room.
+SMALL_BLOCK = 16 * 128
+# Tiles of a cache in pages have this many times as many keys, because the loop waits a little for each tile's pages. If
+# `num_key_splits` is given, tiles are those of a padded cache, so that the bits are the same.
+PAGED = 2
+# Partial results of a sequence that the merging kernel loads at a time, at most.
+MOST_MERGED = 32
+
+# The facts of an H100, for use if there is no device to ask.
 MULTIPROCESSORS = 132
 CAPABILITY = "9.0"
-# Shared memory that one program may have, in KiB (CUDA C++ Programming Guide, technical specifications per compute capability).
+# Shared memory per program, at most, in KiB (CUDA C++ Programming Guide, technical specifications per compute capability).
 SHARED_MEMORY = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227, "11.0": 227}
+# The same for any other compute capability.
 SHARED_MEMORY_ELSEWHERE = 99
-RESERVED = 1024  # bytes that the system takes of it for each program; all have together as much as one may have, with that
-# Rows of queries from here on go into further blocks, each of which reads the cache again.
+# Bytes of shared memory that the system reserves per program. A multiprocessor has as much shared memory as one program may have,
+# plus this reserve.
+RESERVED = 1024
+# Query rows per block, at most. Each further block reads the cache again.
 MAX_ROWS = 64
-# And no more than so many sums of a block, query rows times dimensions: registers hold no more beside a tile.
+# Sums per block, at most: query rows times dimensions. Next to a tile, registers hold no more.
 MOST_SUMS = 32 * 576
-# Of rows from here on the tensor cores take their operands from shared memory, and hold on to a stage for longer.
+# From this number of query rows on, the tensor cores read their operands from shared memory, so a stage is in use for longer.
 WHOLE_STAGES_FROM = 64
 
 
 def resolve(problem: Problem, target: Target) -> FwdParams:
-    """The hints of `problem`, checked, with defaults in the gaps.
+    """The hints of `problem`, checked, with defaults for the fields that are None.
 
     Raises:
-        ValueError: a hint cannot work, naming the field.
+        ValueError: a hint cannot work. The message names the field.
     """
     given = problem.fwd_params
     for name, least in (("block_size_heads", 1), ("block_size_keys", 16), ("num_warps", 1)):
@@ -96,7 +114,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     rows = given.block_size_heads or fitting_rows(problem, fits)
     keys = given.block_size_keys or default_block_keys(problem, rows, target)
     needs = functools.partial(shared_bytes, problem, keys, rows, backward=False)
-    # Of a quantised cache, beside wide blocks, so few that two programs fit.
+    # For a quantised cache and a large block, two stages, so that two programs fit on a multiprocessor.
     most_stages = 2 if problem.quantised and rows >= WHOLE_STAGES_FROM else NUM_STAGES
     stages = given.num_stages or _fitting_stages(needs, target, most_stages)
     if needs(stages) > _shared_memory(target):
@@ -110,7 +128,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 
 
 def candidates(problem: Problem, target: Target):
-    """Hints for the tuner to try: around the defaults, those that fit."""
+    """Hints for the tuner to try: the combinations near the defaults that fit into shared memory."""
     default = tile_keys(problem)
     for keys in (default, 2 * default, max(default // 2, 16)):
         for warps in (NUM_WARPS, 2 * NUM_WARPS):
@@ -124,7 +142,7 @@ def candidates(problem: Problem, target: Target):
 
 
 def forward_tiles(problem: Problem, target: Target) -> Tiles:
-    """The shape of the forward work for a problem whose hints are resolved."""
+    """The shape of the forward operation for a problem whose hints are resolved."""
     hints = problem.fwd_params
     block_rows = max(hints.block_size_heads or 0, 16)
     needs = functools.partial(shared_bytes, problem, hints.block_size_keys, block_rows, backward=False)
@@ -132,10 +150,10 @@ def forward_tiles(problem: Problem, target: Target) -> Tiles:
 
 
 def backward_tiles(problem: Problem, target: Target) -> Tiles:
-    """The shape of the backward work."""
+    """The shape of the backward operation, which uses no hint but `num_key_splits`."""
 
     def keys_beside(rows):
-        # Probabilities and their gradients pass between warps: in tiles no larger than those of keys.
+        # Warps exchange tiles of probabilities and of their gradients, [rows, keys]. Such a tile has at most TILE_BYTES, too.
         keys = min(tile_keys(problem), max(TILE_BYTES // (rows * problem.dtype.itemsize), 16))
         return min(keys, FEW_QUANTISED_KEYS) if problem.quantised else keys
 
@@ -149,15 +167,15 @@ def backward_tiles(problem: Problem, target: Target) -> Tiles:
 
 
 def fitting_rows(problem: Problem, fits) -> int:
-    """Rows of queries of a block: as many as there are of a kv head, up to `MAX_ROWS`, or to what fits."""
-    # A block of fewer rows than the tensor cores take is padded, so that any number of them has one.
+    """Number of query rows per block: all query rows of a kv head, or fewer if they exceed `MAX_ROWS`, `MOST_SUMS` or `fits`."""
+    # The tensor cores take 16 query rows at least. A smaller block is padded.
     most = min(max(power_of_two(problem.num_tokens * problem.group), 16), MAX_ROWS)
     widest = max(width_of(Part.of(dim)) for dim in (problem.head_dim, problem.value_dim))
     return next((rows for rows in (64, 32) if rows <= most and rows * widest <= MOST_SUMS and fits(rows)), 16)
 
 
 def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
-    """Keys of a tile beside so many rows of queries; with splits given it does not depend on the batch."""
+    """Number of keys per tile, for blocks of `rows` query rows. It does not depend on the batch if `num_key_splits` is given."""
     keys = tile_keys(problem)
     if problem.paged and not problem.quantised and not problem.fwd_params.num_key_splits:
         keys *= PAGED
@@ -174,8 +192,8 @@ def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
 
 
 def tile_keys(problem: Problem) -> int:
-    """Keys of a tile of `TILE_BYTES`, within bounds."""
-    # Beside float32 queries, what counts is what a tile is widened to.
+    """Number of keys per tile of `TILE_BYTES`, within bounds."""
+    # For float32 queries, the size of the widened tile counts.
     itemsize = max(problem.cache_dtype.itemsize, 4 if problem.dtype.itemsize == 4 else 1)
     most = MOST_QUANTISED_KEYS if problem.quantised else MOST_KEYS
     if problem.cache_dtype.name.startswith("float8"):
@@ -185,7 +203,7 @@ def tile_keys(problem: Problem) -> int:
 
 
 def row_width(problem: Problem) -> int:
-    """Columns that are loaded per row, of key and value, with padding."""
+    """Number of columns that are loaded per row of the cache, for key and value together, with padding."""
     key, value = (width_of(Part.of(dim)) for dim in (problem.head_dim, problem.value_dim))
     return key + value if problem.value_columns is None else max(key, problem.value_columns[1])
 
@@ -209,8 +227,8 @@ def _tiles(problem, target, block_rows, block_keys, num_warps, num_stages, needs
         programs -= 1
     schedule = Schedule.of(problem, programs * multiprocessors // (problem.num_kv_heads * row_blocks), block_keys)
 
-    # Merging is short: as many programs as run at once, each with a few rows. The shape of that work sets the order of the sums,
-    # so with splits given it must not depend on the batch.
+    # Merging is short, so there are only as many programs as run at once, with a few query rows each. The shape of this work sets
+    # the order of sums. If `num_key_splits` is given, the shape must not depend on the batch.
     key_parts, value_parts = Part.of(problem.head_dim), Part.of(problem.value_dim)
     dim = max(map(width_of, (key_parts, value_parts)))
     rows_each = 1 if splits else power_of_two(problem.batch * rows // (4 * multiprocessors))
@@ -222,10 +240,11 @@ def _tiles(problem, target, block_rows, block_keys, num_warps, num_stages, needs
 
 
 def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
-    """Bytes of shared memory that a program needs: what the compiler was seen to take, or somewhat more.
+    """An estimate of the bytes of shared memory that a program needs. Observed programs need this much or somewhat less.
 
-    A stage holds a tile of keys and one of values, and the blocks of rows that are loaded beside them. The last stage is at work
-    in registers, and beside the others there are sums over rows, and tiles [rows, keys] that change their layout.
+    Each stage holds a tile of keys, a tile of values, and the blocks of query rows that are loaded with them. The last stage is in
+    registers, except where the terms below say otherwise. Shared memory also holds sums over query rows, and tiles [rows, keys]
+    whose layout changes.
     """
     rows, width = max(block_rows, 16), row_width(problem)
     dim = max(width_of(Part.of(problem.head_dim)), width_of(Part.of(problem.value_dim)))
@@ -234,7 +253,7 @@ def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
     queries = blocks * rows * dim * problem.dtype.itemsize
     stage = block_keys * width * problem.cache_dtype.itemsize + queries
     weights = 4 if backward and problem.quantised else problem.dtype.itemsize
-    # A tile that float32 operands come from is widened on its way.
+    # For float32 queries, a quantised tile is widened in shared memory.
     widened = block_keys * dim * 4 if problem.quantised and problem.dtype.itemsize == 4 else 0
     if stages == 1:
         return stage + queries * whole + widened
@@ -252,7 +271,7 @@ def _multiprocessors(target) -> int:
 
 
 def _shared_memory(target) -> int:
-    """Bytes of shared memory that one program may have."""
+    """Bytes of shared memory per program, at most."""
     capability = str(getattr(target.device, "compute_capability", CAPABILITY))
     by_capability = SHARED_MEMORY.get(capability, SHARED_MEMORY_ELSEWHERE) * 1024
     return getattr(target.device, "shared_memory_per_block_optin", by_capability)

@@ -1,20 +1,32 @@
-"""Who works on what, for kernels on GPUs: every sequence's live range is laid end to end on one line, and the line is cut evenly.
+"""The schedule of the GPU kernels: which program works on which keys, and where each program writes its results.
 
-The line is counted in tiles, for a tile costs the same whether it is full or not: a range begins a new one, and the line is cut
-between two. Each of `workers` programs (a block of heads) takes a stretch of it, whatever sequences that meets, so that the load is
-even however ragged the batch is. Where sequences are few, `deal` workers share a stretch and take its tiles in turn, as cards are
-dealt: the memory then serves fewer places at a time, and the line is counted in rounds, of a tile for each of them.
+The live ranges of all sequences are laid end to end on one line. The line is cut into equal stretches, one per worker. So all
+workers have the same load, however ragged the batch is. Here three workers share four sequences:
 
-A worker's part of a sequence is a piece. Worker c and sequence b meet in at most one, and c + b * deal numbers them, for from piece
-to piece along the line the stretch or b grows: nothing is planned beforehand, each program finds its own pieces from the lengths,
-and the numbers are their results' slots.
+    line       |00|00|00|00|0 |11|1 |22|22|22|22|22|22|22|22|2 |3 |
+    stretches  |-----------------|-----------------|--------------|
+    workers     0                 1                 2
+    pieces     |--------------|--|--|--------------|-----------|--|
+    slots       0              1  2  3              4           5
 
-A program walks through the tiles of all its pieces in one loop, for only one loop keeps the loads of the next tiles in flight
-across the border between two sequences.
+- Tile: the keys that a program reads at once, one cell of the figure. The line is counted in tiles, because a tile takes the same
+  time whether it is full or not. Each range begins a new tile, and each stretch ends with a tile.
+- Worker: a program, for one block of heads. Each block of heads has the same line and the same workers.
+- Piece: the tiles of one worker that belong to one sequence. A worker and a sequence have one piece at most.
+- Slot: the place of a piece's result. Worker c writes its piece of sequence b to slot c + b * deal. From one piece of the line to
+  the next, the stretch or b grows, so no two pieces have the same slot. Each program finds its pieces from the lengths. Nothing is
+  planned before the kernel starts.
+- Deal: if there are few sequences, `deal` workers share a stretch and take its tiles in turn, as cards are dealt. The memory then
+  serves fewer places at a time.
+- Round: one tile for each of the `deal` workers of a stretch. The line is then counted in rounds.
 
-With `by_sequence`, each sequence lies on a line of its own, cut among `workers` of its own, and does not depend on the others.
+A program walks through the tiles of all its pieces in one loop. One loop keeps the loads of the next tiles in flight when the
+sequence changes.
 
-Arithmetic on values alone: how lengths are read and results are written is the kernel's matter.
+With `by_sequence`, each sequence has a line and workers of its own, and the number of a program is its slot. The result of a
+sequence then does not depend on the other sequences.
+
+This module is arithmetic on values. The kernels read the lengths and write the results.
 """
 
 import dataclasses
@@ -26,8 +38,17 @@ import jax.numpy as jnp
 
 
 class Line(NamedTuple):
-    """A worker's number; of each sequence in a strip of its line, or of one: number, first key and end, rounds, and where these
-    stop; and all the line's rounds."""
+    """A line as one worker sees it, for a strip of its sequences. Fields are int32. `[n]` is one entry per sequence of the strip.
+
+    Attributes:
+        worker: number of the worker on the line.
+        number: numbers of the sequences, [n].
+        start: first keys of the live ranges, [n].
+        end: ends of the live ranges, exclusive, [n].
+        rounds: numbers of rounds of the live ranges, [n].
+        stop: where the rounds of each sequence end on the line, [n].
+        total: number of rounds of the whole line.
+    """
 
     worker: jax.Array
     number: jax.Array
@@ -40,15 +61,15 @@ class Line(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The static half of the plan.
+    """The static facts of a schedule, and its arithmetic.
 
     Attributes:
-        batch: sequences, B.
-        seq_len: rows of the cache, S, to which lengths are clipped.
-        workers: programs of a line.
-        block_keys: keys of a tile.
-        by_sequence: every sequence has a line of its own.
-        deal: workers that share a stretch; divides `workers`.
+        batch: number of sequences, B.
+        seq_len: number of rows per sequence, S. Lengths are clipped to it.
+        workers: number of workers per line.
+        block_keys: number of keys per tile.
+        by_sequence: whether each sequence has a line of its own.
+        deal: number of workers that share a stretch. A divisor of `workers`.
     """
 
     batch: int
@@ -60,46 +81,55 @@ class Schedule:
 
     @classmethod
     def of(cls, problem, programs: int, block_keys: int) -> "Schedule":
-        """For a problem on a device that runs so many programs of a block of heads at once.
+        """The schedule of a problem. `programs` is the number of programs per block of heads that the device runs at once.
 
-        With `num_key_splits` given nothing depends on the batch.
+        If `num_key_splits` is given, the schedule of a sequence does not depend on the batch.
         """
         batch, seq_len, splits = problem.batch, problem.seq_len, problem.fwd_params.num_key_splits
         if splits:
             return cls(batch, seq_len, splits, block_keys, by_sequence=True)
         workers = max(programs, 1)
-        # As many share a stretch as leave one for each sequence: each sequence more on it is a piece more for all of them.
+        # As many workers share a stretch as leave one stretch per sequence. More sequences per stretch would mean more pieces,
+        # because each of its workers has a piece of each sequence on the stretch.
         share = max(workers // max(batch, LEAST_STRETCHES), 1)
-        deal = 1 << (share.bit_length() - 1)  # the power of two below
+        deal = 1 << (share.bit_length() - 1)  # rounded down to a power of two
         return cls(batch, seq_len, workers - workers % deal, block_keys, by_sequence=False, deal=deal)
 
     @property
     def stride(self) -> int:
-        """Keys of a round: from one tile of a piece to its next."""
+        """Number of keys per round: the distance from one tile of a piece to the next."""
         return self.deal * self.block_keys
 
     @property
     def programs(self) -> int:
+        """Number of programs per block of heads, on all lines together."""
         return self.batch * self.workers if self.by_sequence else self.workers
 
     @property
     def slots(self) -> int:
+        """Number of slots for results."""
         return self.batch * self.workers if self.by_sequence else self.workers + (self.batch - 1) * self.deal
 
     def slot(self, program, b):
-        """Where `program` puts its piece of sequence `b`."""
+        """The slot in which `program` writes the result of its piece of sequence `b`."""
         return program if self.by_sequence else program + b * self.deal
 
     def sequences(self, program):
-        """Numbers of the sequences on the line of `program`, in strips of [a power of two]; the last may go beyond the batch."""
+        """The numbers of the sequences on the line of `program`, in strips.
+
+        The length of a strip is a power of two. The last strip may have numbers beyond the batch.
+        """
         if self.by_sequence:
             return [jnp.full(1, program // self.workers, jnp.int32)]
         size = 1 if self.batch == 1 else max(STRIP, (1 << (self.batch - 1).bit_length()) // MOST_STRIPS)
         return [first + jnp.arange(size, dtype=jnp.int32) for first in range(0, self.batch, size)]
 
     def line(self, program, strips) -> list[Line]:
-        """The line on which `program` works, in strips, from (number, start, end) of each strip of its `sequences`: first keys and
-        ends as given, 0 where there is no sequence. None: ranges begin at 0, or end at seq_len."""
+        """The line of `program`, in strips, from one (number, start, end) per strip of `sequences`.
+
+        start and end are the first keys and ends as the caller gave them, and 0 for numbers beyond the batch. A start of None means
+        that ranges begin at 0, and an end of None means that ranges end at seq_len.
+        """
         strips = [(number, *self.clipped(number, start, end)) for number, start, end in strips]
         rounds = [self.rounds(start, end) for _, start, end in strips]
         *before, total = itertools.accumulate(map(total_of, rounds), initial=jnp.int32(0))
@@ -109,17 +139,20 @@ class Schedule:
         ]
 
     def clipped(self, number, start, end):
-        """First keys and ends of the sequences `number` within the cache, from what was given."""
+        """The first keys and ends of the sequences `number`, clipped to the cache. Arguments as in `line`."""
         start = jnp.zeros_like(number) if start is None else jnp.maximum(start, 0)
         end = jnp.where(number < self.batch, self.seq_len, 0) if end is None else jnp.minimum(end, self.seq_len)
         return start, end
 
     def rounds(self, start, end):
-        """Rounds of ranges that are clipped already."""
+        """The numbers of rounds of clipped ranges."""
         return jnp.where(end > start, cdiv(end - start, self.stride), 0)
 
     def pieces(self, line: Line):
-        """Of each sequence of a strip: the first slot, and how many from there on are its pieces; all its workers say the same."""
+        """For each sequence of a strip: the first slot of its pieces, and the number of its pieces, which have consecutive slots.
+
+        All workers of a line compute the same.
+        """
         chunk = self._chunk(line.total)
         before = (line.stop - line.rounds) // chunk
         count = jnp.where(line.rounds > 0, (line.stop - 1) // chunk - before + 1, 0)
@@ -127,16 +160,17 @@ class Schedule:
         return first, count * self.deal
 
     def tiles(self, line: list[Line]):
-        """How many tiles the line's worker has, and a function of a tile's number to (sequence, first key, end of the piece).
+        """The number of tiles of the worker, and a function from the number of a tile to (sequence, first key, end of the piece).
 
-        All who share a stretch have as many, so that each has a piece of each sequence on it, if one of tiles without keys.
+        All workers that share a stretch have the same number of tiles, and a piece of each sequence on the stretch. Some tiles may
+        have no keys.
         """
         first, count = self.stretch(line[0].worker, line[0].total)
         values = [(strip.number, *self.piece(strip)) for strip in line]
 
         def at(tile):
             place = first + tile
-            # One sequence of one strip; looked up in registers, without a load.
+            # The mask selects one sequence of one strip. The look-up is in registers, without a load.
             here = [(strip.stop - strip.rounds <= place) & (place < strip.stop) for strip in line]
             number, origin, piece_end = (
                 total_of(sum(jnp.where(mask, x, 0) for mask, x in zip(here, of_strips, strict=True)))
@@ -147,36 +181,41 @@ class Schedule:
         return count, at
 
     def stretch(self, worker, total):
-        """Where on a line of `total` rounds the worker's stretch begins, and how many rounds it has."""
+        """The first round of the worker's stretch, and its number of rounds, on a line of `total` rounds."""
         chunk = self._chunk(total)
         first = (worker // self.deal) * chunk
         return first, jnp.clip(total - first, 0, chunk)
 
     def piece(self, line: Line):
-        """Of each sequence of a strip: the key at which the worker's tile would begin in the line's first round, `stride` keys
-        before that of the next; and where its piece ends."""
+        """For each sequence of a strip: an origin, and the end of the worker's piece.
+
+        The worker's tile in round r of the line begins at key origin + r * stride.
+        """
         first, count = self.stretch(line.worker, line.total)
         before = line.stop - line.rounds
         piece_end = jnp.minimum(line.end, line.start + (jnp.minimum(line.stop, first + count) - before) * self.stride)
         return line.start - before * self.stride + self._turn(line.worker), piece_end
 
     def is_last(self, program, row, piece_end):
-        """Whether the tile of `program` that begins at key `row` is the last one of its piece."""
+        """Whether the tile of `program` that begins at row `row` is the last tile of its piece."""
         return row - self._turn(program % self.workers) + self.stride >= piece_end
 
     def _turn(self, worker):
-        """Keys of a round that others have before this worker."""
+        """Number of keys of a round that come before this worker's keys."""
         return (worker % self.deal) * self.block_keys
 
     def _chunk(self, total):
-        """Rounds of a stretch; one at least, for it is divided by."""
+        """Number of rounds per stretch. At least 1, because other code divides by it."""
         return jnp.maximum(cdiv(total, self.workers // self.deal), 1)
 
 
 def length_arrays(problem, queries) -> dict[str, Any]:
-    """What says which keys are seen: "start" and "end" of each sequence, [B], and "token_start" and "token_end", [B, T], where the
-    tokens of a sequence differ in them. What says nothing is None: XLA then does not make it, which on a short call is a tenth of
-    the time."""
+    """The arrays that say which keys are seen.
+
+    "start" and "end" are the range of each sequence, [B]. "token_start" and "token_end" are the ranges of its tokens, [B, T], and
+    exist only if the tokens of a sequence differ. An array that would bound nothing is None. XLA then does not compute it, which
+    saves a tenth of the time of a short call.
+    """
     given = {"start": queries.start, "end": queries.end}
     if all(x is None or x.shape[1] == 1 for x in given.values()):
         return {name: None if x is None else x[:, 0] for name, x in given.items()}
@@ -185,13 +224,15 @@ def length_arrays(problem, queries) -> dict[str, Any]:
     return dict(zip(given, queries.hull(problem.seq_len), strict=True)) | per_token
 
 
-# A strip has as many sequences as a warp has threads: one instruction sums them up, and no warp waits for another. Strips take
-# registers, so in large batches there are no more of them, and they are longer.
-STRIP, MOST_STRIPS = 32, 4
-LEAST_STRETCHES = 4  # of a line, however few sequences are on it; fewer and longer ones are read more slowly again
+# Sequences per strip: as many as a warp has threads. One instruction then sums over a strip, and no warp waits for another.
+STRIP = 32
+# Strips per line. Strips take registers, so a large batch has longer strips and not more strips.
+MOST_STRIPS = 4
+# Stretches per line, however few sequences there are. With fewer stretches, which are longer, the cache is read more slowly.
+LEAST_STRETCHES = 4
 
 
-# Of int32 alone: where 64-bit types are enabled, jnp's own would go over to int64.
+# These functions stay in int32. If 64-bit types are enabled, the functions of jnp go over to int64.
 
 
 def cdiv(a, b):

@@ -1,4 +1,4 @@
-"""Warnings of JAX and NumPy that users of a backend can do nothing about."""
+"""Hides warnings of JAX and NumPy about which users of a backend can do nothing."""
 
 import re
 import threading
@@ -9,10 +9,11 @@ _lock = threading.Lock()
 
 
 def ignore_warning(message: str, category: type[Warning]):
-    """From now on nobody is told of a warning whose text begins with `message`.
+    """Hides warnings whose text begins with `message`, from now on.
 
-    `warnings.catch_warnings` would put back, at its end, the filters that all threads had at its beginning. Nothing is done where
-    the warning is ignored already. A filter that was added before may be gone, with somebody's `catch_warnings`, or behind others.
+    `warnings.catch_warnings` is no alternative: at its end it restores the filters of all threads. A filter that was added before
+    may have been removed by a `catch_warnings` elsewhere, or may have other filters in front. So each call checks the filters, and
+    adds a filter only if the warning is not ignored.
     """
     with _lock:
         if _action(message, category) != "ignore":
@@ -20,7 +21,7 @@ def ignore_warning(message: str, category: type[Warning]):
 
 
 def _action(message, category) -> str | None:
-    """What the first of the filters does that could be for the warning."""
+    """The action of the first filter that matches the warning, or None."""
     for action, text, kind, _, _ in warnings.filters:
         if issubclass(category, kind) and (text is None or re.compile(text).match(message)):
             return action

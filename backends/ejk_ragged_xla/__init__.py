@@ -1,4 +1,4 @@
-"""The XLA backend: every problem, on every platform, in plain JAX."""
+"""The XLA backend: plain JAX. It does every problem on every platform."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,7 +11,7 @@ from ._forward import forward
 
 
 class XlaBackend(Backend):
-    """Loops over chunks of the live range. Total: it refuses nothing, and comes last."""
+    """Loops over chunks of the live ranges. It refuses no problem, and automatic selection asks it last."""
 
     name: ClassVar[str] = "xla"
     priority: ClassVar[int] = -100
@@ -22,7 +22,7 @@ class XlaBackend(Backend):
         return None
 
     def fwd_params(self, problem: Problem, target: Target) -> FwdParams:
-        """`block_size_keys` is the rows of a chunk, on a CPU of a large one; the other hints have no meaning here."""
+        """The hint `block_size_keys` is the number of rows per chunk, or per large chunk on a CPU. Other hints are ignored."""
         del target
         return problem.fwd_params.over(FwdParams(block_size_keys=CHUNK_ROWS))
 

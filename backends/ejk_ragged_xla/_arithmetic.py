@@ -1,22 +1,24 @@
-"""The arithmetic of one chunk of one sequence: C rows of D numbers, for H kv heads with R rows of queries each.
+"""The arithmetic of one chunk: C rows of the cache with D columns, for H kv heads with R query rows each.
 
-Rows come as [H, C, D], heads first, so that every product is a batch of plain matrix products. XLA's CPU compiler makes the
-transposed copy in the same pass that takes the chunk out of the cache and widens it, which it needs anyway.
+A query row is one token and one query head of a kv head. Rows of the cache have the shape [H, C, D], heads first, so that each
+product is a batch of plain matrix products. The transposition costs no extra pass: XLA's CPU compiler does it while it copies the
+chunk out of the cache and widens it.
 """
 
 import jax.numpy as jnp
 from jax import lax
 
 
-# Of `weighted`: rows of a block, and how many products XLA's CPU library takes as one piece of work.
-BLOCK_ROWS = 32
-LEAST_PRODUCTS = 64
+# Constants of `weighted`:
+BLOCK_ROWS = 32  # rows per block
+LEAST_PRODUCTS = 64  # products that XLA's CPU library takes as one piece of work: with fewer, blocks bring nothing
 
 
 def product(problem, a, b, contract, batch=((0,), (0,))):
-    """Summed over axis `contract[0]` of `a` and `contract[1]` of `b`, batched over the axes `batch` of both, accumulation dtype.
+    """The product of `a` and `b`, in the accumulation dtype.
 
-    Two narrow operands stay narrow, for their products are exact; beside a wide one a narrow one is widened.
+    The product sums over axis `contract[0]` of `a` and axis `contract[1]` of `b`, and is batched over the axes `batch` of both. Two
+    operands of one narrow dtype stay narrow, because their products are exact. Operands of two dtypes are both widened.
     """
     if a.dtype != b.dtype:
         a, b = a.astype(problem.accum_dtype), b.astype(problem.accum_dtype)
@@ -30,22 +32,23 @@ def product(problem, a, b, contract, batch=((0,), (0,))):
 
 
 def dots(problem, q, rows):
-    """q [H, R, D] with every one of rows [H, C, D]: [H, R, C]."""
-    # The barrier keeps the long operand on the left. XLA would fold the transposition into the product by swapping the two, and
-    # then transpose the rows once more to please its CPU kernels: 1.2 times the time of the whole forward operation.
+    """The products of q [H, R, D] with all rows [H, C, D]: [H, R, C]."""
+    # The barrier keeps the long operand on the left. Without it, XLA folds the transposition into the product, by swapping the
+    # operands, and transposes the rows once more for its CPU kernels. The forward operation then takes 1.2 times as long.
     return lax.optimization_barrier(product(problem, rows, q, (2, 2))).transpose(0, 2, 1)
 
 
 def weighted(problem, target, weights, rows):
-    """Rows [H, C, D] summed with weights [H, R, C]: [H, R, D].
+    """The sum of rows [H, C, D] with weights [H, R, C]: [H, R, D].
 
-    On a CPU block by block first: a library shares many small products out between cores, but not a few of small results.
+    On a CPU, each block of rows is summed first, and then the blocks' sums. XLA's CPU library spreads many small products over the
+    cores, but it does not spread a few products with small results.
     """
     heads, num_rows, dim = rows.shape
     num_queries = weights.shape[1]
     if target.platform != "cpu" or not isinstance(num_rows, int) or not isinstance(num_queries, int):  # sizes may be symbolic
         return product(problem, weights, rows, (2, 1))
-    block = max(BLOCK_ROWS, 8 * num_queries)  # so that the blocks' sums are few beside the rows
+    block = max(BLOCK_ROWS, 8 * num_queries)  # keeps the number of block sums small against the number of rows
     blocks = num_rows // block if num_rows % block == 0 else 1
     if heads * blocks < LEAST_PRODUCTS:
         return product(problem, weights, rows, (2, 1))
@@ -54,23 +57,24 @@ def weighted(problem, target, weights, rows):
 
 
 def outer(problem, weights, q):
-    """q [H, R, D] summed over its rows with weights [H, R, C]: [H, C, D]."""
+    """The sum of q [H, R, D] over query rows, with weights [H, R, C]: [H, C, D]."""
     return product(problem, weights, q, (1, 1))
 
 
 def scaled(x, scale):
-    """x [H, R, C] times the scale of each row of the cache, if there is one."""
+    """x [H, R, C] times the scale of each row of the cache, or x if there is no scale."""
     return x if scale is None else x * scale
 
 
 def logits(problem, q, chunk):
-    """Logits [H, R, C], scaled and capped, and the slope of the cap there."""
-    # Scaled here, in the accumulation dtype: a scaled q would be rounded once more.
+    """The logits [H, R, C], scaled and capped, and the slope of the cap at each logit."""
+    # The scale multiplies the products, in the accumulation dtype. A scaled q would be rounded once more.
     x = problem.softmax_scale * scaled(dots(problem, q, chunk.k), chunk.k_scale)
     cap, slope = problem.logits_soft_cap, 1
     if cap is not None:
         bent = jnp.tanh(x / cap)
         x, slope = cap * bent, 1 - bent * bent
-    # No finite logit is changed. But XLA's compilers cannot look through it: they would fuse the factor above and the subtraction
-    # of the largest logit, which then differs from that by a rounding, and not so in each loop. Alike keys would weigh differently.
+    # The minimum changes no finite logit. It keeps XLA from fusing the factor above with a later subtraction of the largest logit.
+    # The fused operation does not round the logit before the subtraction, and only some loops are fused. So equal keys would get
+    # different weights.
     return jnp.minimum(x, float(jnp.finfo(problem.accum_dtype).max)), slope

@@ -1,4 +1,4 @@
-"""How the cache is walked: the live range of each sequence, chunk by chunk, in the order that suits the platform."""
+"""The walk over the cache: the live range of each sequence, chunk by chunk, in the order that suits the platform."""
 
 import dataclasses
 import functools
@@ -12,25 +12,26 @@ from ._bits import from_bits, to_bits, widen
 from ._rows import Reader, squeezed
 
 
-# Rows of a chunk where `block_size_keys` does not say; docs/developers/xla-on-cpus.md has the figures.
-# Twice as much takes 0.8 of the time on a GPU, but temporary memory that grows to 2 % of a cache of 32768 rows.
+# Rows per chunk, unless the hint `block_size_keys` is given. docs/developers/xla-on-cpus.md has the figures. On a GPU, 1024 rows
+# take 0.8 of the time, but the temporary memory grows to 2 % of a cache of 32768 rows.
 CHUNK_ROWS = 512
-# On a CPU, what is less than a large chunk is done in chunks of this fraction of one, if they have so many rows at least.
-FRACTION = 2
-LEAST_FRACTION = 128
-# And kv heads are done in so many parts there, if they can be: XLA runs side by side what does not depend on each other.
+# On a CPU, a live range ends with small chunks, when fewer rows are left than a large chunk has.
+FRACTION = 2  # rows of a large chunk / rows of a small chunk
+LEAST_FRACTION = 128  # rows of a small chunk, at least: otherwise all chunks are large
+# On a CPU, kv heads are done in this many parts, if their number can be divided. XLA runs independent parts in parallel.
 PARTS = 2
 
 
 class Chunk(NamedTuple):
-    """C rows of one sequence, for some kv heads H.
+    """C rows of one sequence, for H kv heads.
 
     Attributes:
-        k, v: [H, C, D] and [H, C, Dv].
-        k_scale, v_scale: [H or 1, 1, C], 0 at rows that nobody sees, or 1 for C where all rows have the same, or None.
-        live: bool [1, R, C], or [1, 1, C] where all query rows see the same: which rows of the cache each query row sees.
-        new: likewise, those of them that no chunk before held.
-        seen: bool [1, C, 1], the rows that anybody sees; k and v may hold anything at the others, and 0 times that may be NaN.
+        k, v: [H, C, D] and [H, C, Dv]. Rows that are not `seen` may hold anything. Clear them before a product: 0 times NaN is NaN.
+        k_scale, v_scale: [H or 1, 1, C], with 0 for rows that are not `seen`. Or [H or 1, 1, 1] if all rows have the same scale. Or
+            None.
+        live: bool [1, R, C], or [1, 1, C] if all query rows see the same rows: which rows each query row sees.
+        new: like `live`, without the rows that the chunk before held already.
+        seen: bool [1, C, 1], the rows that any query row sees.
     """
 
     k: Any
@@ -43,7 +44,7 @@ class Chunk(NamedTuple):
 
 
 def by_kv_head(problem, target, *arrays):
-    """Arrays [B, T, Hq, ...], 1 for B or T where alike, as [B, Hkv, R, ...]: R = T * G query rows, ready for products."""
+    """Arrays [B or 1, T or 1, Hq, ...] as [B, Hkv, R, ...], with R = T * G query rows, in the dtype for products."""
 
     def query_rows(x):
         rest = x.shape[3:]
@@ -55,31 +56,36 @@ def by_kv_head(problem, target, *arrays):
 
 
 def by_token(problem, x):
-    """[B, Hkv, R, ...] as [B, T, Hq, ...]."""
+    """An array [B, Hkv, R, ...] as [B, T, Hq, ...]."""
     rest = x.shape[3:]
     x = x.reshape(problem.batch, problem.num_kv_heads, problem.num_tokens, problem.group, *rest).swapaxes(1, 2)
     return x.reshape(problem.batch, problem.num_tokens, problem.num_q_heads, *rest)
 
 
 def walk(problem, target, queries, cache, begin, step, per_sequence, written=()):
-    """Run `step` over the chunks of every sequence's live range, in order.
+    """Runs `step` over the chunks of every sequence's live range, in order.
 
-    Chunks follow each other from the first live row on, or from the first page with a live row, so what a sequence gives does not
-    depend on the others. A chunk that would pass the end of the cache, or of its page, is moved back; the rows that the chunk
-    shares with the one before are not `new`.
+    The first chunk begins with the first live row, or with the first page that has a live row. So the result of a sequence does
+    not depend on the other sequences. A chunk that would exceed the cache or its page is moved back. The rows that it then shares
+    with the chunk before are not `new`.
 
-    On a CPU one sequence is done after another, in large chunks and then in small ones: time follows the live tokens of the whole
-    batch. Elsewhere that would starve the device, and all sequences go together: time follows the longest live range.
+    On a CPU, one sequence is done after another, in large chunks and then in small ones. The time is proportional to the number of
+    live tokens in the batch. On other platforms this order would leave most of the device idle, so all sequences are done together.
+    The time is proportional to the longest live range.
 
     Args:
-        begin: `begin(*arrays) -> state`, for some kv heads H of one sequence; [H, ...].
-        step: `step(arrays, state, chunk) -> (state, rows)`, likewise; rows: what to write at the chunk's rows of `written`,
-            [H, C, ...].
+        problem: the static facts, with resolved hints.
+        target: where the operation runs.
+        queries, cache: the operands.
+        begin: `begin(*arrays) -> state`. `arrays` are the arrays of `per_sequence` for H kv heads of one sequence, [H, ...]. So is
+            the state.
+        step: `step(arrays, state, chunk) -> (state, rows)`. `rows` holds one array [H, C, ...] per array of `written`, which is
+            written to the chunk's rows.
         per_sequence: arrays [B, Hkv, ...].
-        written: arrays like the cache, updated in place.
+        written: arrays like the cache, which are updated in place.
 
     Returns:
-        The last states, stacked [B, Hkv, ...], and `written`.
+        The final states [B, Hkv, ...], and `written`.
     """
     order = _one_after_another if target.platform == "cpu" else _together
     states, written = order(
@@ -90,7 +96,7 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """What is walked, and what is done on the way."""
+    """The arguments of `walk`. `squeezed` is the cache without axes of size 1."""
 
     problem: Any
     target: Any
@@ -104,13 +110,13 @@ class _Walk:
         return Reader.of(self.problem, self.cache.pages() if self.problem.paged else None, rows)
 
     def do(self, reader, heads, row, b, bounds, arrays, state):
-        """One chunk, which begins at `row`, for some heads of sequence `b`: the next state, and what to write, and where."""
+        """Does the chunk at `row` for some kv heads of sequence `b`. Returns the next state, the rows to write, and their place."""
         start, end = bounds
         place = reader.place(row)
         here = (place + jnp.arange(reader.rows, dtype=place.dtype))[None]
         live = (here >= start[:, None]) & (here < end[:, None])
         new = live & (here >= row)
-        # Without the barrier XLA's CPU compiler in JAX 0.10 widens the whole bfloat16 cache before the loop.
+        # Without the barrier, XLA's CPU compiler of JAX 0.10 widens the whole bfloat16 cache before the loop.
         place, held = lax.optimization_barrier((place, self.squeezed))
         cache = jax.tree.map(lambda x, like: x.reshape(like.shape), held, self.cache)
         seen = jnp.any(live, axis=0)[None, :, None]
@@ -121,7 +127,7 @@ class _Walk:
         return state, rows, place
 
     def key_value(self, reader, cache, heads, place, b):
-        """[H, C, D] and [H, C, Dv]; where the value is in the key's rows, these are read once."""
+        """The keys [H, C, D] and the values [H, C, Dv] of a chunk. If the value is in the key's rows, each row is read once."""
 
         def load(array):
             chunk = _operand(self.problem, self.target, reader.slices(array, b, place, heads, axis=1))
@@ -133,13 +139,14 @@ class _Walk:
         return rows[..., : self.problem.head_dim], rows[..., slice(*self.problem.value_columns)]
 
     def scale(self, reader, scale, heads, place, b, seen):
+        """The scales of a chunk, as `Chunk` holds them."""
         if scale is None:
             return None
         chunk = reader.slices(scale, b, place, heads, axis=2)[:, None]
         return chunk if chunk.shape[2] == 1 != reader.rows else jnp.where(seen.transpose(0, 2, 1), chunk, 0)
 
     def by_query_row(self, mask):
-        """[T, C] as [1, R, C]."""
+        """A mask [T, C] as [1, R, C], or a mask [1, C] as [1, 1, C]."""
         if mask.shape[0] == 1:
             return mask[None]
         rows = mask.shape[1]
@@ -152,7 +159,7 @@ class _Walk:
 
 
 def _one_after_another(walk: _Walk, per_sequence, written):
-    """Sequence by sequence: a part of the heads beside another."""
+    """Does one sequence after another. The parts of its kv heads are independent, and XLA runs them in parallel."""
     problem = walk.problem
     readers = [walk.reader(problem.fwd_params.block_size_keys)]
     rows = readers[0].rows
@@ -176,7 +183,7 @@ def _one_after_another(walk: _Walk, per_sequence, written):
 
         carry = readers[0].first(begun), [walk.begin(*own) for own in arrays], written
         for reader in readers:
-            reach = 1 if reader is readers[-1] else reader.rows  # rows that must be left for one more chunk
+            reach = 1 if reader is readers[-1] else reader.rows  # the loop goes on while at least this many rows are left
             carry = lax.while_loop(lambda carry, reach=reach: carry[0] + reach <= end, functools.partial(chunk, reader), carry)
         _, states, written = carry
         return written, jax.tree.map(lambda *x: jnp.concatenate(x), *states)
@@ -188,7 +195,7 @@ def _one_after_another(walk: _Walk, per_sequence, written):
 
 
 def _together(walk: _Walk, per_sequence, written):
-    """All sequences at once."""
+    """Does all sequences at once."""
     problem = walk.problem
     reader = walk.reader(problem.fwd_params.block_size_keys)
     heads = range(problem.num_kv_heads)
@@ -209,5 +216,5 @@ def _together(walk: _Walk, per_sequence, written):
 
 
 def _operand(problem, target, x):
-    """On a CPU narrow dtypes are widened, there the products have no fast form for them; elsewhere they have."""
+    """`x` in the dtype for products: on a CPU the accumulation dtype, because products of narrow dtypes are slow there."""
     return widen(x, problem.accum_dtype) if target.platform == "cpu" else x

@@ -1,4 +1,4 @@
-"""The output and the log-sum-exp: an online softmax over chunks."""
+"""The output and the log-sum-exp, by an online softmax over chunks."""
 
 import jax.numpy as jnp
 
@@ -7,10 +7,10 @@ from ._chunks import by_kv_head, by_token, walk
 
 
 def forward(problem, target, queries, cache):
-    """`Backend.forward`, hints resolved."""
+    """Does `Backend.forward` for a problem whose hints are resolved."""
 
     def begin(q, sink):
-        # A sink is a key without a value that was seen before the first chunk.
+        # The sink counts as a key with value 0 that comes before the first chunk.
         values = jnp.zeros((*q.shape[:-1], problem.value_dim), problem.accum_dtype)
         return sink, jnp.where(sink == -jnp.inf, 0, jnp.ones_like(sink)), values
 

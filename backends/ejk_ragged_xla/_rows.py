@@ -1,6 +1,6 @@
-"""Where the rows of a sequence are: the cache is read in chunks of rows, each a slice of one page or several whole pages.
+"""Finds and reads the rows of a sequence, in chunks. A chunk is a slice of one page, or several whole pages.
 
-A padded cache is one page per sequence. So there is one way to find a row, and one way to go from chunk to chunk.
+A padded cache counts as one page per sequence. So one way to find a row serves both, and one way to go from chunk to chunk.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ from jax.core import min_dim
 
 
 def squeezed(cache):
-    """The arrays of the cache without axes of size 1, as loops take them.
+    """The arrays of the cache without axes of size 1, for use in loops.
 
-    Callers make such axes where they view a pool in another shape, and so does `vmap`. XLA orders them in memory in a way of its
-    own, and where a loop wants the usual order, XLA copies the cache.
+    Axes of size 1 come from callers that reshape a pool, and from `vmap`. XLA may give such an array an unusual order in memory. If
+    a loop then wants the usual order, XLA copies the cache.
     """
     return jax.tree.map(lambda x: lax.squeeze(x, [axis for axis, size in enumerate(x.shape) if size == 1]), cache)
 
@@ -27,8 +27,8 @@ class Reader:
 
     Attributes:
         problem: the static facts.
-        pages: int32 [B, P], numbers of the pages of every sequence; None for a padded cache.
-        rows: rows of a chunk: no more than a page has, or those of several whole pages.
+        pages: int32 [B, P], the numbers of the pages of every sequence. None for a padded cache.
+        rows: number of rows per chunk: at most the rows of a page, or the rows of several whole pages.
     """
 
     problem: Any
@@ -37,7 +37,7 @@ class Reader:
 
     @classmethod
     def of(cls, problem, pages, rows) -> "Reader":
-        """For chunks of about `rows` rows."""
+        """A reader of chunks of at most `rows` rows."""
         whole = problem.paged and problem.page_size < rows
         return cls(
             problem,
@@ -47,31 +47,33 @@ class Reader:
 
     @property
     def whole_pages(self) -> bool:
-        """Whether a chunk has several pages, which are whole."""
+        """Whether a chunk is several whole pages."""
         return self.problem.paged and self.rows > self.problem.page_size
 
     def first(self, row):
-        """Where the first chunk begins that holds `row`, the first live row."""
+        """The row at which the first chunk begins. `row` is the first live row."""
         return row // self.problem.page_size * self.problem.page_size if self.whole_pages else row
 
     def next(self, row):
-        """Where the chunk after the one at `row` begins."""
+        """The row at which the next chunk begins, after the chunk at `row`."""
         if self.whole_pages or not self.problem.paged:
             return row + self.rows
         return jnp.minimum(row + self.rows, (row // self.problem.page_size + 1) * self.problem.page_size)
 
     def place(self, row):
-        """Where the chunk at `row` is read from: further back where the page ends before the chunk does."""
+        """The row from which the chunk at `row` is read. If the chunk would exceed its page, it is read from further back."""
         if self.whole_pages:
             return row
         if not self.problem.paged:
-            return jnp.clip(row, 0, self.problem.seq_len - self.rows)  # as slices and their updates clip it themselves
+            return jnp.clip(row, 0, self.problem.seq_len - self.rows)  # slices and updates of slices clip in the same way
         in_page = row % self.problem.page_size
         return row - in_page + jnp.minimum(in_page, self.problem.page_size - self.rows)
 
     def slices(self, array, b, place, heads, axis):
-        """The chunk at `place` of an array [N, ...] that has rows along `axis` and kv heads along the other of axes 1 and 2: as
-        [...] without the first axis. An axis of size 1 is alike for all and stays."""
+        """The chunk at `place` of an array [N, ...], without the first axis, for some kv heads.
+
+        The array has rows along `axis`, which is 1 or 2, and kv heads along the other of these axes. An axis of size 1 stays.
+        """
         heads_axis = 3 - axis
         if self.whole_pages and array.shape[0] != 1:
             return self._whole_pages(array, b, place, heads, axis)
@@ -87,12 +89,13 @@ class Reader:
         return lax.dynamic_slice(array, at, sizes)[0]
 
     def _page(self, b, place):
-        """Number of the page of a row, and the row in it."""
+        """The number of the page that holds row `place`, and the row within the page."""
         if not self.problem.paged:
             return b, place
         return self.pages[b, place // self.problem.page_size], place % self.problem.page_size
 
     def _whole_pages(self, array, b, place, heads, axis):
+        """`slices` for chunks of several whole pages."""
         size = self.problem.page_size
         numbers = place // size + jnp.arange(self.rows // size, dtype=jnp.int32)
         pages = self.pages[b, jnp.minimum(numbers, self.pages.shape[1] - 1)]  # rows beyond the last page are not live

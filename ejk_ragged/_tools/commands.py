@@ -26,12 +26,12 @@ def run(argv: Sequence[str] | None = None) -> int:
     whole = options.parser(report, bench, tune, explain_shapes)
     arguments = whole.parse_args(argv)
     if arguments.checks is not None and arguments.command is not whole:
-        whole.error("argument --checks: the report has checks, and no command has")
+        whole.error("argument --checks: only the report takes it, not a command")
     return arguments.run(arguments.command, arguments)
 
 
 def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """The benchmark. The exit status is 1 if a backend of ours was wrong or failed."""
+    """Runs the benchmark. The exit status is 1 if a backend of this package was wrong or failed."""
     try:
         cases.named(arguments.names or [])
         for name in arguments.backends:
@@ -45,11 +45,11 @@ def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
     folder, parts = arguments.out, []
     if folder:
         _make(parser, "--out", folder)
-    _say(f"Results are kept in {folder}, after each part." if folder else "Results are printed at the end; --out DIR keeps them.")
+    _say(f"Results are kept in {folder}, after each part." if folder else "Results are printed at the end. --out DIR keeps them.")
     not_asked = ("run", "command", "checks", "json", "out", *(["seed"] if arguments.seed is None else []))
     how = {name: x for name, x in vars(arguments).items() if name not in not_asked}
     keep = (lambda data: parts.append(suite.write(data, folder))) if folder else (lambda data: None)
-    lost = "Nothing is kept." if folder else "Nothing is kept, for want of --out DIR."
+    lost = "Nothing is kept." if folder else "Nothing is kept, because --out DIR was not given."
     with interrupt.says(lambda: f"What was measured is kept in {parts[-1]} (parts: {len(parts)})." if parts else lost):
         data = suite.run(**how, keep=keep)
     if arguments.json:
@@ -63,12 +63,12 @@ def bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
 
 
 def _say(text: str):
-    """On the error stream: what goes to standard output may be JSON."""
+    """Prints to standard error, because standard output may be JSON."""
     print(text, file=sys.stderr, flush=True)
 
 
 def _make(parser, option, folder):
-    """The folder where results will be kept, before any time is spent on them."""
+    """Makes the folder for results before the measurement starts, so that an error costs no time."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -76,7 +76,7 @@ def _make(parser, option, folder):
 
 
 def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """The tuner. The exit status is 1 if nothing was saved."""
+    """Runs the tuner. The exit status is 1 if nothing was saved."""
     try:
         chosen = [*cases.named(arguments.names), *map(tuner.parse, arguments.problem)]
         for name in arguments.backends:
@@ -105,7 +105,7 @@ def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 
 def explain_shapes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """What would run where. The exit status is 1 if a problem is one that a call would refuse."""
+    """Prints which backend would run on each platform. The exit status is 1 if a call would refuse one of the problems."""
     try:
         registry.resolve(arguments.backend)
         chosen = [case for text in arguments.problems for case in ([tuner.parse(text)] if "," in text else cases.named([text]))]
@@ -130,7 +130,7 @@ def explain_shapes(parser: argparse.ArgumentParser, arguments: argparse.Namespac
 
 
 def report(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """The quick report."""
+    """Prints the report. The exit status is 1 if a check or the timed step failed."""
     chosen = tool.CHECKS
     if arguments.checks:
         known = {case.name: case for case in chosen}

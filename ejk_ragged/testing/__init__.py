@@ -1,7 +1,7 @@
-"""For people who write backends: the oracle, named cases that between them meet every feature, and a comparison of the two.
+"""Tools to test a backend: the oracle, named cases that together use every feature, and comparisons of a call with the oracle.
 
-`verify(call, case.draw(poison=True))` says whether a call is right on a case, gradients included. `verify_backend(backend)` tries a
-backend on all cases, and on what no shape of a call shows.
+`verify(call, case.draw(poison=True))` compares a call with the oracle on one case, gradients included. `verify_backend(backend)`
+runs a backend on all cases, and makes one more check with `vmap`.
 """
 
 from ._cases import Case as Case

@@ -1,6 +1,6 @@
-"""Named decode problems: small ones that between them meet every feature, and realistic steps of known models.
+"""`Case`: a named decode problem. `CHECKS`: small cases that together use every feature.
 
-Tests, the report of `python -m ejk_ragged` and the benchmarks share them.
+The tests, the report of `python -m ejk_ragged` and the benchmarks use `Case`.
 """
 
 import dataclasses
@@ -15,27 +15,29 @@ from ._oracle import seen_rows
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A decode problem: shapes, features, and how its lengths are drawn.
+    """A decode problem: shapes, features, and the distribution of its lengths.
 
     Attributes:
-        name: for reports.
-        batch, seq_len, num_q_heads, num_kv_heads, head_dim, dtype: shapes and the name of the query's dtype.
-        lengths: ("full",) passes none; ("uniform", low, high) draws ends within low..high; ("skew", low, high) fills the first
-            sequence and draws the other ends; ("ranges", (start, end), ...) are those, for one sequence after another.
-        softmax_scale, sliding_window, logits_soft_cap: as in the call.
-        sinks: None, or ("shared", N), ("query", N) or ("kv", N): N sinks for all heads, for each query head, for each kv head.
-        num_tokens: of a query of four axes, or None for one of three.
-        query_lengths: None, or how many tokens there are, for one sequence after another.
-        cache_dtype: the name of a quantised cache's dtype, or None for a cache in `dtype`.
-        scales: of a quantised cache, by their axes: "number", "head", "sequence" (and head), "row" (and sequence and head), or
-            None.
-        page_size: rows per page, or None for a padded cache. Pages are in random order, some are shared between sequences, the
-            table has an entry too many, and entries that no token needs are junk. `scales` may not be "sequence" then, and "row"
-            means one scale per row of the pool.
-        value_dim: head dimension of the value where the value has its own, or None.
-        value_columns: which columns of the key's rows are the value, for a cache without a value, or None.
-        row_dim: columns of the key's rows, or None for head_dim.
-        integers: the name of the lengths' dtype. A length beyond the dtype becomes the nearest end of the dtype.
+        name: name of the case in reports.
+        batch, seq_len, num_q_heads, num_kv_heads, head_dim: shapes.
+        dtype: name of the query's dtype.
+        lengths: one of four distributions. ("full",) passes no lengths. ("uniform", low, high) draws ends from low to high,
+            inclusive. ("skew", low, high) draws ends likewise, but the first sequence is full. ("ranges", (start, end), ...) gives
+            the ranges of the sequences in turn, and starts again when there are more sequences than ranges.
+        softmax_scale, sliding_window, logits_soft_cap: the arguments of the call.
+        sinks: ("shared", N) for N sinks shared by all heads, ("query", N) for N sinks per query head, ("kv", N) for N sinks per kv
+            head, or None.
+        num_tokens: number of tokens of a query of four axes. None for a query of three axes.
+        query_lengths: the numbers of tokens of the sequences in turn, as for ("ranges", ...), or None.
+        cache_dtype: name of a quantised cache's dtype. None for a cache in `dtype`.
+        scales: shape of a quantised cache's scales. "number", "head" for one per kv head, "sequence" for one per sequence and kv
+            head, "row" for one per row and kv head, or None for no scales. A case with pages may not have "sequence".
+        page_size: rows per page, or None for a padded cache. Pages are in random order, and some are shared between sequences. The
+            table has one more entry per sequence than needed. Entries that no token needs are junk.
+        value_dim: head dimension of the value. None means head_dim.
+        value_columns: the columns of the key's rows that are the value. None for a cache with a value array.
+        row_dim: number of columns of the key's rows. None means head_dim.
+        integers: name of the lengths' dtype. A length beyond the dtype becomes the nearest value of the dtype.
     """
 
     name: str
@@ -62,7 +64,7 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Rows of a sequence that a call may name, S: `seq_len`, or those of all entries of the page table."""
+        """Number of rows per sequence, S: `seq_len`, or for a cache in pages the rows of all entries of the page table."""
         return self.seq_len if self.page_size is None else self._pages * self.page_size
 
     @property
@@ -70,7 +72,7 @@ class Case:
         return -(-self.seq_len // self.page_size) + 1  # pyright: ignore[reportOperatorIssue]
 
     def ranges(self, seed: int = 0):
-        """sequence_start and sequence_end, integers [B] or None."""
+        """sequence_start and sequence_end, each integers [B] or None."""
         rng = np.random.default_rng([seed, 1])
         match self.lengths:
             case ("full",):
@@ -87,9 +89,9 @@ class Case:
         raise ValueError(f"unknown lengths {self.lengths!r}")
 
     def draw(self, seed: int = 0, poison: bool = False) -> dict[str, Any]:
-        """Keyword arguments, arrays in NumPy, for `ragged_decode_attention` and for the oracle; what is None is left out.
+        """Keyword arguments for `ragged_decode_attention` and for the oracle, with NumPy arrays. What is None is left out.
 
-        With `poison`, cache and scales hold junk at the rows that no token sees: NaN and infinities, where their dtypes have them.
+        With `poison`, cache and scales hold junk in the rows that no token sees: NaN and infinities, if the dtype has them.
         """
         rng = np.random.default_rng([seed, 2])
         dtype = np.dtype(jnp.dtype(self.dtype))
@@ -113,7 +115,7 @@ class Case:
         if self.sinks is not None:
             kind, count = self.sinks
             heads = {"shared": (), "query": (self.num_q_heads,), "kv": (self.num_kv_heads,)}[kind]
-            # Raised a little, so that they weigh something beside a hundred keys.
+            # The mean is 2 and not 0, so that sinks have a noticeable weight against a hundred keys.
             aux = (rng.standard_normal((*heads, count)) + 2).astype(np.float64 if self.dtype == "float64" else np.float32)
         start, end = self.ranges(seed)
         arguments = {
@@ -147,7 +149,8 @@ class Case:
         return None if self.query_lengths is None else self._integers(self._in_turn(self.query_lengths))
 
     def _scale(self, rng, rows) -> Any:
-        """Such that an int8 cache, drawn with steps of a 32nd, stands for values of about 1."""
+        """A scale, random unless it is a number: about 1 / `_STEPS` for an int8 cache, which then stands for normal values, or
+        about 1 for float8."""
         shapes = {
             "head": (self.num_kv_heads,),
             "sequence": (self.batch, self.num_kv_heads),
@@ -161,7 +164,8 @@ class Case:
         return (size * rng.uniform(0.5, 1.5, shapes[self.scales])).astype(np.float32)
 
     def _page_table(self, rng, seed):
-        """Random pages, the first ones of some sequences shared with the first sequence, and junk where no token sees a row."""
+        """Random pages. Some sequences share their first pages with sequence 0. An entry is junk if no token sees a row of its
+        page."""
         if self.page_size is None:
             return None
         pool = self.batch * self._pages + 2
@@ -176,7 +180,7 @@ class Case:
         return table
 
     def _seen_places(self, rows, table, seed):
-        """Which rows of the cache any token sees, bool [B, S], or [N, page_size] of a pool."""
+        """Which rows of the cache any token sees: bool [B, S], or [N, page_size] for a pool."""
         seen = np.zeros(rows, bool)
         for b in range(self.batch):
             j = self._seen(b, seed)
@@ -189,11 +193,11 @@ class Case:
         )
 
     def live_tokens(self, seed: int = 0) -> int:
-        """Keys that any token sees, over all sequences."""
+        """The number of keys that any token sees, over all sequences."""
         return sum(len(self._seen(b, seed)) for b in range(self.batch))
 
     def live_bytes(self, seed: int = 0) -> int:
-        """Bytes of the K and V rows that any token sees, and of their scales: what a decode step has to read."""
+        """The bytes that a decode step has to read: the rows of keys and values that any token sees, and their scales."""
         itemsize = jnp.dtype(self.cache_dtype or self.dtype).itemsize
         if self.value_columns is None:
             columns, scales = self.head_dim + (self.value_dim or self.head_dim), 2
@@ -203,12 +207,12 @@ class Case:
         return self.live_tokens(seed) * self.num_kv_heads * row
 
 
-_POOL = 4_194_301  # a prime, so that the rows of a larger cache don't repeat in step
-_STEPS = 32  # of an int8 cache, in a standard deviation
+_POOL = 4_194_301  # how many normal values are drawn; a prime, so that repeated values do not fall on the same columns of rows
+_STEPS = 32  # steps of an int8 cache per standard deviation
 
 
 def _normal(rng, shape, dtype):
-    """Normal values, drawn once for a few million and repeated beyond: large caches take seconds otherwise."""
+    """Normal values. At most `_POOL` values are drawn, and repeated for a larger array, because drawing more takes seconds."""
     size = int(np.prod(shape))
     pool = rng.standard_normal(min(size, _POOL), np.float32 if dtype.itemsize < 8 else np.float64)
     pool = np.clip(np.rint(_STEPS * pool), -127, 127) if dtype == np.int8 else pool
@@ -217,21 +221,20 @@ def _normal(rng, shape, dtype):
 
 @functools.cache
 def _junk(dtype):
-    """The worst that an array of `dtype` can hold."""
+    """The values of `dtype` that do the most harm if a backend uses them."""
     if dtype == np.int8:
         return np.array([-128, 127], dtype)
     return np.array([np.nan, np.inf, -np.inf], np.float32).astype(dtype)
 
 
-# Empty in two ways, one key, all keys, out of bounds on both sides, reversed.
+# In turn: empty, empty, one key, all keys, beyond the cache on both sides, end before start.
 _EDGES = ("ranges", (0, 0), (9, 9), (4, 5), (0, 67), (-5, 1000), (60, 8))
-# Fewer keys than tokens, a start among them, all, far beyond the end of the cache.
+# In turn: fewer keys than tokens, fewer keys than tokens after a start, all keys, an end far beyond the cache, some keys, empty.
 _SHORT = ("ranges", (0, 3), (40, 42), (0, 67), (7, 1000), (0, 50), (5, 5))
-
-# A full cache: drafts of which some rows, all rows or no rows fit.
+# A full cache: of the new rows of a draft, some, all or none fit.
 _FULL = ("ranges", (0, 69), (60, 68), (0, 71), (5, 67), (0, 80), (66, 70))
 
-# Small: every feature alone, then together.
+# Small cases: each feature alone, then all features together.
 CHECKS = (
     Case("mha", 2, 67, 4, 4, 32),
     Case("mqa", 2, 67, 5, 1, 64, lengths=("uniform", 1, 67)),

@@ -1,6 +1,6 @@
-"""The truth that every backend is measured against: ragged decode attention in NumPy float64, written from its definition.
+"""The oracle: ragged decode attention in NumPy float64, written from its definition. Every backend is compared with it.
 
-Plain loops over sequences, tokens and heads, nothing shared with the rest of the package.
+The oracle is plain loops over sequences, tokens and heads. It shares no code with the rest of the package.
 """
 
 from typing import Any, NamedTuple
@@ -9,11 +9,15 @@ import numpy as np
 
 
 class Gradients(NamedTuple):
-    """Gradients in float64, shaped like what they belong to; None where there is none: of a quantised cache, of a pool of pages, of
-    absent sinks, of an absent value.
+    """The gradients of the arguments, in float64, each in the shape of its argument.
 
-    `size` says, by name, how large the products are that each gradient sums (their root sum square, one number a gradient): what
-    rounding errors are relative to where the sum itself cancels, such as d_query of a range of one key.
+    A gradient is None if it does not exist: for a quantised cache, for a pool of pages, and for absent sinks or an absent value.
+
+    Attributes:
+        query, key, value, softmax_aux: the gradients.
+        size: one number per gradient, by name. Each element of a gradient is a sum of products, and the number is the root of the
+            sum of the squares of all these products. Rounding errors are relative to this number where the sum cancels, for
+            example in d_query of a range of one key.
     """
 
     query: Any
@@ -40,9 +44,11 @@ def oracle(
     key_scale=None,
     value_scale=None,
 ):
-    """Output, shaped like the query but for the last axis, which is the value's, and lse, without the last axis, in float64.
+    """The output and the log-sum-exp in float64. The arguments are the arguments of `ragged_decode_attention`.
 
-    Arguments are those of `ragged_decode_attention`.
+    Returns:
+        A pair (out, lse). out has the shape of the query, except that the last axis is the value's head dimension. lse has the
+        shape of the query without the last axis.
     """
     tokens, key, value, sinks = _operands(query, key, value, softmax_aux, page_table, value_columns, key_scale, value_scale)
     lengths = sequence_start, sequence_end, sliding_window, query_lengths
@@ -80,11 +86,15 @@ def oracle_gradients(
     d_out,
     d_lse,
 ) -> Gradients:
-    """Gradients of sum(out * d_out) + sum(lse * d_lse).
+    """The gradients of sum(out * d_out) + sum(lse * d_lse).
 
-    With p_j the probability of key j and s_n that of sink n: d_logit_j = p_j (d_out . v_j - delta), d_sink_n = -s_n delta,
-    delta = d_out . out - d_lse; through the cap, d_tanh = 1 - tanh^2. An empty range has no gradients but that of its lse,
-    logsumexp(sinks), to the sinks.
+    p_j is the probability of key j, s_n is the probability of sink n, and delta = d_out . out - d_lse. Then:
+
+    - d_logit_j = p_j (d_out . v_j - delta).
+    - d_sink_n = -s_n delta.
+    - The cap multiplies d_logit_j by its slope, 1 - tanh^2.
+
+    For an empty range, lse is logsumexp(sinks). Only the sinks have a gradient then.
     """
     aux, frozen = softmax_aux, page_table is not None or np.asarray(query).dtype != np.asarray(key).dtype
     row_dim = np.shape(key)[-1]
@@ -121,7 +131,7 @@ def oracle_gradients(
         squares["key"] += np.sum(x_squared) * (q @ q)
         squares["value"] += (p @ p) * (d_o @ d_o)
         squares["softmax_aux"] += (s @ s) * delta_squared
-    if value_columns is not None:  # the rows have a gradient by both uses
+    if value_columns is not None:  # a row's gradient is the sum over its uses as key and as value
         d_rows = np.zeros((*d_key.shape[:-1], row_dim))
         d_rows[..., :head_dim] += d_key
         d_rows[..., slice(*value_columns)] += d_value
@@ -135,7 +145,7 @@ def oracle_gradients(
 def live_rows(
     b, seq_len, sequence_start=None, sequence_end=None, sliding_window=None, query_lengths=None, *, token=0, num_tokens=1
 ):
-    """Indices of the keys that token `token` of sequence `b` sees."""
+    """The indices of the keys that token `token` of sequence `b` sees."""
     start = 0 if sequence_start is None else int(sequence_start[b])
     end = seq_len if sequence_end is None else int(sequence_end[b])
     present = num_tokens if query_lengths is None else min(max(int(query_lengths[b]), 0), num_tokens)
@@ -145,18 +155,18 @@ def live_rows(
     position = end - present + token
     low = max(start, position - left) if left >= 0 else start
     high = min(position, position + right) if right >= 0 else position
-    low, stop = max(low, 0), min(high + 1, seq_len)  # only keys are clipped to the cache, positions are not
+    low, stop = max(low, 0), min(high + 1, seq_len)  # rows are clipped to the cache; the position is not
     return np.arange(low, max(low, stop))
 
 
 def seen_rows(b, seq_len, *lengths, num_tokens=1):
-    """Indices of the keys that any token of sequence `b` sees; `lengths` as in `live_rows`."""
+    """The indices of the keys that any token of sequence `b` sees. `lengths` are the lengths that `live_rows` takes."""
     seen = [live_rows(b, seq_len, *lengths, token=t, num_tokens=num_tokens) for t in range(num_tokens)]
     return np.unique(np.concatenate(seen))
 
 
 def _operands(query, key, value, softmax_aux, page_table, value_columns, key_scale, value_scale):
-    """In float64: the query as [B, T, Hq, D], what the cache stands for as [B, S, Hkv, ...], and the sinks of each query head."""
+    """The operands in float64: query [B, T, Hq, D], keys and values [B, S, Hkv, ...] with their scales applied, sinks [Hq, N]."""
     query, key = (np.asarray(x).astype(np.float64) for x in (query, key))
     head_dim, heads = query.shape[-1], query.shape[-2]
     if value_columns is None:
@@ -165,7 +175,7 @@ def _operands(query, key, value, softmax_aux, page_table, value_columns, key_sca
         value = key[..., slice(*value_columns)]
         value_scale = key_scale if value_scale is None else value_scale
     key = key[..., :head_dim]
-    with np.errstate(invalid="ignore"):  # rows that nobody sees may hold anything
+    with np.errstate(invalid="ignore"):  # rows that no token sees may hold anything
         key, value = (x if scale is None else x * _scale(scale) for x, scale in ((key, key_scale), (value, value_scale)))
     if page_table is not None:
         key, value = (_by_sequence(x, page_table) for x in (key, value))
@@ -180,13 +190,13 @@ def _operands(query, key, value, softmax_aux, page_table, value_columns, key_sca
 
 
 def _by_sequence(pool, page_table):
-    """A pool [N, page_size, ...] as [B, P * page_size, ...]; entries outside the pool are clipped."""
+    """A pool [N, page_size, ...], gathered to [B, P * page_size, ...]. Entries outside the pool are clipped."""
     sequences = [[pool[min(max(int(entry), 0), len(pool) - 1)] for entry in entries] for entries in np.asarray(page_table)]
     return np.stack([np.concatenate(pages) for pages in sequences])
 
 
 def _scale(scale):
-    """A scale as something to multiply [B, S, Hkv, D] by, or a pool."""
+    """A scale in a shape that multiplies [B, S, Hkv, D], or a pool."""
     scale = np.asarray(scale).astype(np.float64)
     match scale.ndim:
         case 0:
@@ -199,7 +209,7 @@ def _scale(scale):
 
 
 def _like_aux(d_sinks, aux):
-    """Gradients of one row a query head, summed into the shape that was given."""
+    """The gradient of softmax_aux, in its shape, from gradients [Hq, N]: summed over the query heads that share a sink."""
     if aux is None:
         return None
     shape = np.shape(aux)
@@ -208,7 +218,7 @@ def _like_aux(d_sinks, aux):
 
 
 def _logits(q, k, scale, cap):
-    """Logits of one query head, scaled and capped, and the cap's slope there."""
+    """The logits of one query head, scaled and capped, and the slope of the cap at each logit."""
     x = (len(q) ** -0.5 if scale is None else scale) * (k @ q)
     if cap is None:
         return x, np.ones_like(x)
@@ -221,7 +231,8 @@ def _logsumexp(x):
     return top if top == -np.inf else top + np.log(np.sum(np.exp(x - top)))
 
 
-# Relative L2 errors that are accepted: of outputs with 256 elements and more; of smaller ones, which may show one rounding in full.
+# The relative L2 errors that are accepted: (for outputs of 256 elements or more, for smaller outputs). The error of a small output
+# can be one rounding error in full. In a large output, rounding errors average out.
 TOLERANCES = {
     "float64": (1e-13, 1e-13),
     "float32": (2e-6, 2e-6),
@@ -231,16 +242,16 @@ TOLERANCES = {
 
 
 def tolerance(dtype, size, gradient=False):
-    """The relative error accepted of an array of `size` elements, computed from a query of `dtype` (a name or a dtype)."""
+    """The relative error that is accepted for an array of `size` elements, from a query of `dtype` (a name or a dtype)."""
     large, tiny = TOLERANCES[np.dtype(dtype).name if not isinstance(dtype, str) else dtype]
     return (large if size >= 256 else tiny) * (2 if gradient else 1)
 
 
 def relative_error(got, want, size=0.0):
-    """Relative L2 error, `norm(got - want) / max(norm(want), size)`.
+    """The relative L2 error, `norm(got - want) / max(norm(want), size)`.
 
-    Equal infinities are no error; NaN, other infinities and a wrong shape are an infinite one, as is anything but 0 where `want`
-    and `size` are 0.
+    Equal infinities are no error. The error is infinite for NaN, for other infinities, and for a wrong shape. If `want` and `size`
+    are 0, the error is infinite unless `got` is 0.
     """
     got, want = np.asarray(got).astype(np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:

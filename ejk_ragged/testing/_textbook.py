@@ -1,4 +1,4 @@
-"""A backend by the textbook: all logits at once, every problem, in plain JAX. Slow on large caches, and easy to read."""
+"""A backend as a textbook would write it: plain JAX, all logits at once. It does every problem. It is slow on large caches."""
 
 import dataclasses
 import functools
@@ -11,10 +11,13 @@ from ejk_ragged._backend import Backend
 
 
 class TextbookBackend(Backend):
-    """For tests: of what surrounds a backend, which then compile quickly, and of tests, by subclasses with a fault on purpose.
+    """A backend for tests, with two uses:
 
-    It takes the problem at its word, as kernels do: where there is no `junk_between_tokens` it clears nothing between the ranges of
-    a sequence's tokens. A cache in pages is gathered first.
+    - Tests of the code around backends use it because it compiles quickly.
+    - Subclasses with a deliberate fault show that a test can fail.
+
+    Like a kernel, it relies on the facts of the problem: without `junk_between_tokens` it does not clear the rows between the
+    ranges of a sequence's tokens. It gathers a cache in pages into a padded cache first.
     """
 
     name: ClassVar[str] = "textbook"
@@ -52,7 +55,7 @@ class TextbookBackend(Backend):
             gradients += [x.astype(cache.key.dtype) for x in self.d_cache(problem, d_key, d_value)]
         return gradients
 
-    # What a faulty one may get wrong.
+    # The steps that a faulty subclass may override.
 
     def live(self, problem, queries):
         """Which rows each token sees, [B, T, S]."""
@@ -61,7 +64,7 @@ class TextbookBackend(Backend):
         return (rows >= start[..., None]) & (rows < end[..., None])
 
     def logits(self, problem, queries, cache):
-        """Logits [B, T, Hkv, G, S], masked, and their slope by the products q . k."""
+        """Masked logits [B, T, Hkv, G, S], and their derivative with respect to the products q . k."""
         q = self.by_kv_head(problem, queries.query).astype(problem.accum_dtype)
         products = _dot("bthgd,bshd->bthgs", q, self.keys(problem, queries, cache))
         x, slope = self.bent(problem, products)
@@ -69,7 +72,7 @@ class TextbookBackend(Backend):
         return jnp.where(live, x, -jnp.inf), slope
 
     def bent(self, problem, products):
-        """The products scaled, then capped; and the slope of that."""
+        """The logits of the products q . k: scaled, then capped. And their derivative with respect to the products."""
         x, cap = problem.softmax_scale * products, problem.logits_soft_cap
         if cap is None:
             return x, problem.softmax_scale
@@ -77,18 +80,21 @@ class TextbookBackend(Backend):
         return cap * t, problem.softmax_scale * (1 - t * t)
 
     def keys(self, problem, queries, cache):
-        """What the cache stands for, [B, S, Hkv, D], and 0 at rows that no token sees."""
+        """The keys that the cache stands for, [B, S, Hkv, D], with 0 in rows that no token sees."""
         rows, scale = (self.gathered(problem, cache, x) for x in (cache.key[..., : problem.head_dim], cache.key_scale))
         return self.seen(problem, queries, rows, scale)
 
     def values(self, problem, queries, cache):
-        """Likewise, [B, S, Hkv, Dv]."""
+        """The values that the cache stands for, [B, S, Hkv, Dv], with 0 in rows that no token sees."""
         value = cache.key[..., slice(*problem.value_columns)] if problem.value_columns else cache.value
         rows, scale = (self.gathered(problem, cache, x) for x in (value, cache.value_scale))
         return self.seen(problem, queries, rows, scale)
 
     def gathered(self, problem, cache, x):
-        """What a pool, or the scales of one, holds for every sequence: [B, S, Hkv, ...], or [B, Hkv or 1, S] of scales."""
+        """An array of the cache by sequence, gathered from the pages if the cache is a pool.
+
+        Keys and values become [B, S, Hkv, ...], and scales become [B, Hkv or 1, S].
+        """
         if x is None or not problem.paged:
             return x
         x = x if x.ndim == 4 else x.swapaxes(1, 2)
@@ -100,6 +106,7 @@ class TextbookBackend(Backend):
         return cache.pages()
 
     def seen(self, problem, queries, rows, scale):
+        """The rows times their scales, with 0 in rows that no token sees."""
         rows = rows.astype(problem.accum_dtype)
         if scale is not None:
             rows = rows * scale.swapaxes(1, 2)[..., None]
@@ -109,7 +116,7 @@ class TextbookBackend(Backend):
         return jnp.where(jnp.any(self.live(problem, queries), axis=1)[..., None, None], rows, 0)
 
     def d_cache(self, problem, d_key, d_value):
-        """Gradients of the arrays that the cache has."""
+        """The gradients of the cache's arrays, from the gradients of keys and values."""
         if problem.value_columns is None:
             return [d_key, d_value]
         d_rows = jnp.zeros((*d_key.shape[:-1], problem.row_dim), d_key.dtype).at[..., : problem.head_dim].add(d_key)

@@ -1,4 +1,4 @@
-"""Is a call right? Its output, lse and gradients beside the oracle's, as errors and the tolerances that they must keep."""
+"""Compares the output, lse and gradients of a call with the oracle's. The result is errors, with their tolerances."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,8 +16,14 @@ from ._oracle import oracle, oracle_gradients, relative_error, seen_rows, tolera
 
 
 class Verdict(NamedTuple):
-    """One comparison. `what` is "out", "lse", "d_query"...; "dead d_key" and "dead d_value" count the elements of rows that no
-    token sees that are not exactly 0."""
+    """One comparison with the oracle.
+
+    Attributes:
+        what: "out", "lse", "d_query", "d_key", "d_value", "d_softmax_aux", "dead d_key" or "dead d_value".
+        error: for "dead d_key" and "dead d_value", the number of elements that are not exactly 0 in rows that no token sees. For
+            "lse", the largest error, relative to max(1, |lse|). Otherwise the relative L2 error.
+        tolerance: the largest error that is accepted.
+    """
 
     what: str
     error: float
@@ -32,13 +38,17 @@ class Verdict(NamedTuple):
 
 
 def verify(call: Callable, arguments: dict[str, Any], gradients: bool = True, seed: int = 0) -> tuple[Verdict, ...]:
-    """`call(**arguments, return_lse=True)`, and its gradients for random cotangents, beside the oracle.
+    """Compares `call(**arguments, return_lse=True)`, and its gradients for random cotangents, with the oracle.
 
     Args:
-        call: `ragged_decode_attention`, perhaps with a `backend`, or something with its meaning.
-        arguments: what `Case.draw` gives.
-        gradients: also compare the gradients: to query and sinks, and to the cache unless it is quantised or in pages.
-        seed: of the cotangents.
+        call: `ragged_decode_attention`, or a function with the same meaning. `functools.partial` can set its `backend`.
+        arguments: keyword arguments, as `Case.draw` returns them.
+        gradients: whether to compare the gradients, too: of query and sinks, and of the cache unless the cache is quantised or in
+            pages.
+        seed: seed of the cotangents.
+
+    Returns:
+        One verdict per result that was compared.
     """
     exact = {name: np.asarray(x) if isinstance(x, jax.Array) else x for name, x in arguments.items()}
     arguments = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
@@ -75,18 +85,19 @@ def verify(call: Callable, arguments: dict[str, Any], gradients: bool = True, se
 
 
 def verify_backend(backend: str | Backend, cases: Sequence[Case] = CHECKS) -> dict[str, tuple[Verdict, ...] | str]:
-    """`backend` on every case, junk around what tokens see, and on what no shape of a call shows.
+    """Runs `backend` on every case, and compares the results with the oracle. Rows that no token sees hold junk.
 
-    The cases have bounds beyond the cache, tokens without rows, no lengths, no sinks, scales of every shape, pages and widths. One
-    more entry, "junk between tokens", maps lengths over one cache, so that there are rows between the ranges of a sequence's
-    tokens that no token sees.
+    The cases cover bounds beyond the cache, tokens that see no row, calls without lengths or sinks, scales of every shape, pages,
+    and values of another width. One more check, "junk between tokens", maps lengths over one cache with `vmap`. Rows with NaN then
+    lie between the ranges of a sequence's tokens, which no single call can produce.
 
     Args:
         backend: a name, or an instance.
-        cases: what is tried.
+        cases: the cases to run.
 
     Returns:
-        By the name of the case: the verdicts, gradients included, or why the backend refuses the case.
+        A dictionary by the name of the case. The value is the verdicts, gradients included, or the reason why the backend refuses
+        the case.
     """
     call = functools.partial(ragged_decode_attention, backend=backend)
     found: dict[str, tuple[Verdict, ...] | str] = {}
@@ -103,7 +114,7 @@ def verify_backend(backend: str | Backend, cases: Sequence[Case] = CHECKS) -> di
 
 
 def _junk_between_tokens(call) -> tuple[Verdict, ...]:
-    """Two maps of one token each become two tokens with ranges of their own; what lies between the ranges is NaN."""
+    """Maps two pairs of lengths over one cache. They become two tokens with separate ranges. Rows between the ranges are NaN."""
     case = Case("", 2, 80, 4, 2, 16, "bfloat16", lengths=("ranges", (0, 10), (5, 9)))
     arguments = case.draw()
     for name in ("key", "value"):
@@ -121,16 +132,17 @@ def _junk_between_tokens(call) -> tuple[Verdict, ...]:
 
 
 def _lse_error(got, want):
-    """Largest error, relative to max(1, |lse|): log-probabilities near 0 are as good as any."""
+    """The largest error, relative to max(1, |lse|): where |lse| is below 1, the absolute error counts."""
     got = np.asarray(got).astype(np.float64)
     if got.shape != want.shape:
         return np.inf
-    other = got != want  # so that -inf is right where -inf is wanted
+    other = got != want  # equal infinities are no error
     error = np.abs(got[other] - want[other]) / np.maximum(1, np.abs(want[other]))
     return np.inf if np.isnan(error).any() else float(error.max(initial=0))
 
 
 def _nonzero_unseen(gradient, arguments):
+    """The number of elements that are not 0 in rows that no token sees."""
     lengths = [arguments.get(name) for name in ("sequence_start", "sequence_end", "sliding_window", "query_lengths")]
     query = arguments["query"]
     num_tokens = query.shape[1] if query.ndim == 4 else 1
