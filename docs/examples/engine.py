@@ -152,7 +152,7 @@ class Engine:
     # -- A step
 
     def step(self) -> list[tuple[Request, list[int]]]:
-        """Lets requests in, reads a chunk of a prompt, and decodes the others. Returns the requests that have new tokens, and these."""
+        """Lets requests in, reads a chunk of a prompt, and decodes the others. Returns who has new tokens, and these tokens."""
         self._admit()
         pieces = {}
         for request in self.running:

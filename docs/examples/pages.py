@@ -1,7 +1,7 @@
 """Who holds which page of a pool: a list of the free pages, and of every other page the number of its holders.
 
-A sequence has a list of its pages, in the order of its rows. Sequences that begin alike hold the same pages for the beginning. A page
-with several holders is copied before a sequence writes into it. Nothing here knows of arrays: `copy` is the caller's.
+A sequence has a list of its pages, in the order of its rows. Sequences that begin alike hold the same pages for the beginning. A
+page with several holders is copied before a sequence writes into it. Nothing here knows of arrays: `copy` is the caller's.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,8 @@ class Pages:
         """Makes rows `first` to `end - 1` of a sequence writable. Its rows before `first` stay as they are.
 
         Puts the pages that are missing at the end of `held`. A page that holds row `first` and belongs to other sequences too is
-        replaced: `copy(page, new)` copies its rows. Returns False, and changes nothing, where less than `spare` pages would be left.
+        replaced: `copy(page, new)` copies its rows. Returns False, and changes nothing, where fewer than `spare` pages would be
+        left.
         """
         at = first // self.size
         shared = at < len(held) and self.holders[held[at]] > 1
