@@ -5,6 +5,7 @@ import functools
 import io
 import queue
 import sys
+from typing import Any
 from unittest import mock
 
 import engine
@@ -24,7 +25,7 @@ from test_smollm2 import Letters, model
 
 pytestmark = pytest.mark.usefixtures("promoted_ranks")
 
-SIZES = {"slots": 3, "num_pages": 24, "page_size": 4, "rows": 48, "chunk": 8}  # one for all tests: programs are compiled once
+SIZES: dict[str, Any] = {"slots": 3, "num_pages": 24, "page_size": 4, "rows": 48, "chunk": 8}
 BEGINNING = np.random.default_rng(5).integers(1, 64, 30).tolist()
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -37,6 +38,11 @@ def _precision():
     """The program's own, so that what it compiles is there for all."""
     with jax.default_matmul_precision("highest"):
         yield
+
+
+def make(**options: Any) -> Engine:
+    """An engine for the small model. The sizes are the same in all tests, so that its programs are compiled once."""
+    return Engine(model(), **(SIZES | options))
 
 
 def finish(engine):
@@ -62,7 +68,7 @@ def assert_all_free(engine):
 
 @functools.cache
 def alone(prompt, tokens):
-    return run(Engine(model(), **SIZES), (list(prompt), tokens))[0]
+    return run(make(), (list(prompt), tokens))[0]
 
 
 def as_alone(requests):
@@ -109,7 +115,7 @@ def guesses(requests, period):
 @hypothesis.given(traffic())
 def test_whatever_comes(drawn):
     requests, come, close, num_pages, drafts, period = drawn
-    served = Engine(model(), **SIZES | {"drafts": drafts})
+    served = make(drafts=drafts)
     served.pages = Pages(num_pages, 4)  # fewer than the pool has, so that the programs are the same
     with mock.patch.object(engine, "look_up", guesses(requests, period)):
         taken, closed = go_on(served, requests, come, close)
@@ -137,9 +143,9 @@ def go_on(engine, requests, come, close):
     raise AssertionError("it goes on and on")
 
 
-def crowd(**options):
+def crowd():
     """Requests of which each thing happens to some: pages are shared, copied and short, and drafts are right and wrong."""
-    engine = Engine(model(), **SIZES | {"drafts": 3} | options)
+    engine = make(drafts=3)
     engine.pages = Pages(10, 4)
     requests = [
         (BEGINNING[:18], 12),
@@ -151,13 +157,13 @@ def crowd(**options):
     return engine, requests
 
 
-def test_everything_happens_and_changes_nothing():
+def test_everything_happens_and_changes_nothing(monkeypatch):
     engine, requests = crowd()
     copied, copy = [], engine._copy
-    engine._copy = lambda *pages: (copied.append(pages), copy(*pages))
+    monkeypatch.setattr(engine, "_copy", lambda *pages: copied.append(pages) or copy(*pages))
     assert run(engine, *requests) == as_alone(requests)
     assert copied
-    assert engine.counts.put_back > 1
+    assert 1 < engine.counts.put_back < 8  # 8 without a spare page for each that runs
     assert engine.counts.shared_rows > 20
     assert engine.counts.most_pages == 10
     assert engine.counts.steps < sum(tokens for _, tokens in requests) + 12  # drafts are right at times
@@ -211,7 +217,7 @@ def test_the_bits_are_those_of_a_request_alone():
     """Without drafts, shared pages and requests that are put back, all of which round differently."""
     pools = []
     for others in ([], [([9, 9, 3], 12), (BEGINNING[5:25], 6)]):
-        engine = Engine(model(), **SIZES)
+        engine = make()
         for request in others:
             engine.submit(*request)
         request = engine.submit(BEGINNING[:18], 12)
@@ -223,18 +229,18 @@ def test_the_bits_are_those_of_a_request_alone():
 
 
 def test_pages_of_8_bits():
-    engine = Engine(model(), **SIZES | {"dtype": "int8"})
+    engine = make(dtype="int8")
     requests = [(BEGINNING[:9], 6), (BEGINNING[:11], 6), ([4, 2], 6)]
     new = run(engine, *requests)
     same = [a == b for got, want in zip(new, as_alone(requests), strict=True) for a, b in zip(got, want, strict=True)]
     assert np.mean(same) > 0.6
     assert engine.pool.key.dtype == jnp.int8
-    wide = Engine(model(), **SIZES)
+    wide = make()
     assert serve.megabytes(engine, 10) == pytest.approx(serve.megabytes(wide, 10) * (8 + 4) / 32)  # head_dim 8, and a scale
 
 
 def test_programs_are_compiled_once_and_write_in_place():
-    engine = Engine(model(), **SIZES | {"slots": 2, "num_pages": 21, "drafts": 2})
+    engine = make(slots=2, num_pages=21, drafts=2)
     COMPILED.clear()
     engine.warm_up()
     assert len(COMPILED) == 3, COMPILED
@@ -244,11 +250,13 @@ def test_programs_are_compiled_once_and_write_in_place():
     assert engine.counts.shared_rows
     assert len(COMPILED) == 3, COMPILED
     assert pool.is_deleted()
-    large = Engine(model(), **SIZES | {"num_pages": 10000})
+    large = make(num_pages=10000)
     table, one = np.zeros((3, 24), np.int32), np.ones((3, 1), np.int32)
     cache = dataclasses.replace(large.pool, page_table=table)
     program = llama.step.lower(model(), cache, one, one[:, 0], one[:, 0], one, attention=ATTENTION).compile()
-    assert program.memory_analysis().temp_size_in_bytes < 0.1 * sum(x.nbytes for x in jax.tree.leaves(large.pool))
+    memory = program.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 0.1 * sum(x.nbytes for x in jax.tree.leaves(large.pool))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -256,7 +264,7 @@ def test_programs_are_compiled_once_and_write_in_place():
 
 
 def test_streams_that_are_closed():
-    engine = Engine(model(), **SIZES)
+    engine = make()
     first, second, third = (engine.stream(prompt, 8) for prompt in (BEGINNING[:9], BEGINNING[:14], BEGINNING[:7]))
     want = [alone(tuple(BEGINNING[:n]), 8) for n in (9, 14, 7)]
     assert [next(second) for _ in range(3)] == want[1][:3]
@@ -300,14 +308,14 @@ def test_an_interrupt_between_programs_loses_nothing(monkeypatch):
     ],
 )
 def test_requests_that_are_refused(prompt, tokens, said):
-    engine = Engine(model(), **SIZES)
+    engine = make()
     with pytest.raises(ValueError, match=said):
         engine.stream(prompt, tokens)
     assert not engine.busy
 
 
 def test_the_longest_request_fits():
-    engine = Engine(model(), **SIZES | {"rows": 1000})
+    engine = make(rows=1000)
     assert len(run(engine, ([1] * 90, 7))[0]) == 7  # 96 rows, 24 pages of 4
     with pytest.raises(ValueError, match="96 rows, 24 pages of 4"):
         engine.submit([1] * 90, 8)
@@ -316,7 +324,7 @@ def test_the_longest_request_fits():
 @pytest.mark.parametrize(("name", "size"), [("slots", 0), ("num_pages", 0), ("page_size", -1), ("chunk", 0), ("drafts", -1)])
 def test_sizes_that_are_refused(name, size):
     with pytest.raises(ValueError, match=f"{name} must be at least ., got {size}"):
-        Engine(model(), **SIZES | {name: size})
+        make(**{name: size})
 
 
 def test_pages_without_an_engine():

@@ -85,6 +85,8 @@ class Engine:
         self.waiting: collections.deque[Request] = collections.deque()
         self.slots: list[Request | None] = [None] * slots
         self.counts, self.number = Counts(), 0
+        # The model's two programs: batch, tokens of each sequence, and how many of these may be a draft.
+        self.read, self.decode = (1, chunk, 0), (slots, 1 + drafts, drafts)
         # One pool for all layers: page p of layer i is page i * num_pages + p.
         c = model.config
         self.first_pages = np.arange(c.layers, dtype=np.int32) * num_pages
@@ -154,21 +156,19 @@ class Engine:
     def step(self) -> list[tuple[Request, list[int]]]:
         """Lets requests in, reads a chunk of a prompt, and decodes the others. Returns who has new tokens, and these tokens."""
         self._admit()
-        pieces = {}
+        pieces: dict[Request, tuple[list[int], list[int]]] = {}  # what each feeds: tokens that are certain, and a draft
         for request in self.running:
             piece = request.text[request.rows : request.rows + self.chunk], self._draft(request)
             if self._provide(request, sum(map(len, piece))):
                 pieces[request] = piece
+        reading = {0: request for request in pieces if request.unread > 1}  # the newest, or none
+        decoding = {slot: request for slot, request in enumerate(self.slots) if request in pieces and request.unread == 1}
         written = []
-        reading = [request for request in pieces if request.unread > 1]  # the newest, or none
-        decoding = [request if request in pieces and request.unread == 1 else None for request in self.slots]
-        for batch, width, drafts in ((reading, self.chunk, 0), (decoding, 1 + self.drafts, self.drafts)):
-            best_of = self._run(batch, pieces, width, drafts) if any(batch) else []
-            for request, best in zip(batch, best_of, strict=False):
-                if request is None:
-                    continue
+        for batch, program in ((reading, self.read), (decoding, self.decode)):
+            best = self._run(batch, pieces, *program) if batch else []
+            for row, request in batch.items():
                 certain, draft = pieces[request]
-                fresh = accepted(draft, best, self.stop) if len(certain) == request.unread else []
+                fresh = accepted(draft, best[row], self.stop) if len(certain) == request.unread else []
                 request.rows += len(certain) + max(len(fresh) - 1, 0)
                 request.new += fresh
                 written += [(request, fresh)] * bool(fresh)
@@ -180,8 +180,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles all programs, and changes nothing."""
-        for rows, width, drafts in (([None], self.chunk, 0), ([None] * len(self.slots), 1 + self.drafts, self.drafts)):
-            self._run(rows, {}, width, drafts)
+        for program in (self.read, self.decode):
+            self._run({}, {}, *program)
         self._copy(0, 0)
 
     def _admit(self):
@@ -229,20 +229,18 @@ class Engine:
 
     # -- What the device does
 
-    def _run(self, rows, pieces, width, drafts):
-        """One step of the model for the requests of a batch, None where there is none: the likeliest tokens [batch, 1 + drafts]."""
-        batch = len(rows)
-        table = np.zeros((batch, len(self.first_pages), self.width), np.int32)
-        tokens, wanted = np.zeros((batch, width), np.int32), np.zeros((batch, 1 + drafts), np.int32)
-        lengths, count = np.zeros((2, batch), np.int32)
-        for b, request in enumerate(rows):
-            if request is not None:
-                certain, draft = pieces[request]
-                lengths[b], count[b] = request.rows, len(certain) + len(draft)
-                tokens[b, : count[b]] = certain + draft
-                wanted[b] = np.minimum(len(certain) - 1 + np.arange(1 + drafts), count[b] - 1)
-                table[b, :, : len(request.pages)] = self.first_pages[:, None] + np.array(request.pages, np.int32)
-        cache = dataclasses.replace(self.pool, page_table=table.reshape(batch, -1))  # the rows of one layer after another's
+    def _run(self, batch, pieces, size, width, drafts):
+        """One step of the model for requests, each in a row of the batch: the likeliest tokens [size, 1 + drafts]."""
+        table = np.zeros((size, len(self.first_pages), self.width), np.int32)
+        tokens, wanted = np.zeros((size, width), np.int32), np.zeros((size, 1 + drafts), np.int32)
+        lengths, count = np.zeros((2, size), np.int32)
+        for row, request in batch.items():
+            certain, draft = pieces[request]
+            lengths[row], count[row] = request.rows, len(certain) + len(draft)
+            tokens[row, : count[row]] = certain + draft
+            wanted[row] = np.minimum(len(certain) - 1 + np.arange(1 + drafts), count[row] - 1)  # the last certain one, and drafts
+            table[row, :, : len(request.pages)] = self.first_pages[:, None] + np.array(request.pages, np.int32)
+        cache = dataclasses.replace(self.pool, page_table=table.reshape(size, -1))  # the rows of one layer after another's
         best, cache = step(self.model, cache, tokens, lengths, count, wanted, attention=ATTENTION)
         self.pool = dataclasses.replace(cache, page_table=None)
         return np.asarray(best).tolist()

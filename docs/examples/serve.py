@@ -3,8 +3,8 @@
 What installs the model stands in `smollm2.py`. Then serve prompts, of which some come later, from a file, or from standard input:
 
     python docs/examples/serve.py "The capital of Italy is" "@0.5 The capital of Italy was" "@1 Water boils at" --tokens 24
-    python docs/examples/serve.py --file requests.txt --pages 40 --cache int8 --draft 4 --picture pages.png
-    python docs/examples/serve.py --file - --chat
+    python docs/examples/serve.py --file docs/examples/requests.txt --slots 4 --pages 10 --rows 128 --one-by-one --dense
+    python docs/examples/serve.py --file - --chat --cache int8 --draft 4
 
 A line of a file is a prompt. `@SECONDS` before it says when it comes; without that it comes when it is read. `--one-by-one` writes
 the same texts one after another and compares, and `--dense` says what a cache without pages would need.
@@ -85,7 +85,9 @@ def serve(engine, encode, lines, tokens, served, show=lambda changed: None):
             line = lines.get()
             more = line is not None
             if line is not None:
-                at, prompt = LINE.fullmatch(line).groups()
+                match = LINE.fullmatch(line)
+                assert match, "any line matches"
+                at, prompt = match.groups()
                 later.append(Arrival(prompt, now() if at is None else float(at)))
         due = sorted((arrival for arrival in later if arrival.at <= now()), key=lambda arrival: arrival.at)
         for arrival in due:
@@ -155,7 +157,8 @@ def picture(pages, count, file):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 2.6))
-    axes.fill_between(*zip(*pages, strict=True), step="post", color="#00796b")
+    seconds, used = zip(*pages, strict=True)
+    axes.fill_between(seconds, used, step="post", color="#00796b")
     axes.axhline(count, color="#b0bec5")
     axes.set(xlabel="seconds", ylabel="pages in use", ylim=(0, 1.05 * count), xlim=(0, pages[-1][0]))
     axes.spines[["top", "right"]].set_visible(False)
@@ -175,7 +178,7 @@ def report(engine, served, say):
     if served.pages:
         say(f"pages in use over time, {counts.most_pages} of {pages.count} at most:")
         say("|" + chart(served.pages) + "|")
-    say(f"{counts.shared_rows} rows shared in place of computed, {counts.put_back} requests put back")
+    say(f"{counts.shared_rows} rows shared and not computed again, {counts.put_back} times a request was put back")
 
 
 def speed(tokens, seconds):
