@@ -161,7 +161,7 @@ class Engine:
             piece = request.text[request.rows : request.rows + self.chunk], self._draft(request)
             if self._provide(request, sum(map(len, piece))):
                 pieces[request] = piece
-        reading = {0: request for request in pieces if request.unread > 1}  # the newest, or none
+        reading = dict(enumerate(request for request in pieces if request.unread > 1))  # the newest, or none
         decoding = {slot: request for slot, request in enumerate(self.slots) if request in pieces and request.unread == 1}
         written = []
         for batch, program in ((reading, self.read), (decoding, self.decode)):
@@ -184,7 +184,7 @@ class Engine:
             self._run({}, {}, *program)
         self._copy(0, 0)
 
-    def _admit(self):
+    def _admit(self) -> None:
         """Gives slots to the requests that wait, in order, while there are pages, and while no other prompt is being read: who
         begins like that one shares its pages."""
         while self.waiting and None in self.slots and not any(request.unread > 1 for request in self.running):
@@ -204,11 +204,11 @@ class Engine:
             self.counts.shared_rows += known
             self.slots[self.slots.index(None)] = self.waiting.popleft()
 
-    def _draft(self, request):
+    def _draft(self, request: Request) -> list[int]:
         room = min(self.drafts, request.tokens - len(request.new) - 1)
         return look_up(request.text, room) if request.unread == 1 and room > 0 else []
 
-    def _provide(self, request, count):
+    def _provide(self, request: Request, count: int) -> bool:
         """Pages for so many more rows. Where there are none the newest request is put back, which may be this one."""
         while request in self.slots:
             if self.pages.provide(request.pages, request.rows, request.rows + count, self._copy):
@@ -220,7 +220,7 @@ class Engine:
             self.counts.put_back += 1
         return False
 
-    def _leave(self, request):
+    def _leave(self, request: Request) -> None:
         """Frees the slot and the pages. What was written stays, and is read like a prompt if the request comes back."""
         if request in self.slots:
             self.slots[self.slots.index(request)] = None
@@ -245,7 +245,7 @@ class Engine:
         self.pool = dataclasses.replace(cache, page_table=None)
         return np.asarray(best).tolist()
 
-    def _copy(self, source, target):
+    def _copy(self, source: int, target: int) -> None:
         self.pool = copy_page(self.pool, source + self.first_pages, target + self.first_pages)
 
 
