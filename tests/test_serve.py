@@ -93,11 +93,11 @@ prompts = st.builds(lambda known, tail: BEGINNING[:known] + tail, st.integers(0,
 @st.composite
 def traffic(draw):
     """Requests (prompt, tokens) with the step at which each comes, and of some the step at which its stream is closed."""
-    requests = draw(st.lists(st.tuples(prompts, st.integers(1, 12)), min_size=1, max_size=6))
+    requests = draw(st.lists(st.tuples(prompts, st.integers(1, 16)), min_size=1, max_size=6))
     come = [draw(st.integers(0, 12)) for _ in requests]
     close = [draw(st.none() | st.integers(0, 30)) for _ in requests]
     most = max(-(-(len(prompt) + tokens - 1) // 4) for prompt, tokens in requests)
-    return requests, come, close, draw(st.integers(most, 14)), draw(st.sampled_from([0, 3])), draw(st.integers(1, 9))
+    return requests, come, close, draw(st.integers(most, most + 4)), draw(st.sampled_from([0, 3])), draw(st.integers(1, 9))
 
 
 def guesses(requests, period):
@@ -141,6 +141,13 @@ def go_on(engine, requests, come, close):
         ages = [request.number for request in (*engine.running, *engine.waiting)]
         assert ages == sorted(set(ages))  # the newest waits
     raise AssertionError("it goes on and on")
+
+
+def test_right_drafts_save_steps():
+    served, request = make(drafts=3), (BEGINNING[:9], 12)
+    with mock.patch.object(engine, "look_up", guesses([request], 1000)):
+        assert run(served, request) == as_alone([request])
+    assert served.counts.steps == 1 + 3  # 8 tokens are read, and each further step writes four
 
 
 def crowd():
@@ -249,6 +256,9 @@ def test_programs_are_compiled_once_and_write_in_place():
     run(engine, *[([*BEGINNING[: rng.integers(2, 20)], int(i)], 1 + int(i)) for i in rng.integers(1, 20, 12)])
     assert engine.counts.shared_rows
     assert len(COMPILED) == 3, COMPILED
+    assert pool.is_deleted()
+    pool = engine.pool.key
+    engine._copy(0, 1)
     assert pool.is_deleted()
     large = make(num_pages=10000)
     table, one = np.zeros((3, 24), np.int32), np.ones((3, 1), np.int32)

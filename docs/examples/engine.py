@@ -1,10 +1,10 @@
 """Continuous batching: requests share one pool of pages and one batch of slots, and come and go between two steps.
 
-`Engine.submit` takes a request, `Engine.step` goes on with all of them, and `Engine.stream` does both for who wants the tokens of
-one. The device sees three programs, whatever the requests are: a chunk of one prompt, a token (and a draft) of every slot, and the
-copy of a page. All else is lists of numbers on the host, which `pages.py` beside this file keeps.
+`Engine.submit` takes a request, and `Engine.step` goes on with all requests. `Engine.stream` does both, and gives the tokens of one
+request. The device runs three programs, whatever the requests are: a chunk of one prompt, a token (and a draft) of every slot, and
+the copy of a page. Everything else is lists of numbers on the host; `pages.py` beside this file keeps the lists of pages.
 
-What is written for a request is what would be written for it alone. So all shapes are fixed, and attention is batch-invariant.
+In float32 each request gets the tokens that it would get alone. For this all shapes are fixed, and attention is batch-invariant.
 """
 
 import collections
@@ -27,7 +27,7 @@ ATTENTION = functools.partial(ours, fwd_params=FwdParams(num_key_splits=4))
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A prompt, and what is written after it. `number` counts requests as they come: the newest has the largest."""
+    """A prompt, and the tokens `new` that are written after it. The newest request has the largest number."""
 
     number: int
     prompt: list[int]
@@ -43,7 +43,7 @@ class Request:
 
     @property
     def unread(self) -> int:
-        """Tokens that are certain but not in the pages: 1 where the request decodes, more where its prompt is still read."""
+        """How many tokens of `text` the pages do not hold. A request with 1 decodes, and a request with more is still read."""
         return len(self.prompt) + len(self.new) - self.rows
 
 
@@ -53,12 +53,12 @@ class Counts:
 
     steps: int = 0
     put_back: int = 0
-    shared_rows: int = 0  # rows that were not computed again, since another request had them
+    shared_rows: int = 0  # rows that another request had, so that they were not computed again
     most_pages: int = 0
 
 
 class Engine:
-    """Writes by the likeliest tokens for many requests at a time.
+    """Writes the likeliest tokens, for many requests at a time.
 
     Args:
         model: a `llama.Model`, stacked.
@@ -67,7 +67,7 @@ class Engine:
         page_size: rows per page.
         rows: the most rows of one request, its prompt and what is written.
         chunk: tokens of a prompt that are read in one step.
-        drafts: tokens that are guessed and verified in one step, by prompt lookup.
+        drafts: the most tokens that are guessed, by prompt lookup, and verified in one step. 0 is none.
         dtype: of the pages, as `KVCache.zeros` takes it.
         stop: the token that ends a text.
     """
@@ -95,7 +95,7 @@ class Engine:
     # -- Requests
 
     def submit(self, prompt: list[int], tokens: int) -> Request:
-        """Takes a request to write up to `tokens` tokens after a prompt; `step` writes them into its `new`.
+        """Takes a request for up to `tokens` tokens after a prompt. `step` appends these tokens to the request's `new`.
 
         Raises:
             ValueError: an empty prompt, no tokens to write, or more rows than a request may have.
@@ -117,18 +117,19 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Drops a request. What was written for it stays, its pages are free, and the others notice nothing."""
+        """Ends a request early. The request keeps its tokens and gives back its pages. Other requests go on as before."""
         request.done = True
         if request in self.waiting:
             self.waiting.remove(request)
         self._leave(request)
 
     def stream(self, prompt: list[int], tokens: int) -> Generator[int, None, None]:
-        """A generator of the request's tokens. Who takes one drives all requests. Closing the generator cancels the request."""
+        """A generator of a new request's tokens. Each `next` runs as many steps, of all requests, as its token needs. Closing the
+        generator cancels the request. Errors are those of `submit`."""
 
         def tokens_of(request):
             try:
-                yield -1  # taken below, so that closing what was never begun cancels too
+                yield -1  # taken below: only a generator that has begun gets here when it is closed
                 sent = 0
                 while not (request.done and sent == len(request.new)):
                     if sent == len(request.new):
@@ -154,9 +155,10 @@ class Engine:
     # -- A step
 
     def step(self) -> list[tuple[Request, list[int]]]:
-        """Lets requests in, reads a chunk of a prompt, and decodes the others. Returns who has new tokens, and these tokens."""
+        """Admits requests, reads a chunk of one prompt, and decodes the other requests. Returns each request that has new tokens,
+        with these tokens."""
         self._admit()
-        pieces: dict[Request, tuple[list[int], list[int]]] = {}  # what each feeds: tokens that are certain, and a draft
+        pieces: dict[Request, tuple[list[int], list[int]]] = {}  # what each request feeds: tokens of its text, and a draft
         for request in self.running:
             piece = request.text[request.rows : request.rows + self.chunk], self._draft(request)
             if self._provide(request, sum(map(len, piece))):
@@ -166,9 +168,9 @@ class Engine:
         written = []
         for batch, program in ((reading, self.read), (decoding, self.decode)):
             best = self._run(batch, pieces, *program) if batch else []
-            for row, request in batch.items():
+            for b, request in batch.items():
                 certain, draft = pieces[request]
-                fresh = accepted(draft, best[row], self.stop) if len(certain) == request.unread else []
+                fresh = accepted(draft, best[b], self.stop) if len(certain) == request.unread else []
                 request.rows += len(certain) + max(len(fresh) - 1, 0)
                 request.new += fresh
                 written += [(request, fresh)] * bool(fresh)
@@ -179,14 +181,14 @@ class Engine:
         return written
 
     def warm_up(self) -> None:
-        """Compiles all programs, and changes nothing."""
+        """Compiles all programs. Changes no request."""
         for program in (self.read, self.decode):
             self._run({}, {}, *program)
         self._copy(0, 0)
 
     def _admit(self) -> None:
-        """Gives slots to the requests that wait, in order, while there are pages, and while no other prompt is being read: who
-        begins like that one shares its pages."""
+        """Gives slots to waiting requests, in order, while there are pages. One prompt is read at a time, so that a request that
+        begins like this prompt can share the pages once they are filled."""
         while self.waiting and None in self.slots and not any(request.unread > 1 for request in self.running):
             request = self.waiting[0]
             text = request.text
@@ -196,7 +198,7 @@ class Engine:
                 default=(0, request),
             )
             request.pages = self.pages.share(other.pages, known)
-            # A spare page for each that runs, so that the request is not put back at once.
+            # A spare page for each running request, so that the new one is not put back at once.
             if not self.pages.provide(request.pages, known, len(text), self._copy, spare=len(self.running)):
                 self.pages.release(request.pages)
                 return
@@ -209,7 +211,8 @@ class Engine:
         return look_up(request.text, room) if request.unread == 1 and room > 0 else []
 
     def _provide(self, request: Request, count: int) -> bool:
-        """Pages for so many more rows. Where there are none the newest request is put back, which may be this one."""
+        """Gives a request the pages for `count` more rows. While there are too few free pages, puts back the newest request. Returns
+        False where that is this request."""
         while request in self.slots:
             if self.pages.provide(request.pages, request.rows, request.rows + count, self._copy):
                 self.counts.most_pages = max(self.counts.most_pages, self.pages.count - len(self.pages.free))
@@ -221,7 +224,7 @@ class Engine:
         return False
 
     def _leave(self, request: Request) -> None:
-        """Frees the slot and the pages. What was written stays, and is read like a prompt if the request comes back."""
+        """Frees the slot and the pages. The request keeps its text, which is read like a prompt if the request comes back."""
         if request in self.slots:
             self.slots[self.slots.index(request)] = None
             self.pages.release(request.pages)
@@ -230,17 +233,18 @@ class Engine:
     # -- What the device does
 
     def _run(self, batch, pieces, size, width, drafts):
-        """One step of the model for requests, each in a row of the batch: the likeliest tokens [size, 1 + drafts]."""
+        """One step of the model, for `batch`: the requests by their index in a batch of `size`. Returns the likeliest next tokens
+        [size][1 + drafts], after the last token of each text and after each token of its draft."""
         table = np.zeros((size, len(self.first_pages), self.width), np.int32)
         tokens, wanted = np.zeros((size, width), np.int32), np.zeros((size, 1 + drafts), np.int32)
         lengths, count = np.zeros((2, size), np.int32)
-        for row, request in batch.items():
+        for b, request in batch.items():
             certain, draft = pieces[request]
-            lengths[row], count[row] = request.rows, len(certain) + len(draft)
-            tokens[row, : count[row]] = certain + draft
-            wanted[row] = np.minimum(len(certain) - 1 + np.arange(1 + drafts), count[row] - 1)  # the last certain one, and drafts
-            table[row, :, : len(request.pages)] = self.first_pages[:, None] + np.array(request.pages, np.int32)
-        cache = dataclasses.replace(self.pool, page_table=table.reshape(size, -1))  # the rows of one layer after another's
+            lengths[b], count[b] = request.rows, len(certain) + len(draft)
+            tokens[b, : count[b]] = certain + draft
+            wanted[b] = np.minimum(len(certain) - 1 + np.arange(1 + drafts), count[b] - 1)
+            table[b, :, : len(request.pages)] = self.first_pages[:, None] + np.array(request.pages, np.int32)
+        cache = dataclasses.replace(self.pool, page_table=table.reshape(size, -1))  # one layer's rows after another's
         best, cache = step(self.model, cache, tokens, lengths, count, wanted, attention=ATTENTION)
         self.pool = dataclasses.replace(cache, page_table=None)
         return np.asarray(best).tolist()
@@ -251,7 +255,7 @@ class Engine:
 
 @functools.partial(jax.jit, donate_argnames="pool")
 def copy_page(pool, source, target):
-    """A page of every layer, numbered `source` [layers], copied to `target` [layers]."""
+    """The pool with pages `source` [layers] copied to pages `target` [layers]: one page of each layer."""
     return jax.tree.map(lambda x: x.at[target].set(x[source]), pool)
 
 

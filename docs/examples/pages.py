@@ -1,7 +1,7 @@
-"""Who holds which page of a pool: a list of the free pages, and of every other page the number of its holders.
+"""An allocator of pages: a list of the free pages, and for every other page the number of sequences that hold it.
 
 A sequence has a list of its pages, in the order of its rows. Sequences that begin alike hold the same pages for the beginning. A
-page with several holders is copied before a sequence writes into it. Nothing here knows of arrays: `copy` is the caller's.
+page with several holders is copied before a sequence writes into it. This file knows nothing of arrays: the caller copies.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ class Pages:
         self.holders = [0] * count
 
     def of(self, rows: int) -> int:
-        """How many pages hold so many rows."""
+        """How many pages `rows` rows need."""
         return -(-rows // self.size)
 
     def share(self, held: list[int], rows: int) -> list[int]:
@@ -27,11 +27,10 @@ class Pages:
         return shared
 
     def provide(self, held: list[int], first: int, end: int, copy: Callable[[int, int], None], spare: int = 0) -> bool:
-        """Makes rows `first` to `end - 1` of a sequence writable. Its rows before `first` stay as they are.
+        """Makes rows `first` to `end - 1` of a sequence writable. The rows before `first` stay as they are.
 
-        Puts the pages that are missing at the end of `held`. A page that holds row `first` and belongs to other sequences too is
-        replaced: `copy(page, new)` copies its rows. Returns False, and changes nothing, where fewer than `spare` pages would be
-        left.
+        Appends the missing pages to `held`. If another sequence holds the page of row `first` too, a new page takes its place, and
+        `copy(page, new)` is called to copy the rows. Returns False, and changes nothing, if fewer than `spare` pages would be left.
         """
         at = first // self.size
         shared = at < len(held) and self.holders[held[at]] > 1

@@ -1,15 +1,15 @@
 """SmolLM2-135M serves requests that come over time: continuous batching from pages of `ragged_decode_attention`.
 
-What installs the model stands in `smollm2.py`. Then serve prompts, of which some come later, from a file, or from standard input:
+`smollm2.py` says how to install the model. Then serve prompts from the command line, from a file, or from standard input:
 
     python docs/examples/serve.py "The capital of Italy is" "@0.5 The capital of Italy was" "@1 Water boils at" --tokens 24
     python docs/examples/serve.py --file docs/examples/requests.txt --slots 4 --pages 10 --rows 128 --one-by-one --dense
     python docs/examples/serve.py --file - --chat --cache int8 --draft 4
 
-A line of a file is a prompt. `@SECONDS` before it says when it comes; without that it comes when it is read. `--one-by-one` writes
-the same texts one after another and compares, and `--dense` says what a cache without pages would need.
+A line of a file is a prompt. `@SECONDS` before a prompt says when it arrives. A prompt without `@SECONDS` arrives when it is read.
+`--one-by-one` writes the same texts one after another and compares. `--dense` says how much memory a cache without pages needs.
 
-Beside this file, `engine.py` decides what runs, and `pages.py` who holds which page.
+Beside this file, `engine.py` decides what runs, and `pages.py` knows who holds which page.
 """
 
 import argparse
@@ -37,7 +37,7 @@ LINE = re.compile(r"(?:@(\d+(?:\.\d+)?)\s+)?(.*)", re.DOTALL)
 
 @dataclasses.dataclass
 class Arrival:
-    """A prompt as it came, and in seconds after the start when it came, when its first token was there, and when it was done."""
+    """A prompt, and the times of its arrival, of its first token and of its end, in seconds after the start."""
 
     prompt: str
     at: float
@@ -48,7 +48,7 @@ class Arrival:
 
 @dataclasses.dataclass
 class Served:
-    """What was served, how long it took, and the pages in use [(seconds, pages)] after each step."""
+    """All arrivals so far, the seconds until now, and (seconds, pages in use) after each step."""
 
     arrivals: list[Arrival] = dataclasses.field(default_factory=list)
     pages: list[tuple[float, int]] = dataclasses.field(default_factory=list)
@@ -64,7 +64,7 @@ class Served:
 
 
 def read(prompts, file, lines):
-    """Puts all prompts into the queue `lines`, each when it can be read, and None behind the last."""
+    """Puts all prompts into the queue `lines`, each as soon as it can be read. None marks the end."""
     for prompt in prompts:
         lines.put(prompt)
     if file:
@@ -76,7 +76,8 @@ def read(prompts, file, lines):
 
 
 def serve(engine, encode, lines, tokens, served, show=lambda changed: None):
-    """Serves what comes out of `lines`, and fills `served` meanwhile. `show` is told of each arrival that has changed."""
+    """Serves the prompts that come out of `lines`, and fills `served` on the way. Calls `show` with each arrival that changed, and
+    with the reason where it was refused."""
     begin = time.perf_counter()
     now = lambda: time.perf_counter() - begin
     later, of, more = [], {}, True
@@ -112,7 +113,7 @@ def serve(engine, encode, lines, tokens, served, show=lambda changed: None):
 
 
 def one_by_one(engine, served, tokens):
-    """The same requests, each when the one before is done: what is written for them, and the seconds that it takes."""
+    """Runs the same requests again, each alone. Returns their tokens, and the seconds that all took."""
     begin, found = time.perf_counter(), []
     for _, request in served.accepted:
         alone = engine.submit(request.prompt, tokens)
@@ -123,7 +124,8 @@ def one_by_one(engine, served, tokens):
 
 
 def dense(model, slots, rows, served, tokens, **settings):
-    """The same requests in a padded cache: every slot has one page, as long as the longest request may be. The engine with it."""
+    """Runs the same requests from a padded cache: one page per slot, as long as the longest request may be. Returns their tokens,
+    and the engine with this cache."""
     engine = Engine(model, slots=slots, num_pages=slots, page_size=rows, rows=rows, **settings)
     again = [engine.submit(request.prompt, tokens) for _, request in served.accepted]
     while engine.busy:
@@ -132,21 +134,21 @@ def dense(model, slots, rows, served, tokens, **settings):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# What is said of it
+# The report
 
 
 def megabytes(engine, pages):
-    """Of so many pages in all layers, scales included."""
+    """The size of `pages` pages in all layers, scales included."""
     return sum(x.nbytes for x in jax.tree.leaves(engine.pool)) / engine.pages.count * pages / 1e6
 
 
 def chart(pages, columns=64):
-    """Pages in use over time, a line of text: the most of each piece of time, as a bar of eight heights."""
+    """Pages in use over time, as a line of text. Each column is a bar of eight heights, the most pages of its piece of time."""
     end, highest, last, bars = pages[-1][0], max(used for _, used in pages) or 1, 0, []
     for column in range(columns):
         here = [used for seconds, used in pages if column < columns * seconds / end <= column + 1]
         bars.append(max(here, default=last))
-        last = here[-1] if here else last  # no step ended there
+        last = here[-1] if here else last  # without a step, nothing changes
     return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * used // highest)] for used in bars)
 
 
@@ -246,13 +248,13 @@ def run(model, tokenizer, options, out, say) -> int:
     threading.Thread(target=read, args=(options.prompts, options.file, lines), daemon=True).start()
 
     def text(arrival):
-        """What stands there by now; a character that is not whole yet waits."""
+        """The prompt and its text so far, without a character of which a part is missing."""
         new = tokenizer.decode(arrival.request.new, options.chat)
         new = new if arrival.end is not None else new.rstrip("\ufffd")
         return Text.assemble((arrival.prompt, "dim"), "\n" * options.chat, new, "\n")
 
     def show(arrival, refused=None):
-        """Who is done stands above for good, and below stand those that run."""
+        """Texts that are complete are printed. The other texts stand below them, and grow."""
         at_work[id(arrival)] = arrival
         if arrival.end is not None:
             del at_work[id(arrival)]
