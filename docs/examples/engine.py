@@ -211,8 +211,8 @@ class Engine:
         return look_up(request.text, room) if request.unread == 1 and room > 0 else []
 
     def _provide(self, request: Request, count: int) -> bool:
-        """Gives a request the pages for `count` more rows. While too few pages are free, puts back the newest request. Returns False
-        if that is this request."""
+        """Gives a request the pages for `count` more rows. While too few pages are free, puts back the newest request. Returns
+        False if that is this request."""
         while request in self.slots:
             if self.pages.provide(request.pages, request.rows, request.rows + count, self._copy):
                 self.counts.most_pages = max(self.counts.most_pages, self.pages.count - len(self.pages.free))
