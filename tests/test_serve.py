@@ -407,7 +407,7 @@ def test_what_is_refused_does_not_stop_the_others(program, capsys):
     assert program(["abc", "", "y" * 60, *OPTIONS]) == 1
     out = capsys.readouterr().out.replace("\n", " ")
     assert "refused: '': prompt must have at least one token" in out
-    assert "refused: 'yyyy" in out
+    assert f"refused: '{'y' * 30}...': prompt and tokens must fit into 48 rows, 12 pages of 4" in out
     assert "1 requests, 10 tokens" in out
 
 

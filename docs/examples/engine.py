@@ -109,7 +109,7 @@ class Engine:
             raise ValueError(
                 f"prompt and tokens must fit into {most} rows, {self.width} pages of {self.pages.size}; got a prompt of "
                 f"{len(prompt)} tokens and {tokens} to write, which take {rows} rows. Shorten the prompt, ask for fewer tokens, or "
-                "make the engine with more rows and num_pages."
+                "give the engine more rows and pages."
             )
         request = Request(self.number, list(prompt), tokens)
         self.number += 1

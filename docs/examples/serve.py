@@ -258,7 +258,8 @@ def run(model, tokenizer, options, out, say) -> int:
         at_work[id(arrival)] = arrival
         if arrival.end is not None:
             del at_work[id(arrival)]
-            live.console.print(Text(f"refused: {arrival.prompt!r}: {refused}\n", "red") if refused else text(arrival))
+            begin = arrival.prompt[:30] + "..." * (len(arrival.prompt) > 30)
+            live.console.print(Text(f"refused: {begin!r}: {refused}\n", "red") if refused else text(arrival))
         live.update(Group(*map(text, at_work.values())))
 
     try:
