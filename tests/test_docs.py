@@ -28,6 +28,7 @@ PAGES = [
     "docs/tuning.md",
     "docs/many-devices.md",
     "docs/recipes.md",
+    "docs/examples/serve.md",
 ]
 
 

@@ -121,12 +121,12 @@ def fresh(monkeypatch):
 
 
 MISTAKES = {
-    "end one short": lambda call, start, end, n, **scales: call(start, end - 1, n, **scales),
-    "end one too far": lambda call, start, end, n, **scales: call(start, end + 1, n, **scales),
-    "first key left out": lambda call, start, end, n, **scales: call(start + 1, end, n, **scales),
-    "layers before it seen": lambda call, start, end, n, **scales: call(0 * start, end, n, **scales),
-    "padding counted": lambda call, start, end, n, **scales: call(start, end, None, **scales),
-    "softmax scale off by 2 %": lambda call, start, end, n, **scales: call(start, end, n, softmax_scale=1.02 * 8**-0.5, **scales),
+    "end one short": lambda call, start, end, n: call(start, end - 1, n),
+    "end one too far": lambda call, start, end, n: call(start, end + 1, n),
+    "first key left out": lambda call, start, end, n: call(start + 1, end, n),
+    "layers before it seen": lambda call, start, end, n: call(0 * start, end, n),
+    "padding counted": lambda call, start, end, n: call(start, end, None),
+    "softmax scale off by 2 %": lambda call, start, end, n: call(start, end, n, softmax_scale=1.02 * 8**-0.5),
 }
 
 
@@ -134,11 +134,11 @@ MISTAKES = {
 def test_a_wrong_step_is_noticed(fresh, monkeypatch, mistake):
     attend = fresh.llama.ragged_decode_attention
 
-    def wrong(query, key, value, start, end, *, query_lengths, **scales):
-        def call(start, end, n, **others):
-            return attend(query, key, value, start, end, query_lengths=n, **others)
+    def wrong(query, *, sequence_start, sequence_end, query_lengths, **others):
+        def call(start, end, n, **changed):
+            return attend(query, sequence_start=start, sequence_end=end, query_lengths=n, **others | changed)
 
-        return MISTAKES[mistake](call, start, end, query_lengths, **scales)
+        return MISTAKES[mistake](call, sequence_start, sequence_end, query_lengths)
 
     monkeypatch.setattr(fresh.llama, "ragged_decode_attention", wrong)
     assert not error(fresh.smollm2.teacher_forced, 7) < 1e-3  # nor is NaN
@@ -153,13 +153,13 @@ def test_quantised_caches_are_close():
 
 
 def test_a_wrong_scale_is_noticed(fresh, monkeypatch):
-    quantize = fresh.llama.quantize
+    attend = fresh.llama.ragged_decode_attention
 
-    def wrong(x, dtype):
-        stored, scale = quantize(x, dtype)
-        return stored, jnp.roll(scale, 1, axis=1)  # of another head
+    def wrong(query, *, key_scale=None, value_scale=None, **others):
+        scales = {"key_scale": key_scale, "value_scale": value_scale}
+        return attend(query, **{name: x if x is None else jnp.roll(x, 1, axis=1) for name, x in scales.items()}, **others)
 
-    monkeypatch.setattr(fresh.llama, "quantize", wrong)
+    monkeypatch.setattr(fresh.llama, "ragged_decode_attention", wrong)  # with scales of another head
     _, divergence = fresh.smollm2.teacher_forced(model(), TEXTS, 7, ("float32", "int8"))
     assert not divergence["int8"].mean() < 3 * smollm2.DIVERGENCE["int8"]
 

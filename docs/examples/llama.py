@@ -1,9 +1,8 @@
 """A model of Llama's kind in Equinox that decodes with `ragged_decode_attention`; `smollm2.py` writes with it.
 
-- `Cache` takes new rows at each sequence's own end, and quantises them on the way in where it is an 8-bit one.
 - `extend` is prefill, decode step and verification of drafts in one: T tokens a sequence, of which each has a number of its own.
-  Layers are a `lax.scan`. A cache for all layers has their rows one after another, and a layer is a start and an end: nothing is
-  sliced out of it.
+  The cache is a `KVCache`, padded or in pages, of any dtype. Layers are a `lax.scan`. A cache for all layers has their rows one
+  after another, and a layer is a start and an end: nothing is sliced out of it.
 - `whole` is the same model over whole sequences, in plain JAX and without a cache, to hold it against.
 
 Letters of shapes: B sequences, T tokens, R rows of a cache, Hq query heads, Hkv key/value heads, D head dimension.
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from transformer import full_attention, rms_norm, rotate
 
-from ejk_ragged import quantize, ragged_decode_attention
+from ejk_ragged import KVCache, ragged_decode_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,59 +80,24 @@ class Model(eqx.Module):
         return jnp.einsum("btw,vw->btv", x, self.head, preferred_element_type=jnp.float32)
 
 
-class Cache(eqx.Module):
-    """Keys and values [B, R, Hkv, D]; of 8 bits also a scale for each row and head [B, Hkv, R]."""
-
-    key: jax.Array
-    value: jax.Array
-    key_scale: jax.Array | None = None
-    value_scale: jax.Array | None = None
-
-    @classmethod
-    def empty(cls, config: Config, batch, rows, dtype):
-        """A cache of NaN: whoever reads a row that was not written will know."""
-        dtype = jnp.dtype(dtype)
-        rows_of = lambda: jnp.full((batch, rows, config.kv_heads, config.head_dim), 0 if dtype == jnp.int8 else jnp.nan, dtype)
-        scale_of = lambda: jnp.full((batch, config.kv_heads, rows), jnp.nan, jnp.float32) if dtype.itemsize == 1 else None
-        return cls(rows_of(), rows_of(), scale_of(), scale_of())
-
-    def put(self, rows, key, value):
-        """The cache with key and value [B, T, Hkv, D] at rows [B, T] of each sequence; what lies past its end is dropped."""
-        sequence = jnp.arange(len(rows))[:, None]
-        put = lambda cache, new: cache.at[sequence, rows].set(new.astype(cache.dtype), mode="drop")
-        if self.key_scale is None:
-            return Cache(put(self.key, key), put(self.value, value))
-        (key, key_scale), (value, value_scale) = (quantize(x, self.key.dtype) for x in (key, value))
-        put_scale = lambda cache, new: cache.at[sequence, :, rows].set(new.swapaxes(1, 2), mode="drop")
-        return Cache(
-            put(self.key, key),
-            put(self.value, value),
-            put_scale(self.key_scale, key_scale),
-            put_scale(self.value_scale, value_scale),
-        )
-
-
-def ours(query, cache, start, end, new):
-    dtype = query.dtype if cache.key.dtype.itemsize == 1 else cache.key.dtype
-    scales = {"key_scale": cache.key_scale, "value_scale": cache.value_scale}
-    query, q_dtype = query.astype(dtype), query.dtype
-    return ragged_decode_attention(query, cache.key, cache.value, start, end, query_lengths=new, **scales).astype(q_dtype)
+def ours(query, cache, start, end, new, fwd_params=None):
+    call = {"sequence_start": start, "sequence_end": end, "query_lengths": new, "fwd_params": fwd_params}
+    return ragged_decode_attention(query, **call, **cache.arguments())
 
 
 def extend(model, cache, tokens, lengths, new, attention=ours):
     """The stream [B, T, width] after tokens [B, T], of which the first `new` [B] follow the `lengths` [B] tokens in the cache; and
-    the cache that holds them too. It is one `Cache` with the rows of all layers, or, for layers without a scan, a list of them; in
-    a list of fewer than there are layers some serve several, which is for measuring only."""
-    token = jnp.arange(tokens.shape[1])
-    positions = lengths[:, None] + token
+    the cache that holds them too. It is one `KVCache` with the rows of all layers, or, for layers without a scan, a list of them;
+    in a list of fewer than there are layers some serve several, which is for measuring only."""
+    positions = lengths[:, None] + jnp.arange(tokens.shape[1])
 
     def layer(x, block, cache, first):
-        query, key, value = block.heads(x, positions)
-        rows = jnp.where(token < new[:, None], first + positions, cache.key.shape[1])  # padding is dropped
-        cache = cache.put(rows, key, value)
+        dtype = x.dtype if cache.key.dtype.itemsize == 1 else cache.key.dtype  # to 8 bits it is `write` that rounds
+        query, key, value = (heads.astype(dtype) for heads in block.heads(x, positions))
+        cache = cache.write(key, value, at=first + lengths, lengths=new)
         start = None if isinstance(first, int) else jnp.full_like(lengths, first)
         attended = attention(query, cache, start, first + lengths + new, new)
-        return block.finish(x, attended), cache
+        return block.finish(x, attended.astype(x.dtype)), cache
 
     x = model.embedding[tokens]
     if isinstance(cache, list):
@@ -142,7 +106,7 @@ def extend(model, cache, tokens, lengths, new, attention=ours):
             x, cache[i % len(cache)] = layer(x, block, cache[i % len(cache)], 0)
         return x, cache
     layers = model.config.layers
-    firsts = jnp.arange(layers, dtype=jnp.int32) * (cache.key.shape[1] // layers)
+    firsts = jnp.arange(layers, dtype=jnp.int32) * (cache.seq_len // layers)
     return jax.lax.scan(lambda carry, xs: (layer(carry[0], xs[0], carry[1], xs[1]), None), (x, cache), (model.blocks, firsts))[0]
 
 
@@ -181,9 +145,13 @@ def random_model(config: Config, key, dtype="float32"):
     return Model(embedding, [block() for _ in range(config.layers)], ones, head, config)
 
 
+def without_rows(cache):
+    """The cache full of NaN, for int8 of scales that are NaN: whoever reads a row that was not written will know."""
+    return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0), cache)
+
+
 def empty_cache(model, batch, rows, dtype, parts=None):
     """What `extend` wants for this model: one cache, or a list of `parts`."""
-    layers = model.config.layers
-    if isinstance(model.blocks, list):
-        return [Cache.empty(model.config, batch, rows, dtype) for _ in range(parts or layers)]
-    return Cache.empty(model.config, batch, layers * rows, dtype)
+    c = model.config
+    empty = lambda rows: without_rows(KVCache.zeros(batch, rows, c.kv_heads, c.head_dim, dtype=dtype))
+    return [empty(rows) for _ in range(parts or c.layers)] if isinstance(model.blocks, list) else empty(c.layers * rows)

@@ -119,6 +119,13 @@ def look_up(tokens, count):
     return []
 
 
+def accepted(draft, best, stop=None):
+    """The new tokens of a step: the model's own choices `best`, as far as the draft before each was right, and up to a `stop`."""
+    right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, best, strict=False)))
+    fresh = best[: right + 1]
+    return fresh[: fresh.index(stop) + 1] if stop in fresh else fresh
+
+
 @dataclasses.dataclass
 class Written:
     """What was written after each prompt, and how quickly."""
@@ -156,11 +163,8 @@ def write(model, prompts, tokens, dtype="float32", stop=None, drafts=0, show=lam
         for b, best in enumerate(np.asarray(chosen).tolist()):
             if not certain[b]:
                 continue
-            right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft[b], best, strict=False)))
-            fresh = best[: right + 1]
-            if stop in fresh:
-                fresh = fresh[: fresh.index(stop) + 1]
-            lengths[b] += len(certain[b]) + right
+            fresh = accepted(draft[b], best, stop)
+            lengths[b] += len(certain[b]) + len(fresh) - 1
             new[b] = new[b] + fresh
             steps += 1
             certain[b] = [] if len(new[b]) == tokens or fresh[-1] == stop else fresh[-1:]
