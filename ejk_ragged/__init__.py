@@ -16,8 +16,8 @@ from ._problem import FwdParams as FwdParams
 from ._problem import Problem as Problem
 from ._problem import Queries as Queries
 from ._quantize import quantize as quantize
-from ._registry import BackendInfo as BackendInfo
 from ._registry import backends as backends
+from ._selection import BackendInfo as BackendInfo
 
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from ._backend import Backend
 from ._canonical import canonical, checked
 from ._check import AnyArray, Arguments, Scale, Window
 from ._problem import FwdParams
-from ._registry import Request
+from ._selection import Request
 
 
 @overload

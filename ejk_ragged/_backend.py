@@ -55,7 +55,7 @@ class Backend(abc.ABC):
     Attributes:
         name: the name that users pass as `backend=`.
         platforms: the JAX platforms on which the backend runs, or None for all.
-        priority: automatic selection asks the backend with the highest priority first.
+        priority: automatic selection asks the backend with the highest priority first. `priority_for` may differ by problem.
         version: version of the backend for the tuner. A new version makes hints that were tuned before invalid.
     """
 
@@ -75,6 +75,14 @@ class Backend(abc.ABC):
     def unavailable(self) -> str | None:
         """Why the backend cannot run in this installation at all, or None if it can."""
         return None
+
+    def priority_for(self, problem: Problem, target: Target) -> tuple[float, str]:
+        """The priority for the forward operation of `problem` on `target`, and the reason if it is not `priority`.
+
+        A backend that is faster than others for some problems gives these a priority of their own. `explain` shows the reason.
+        """
+        del problem, target
+        return self.priority, ""
 
     @abc.abstractmethod
     def supports(self, problem: Problem, target: Target) -> str | None:

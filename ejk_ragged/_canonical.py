@@ -17,7 +17,8 @@ from . import _hints
 from ._check import Arguments, check_arrays, check_fwd_params, check_scale, check_soft_cap, check_window
 from ._formats import accum_dtype
 from ._problem import Cache, FwdParams, precision_of, Queries, Settings
-from ._registry import registry, Request
+from ._registry import registry
+from ._selection import Request
 
 
 LARGEST = np.iinfo(np.int32).max

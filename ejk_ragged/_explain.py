@@ -11,7 +11,8 @@ from ._backend import BackendFailed
 from ._canonical import canonical, checked
 from ._platforms import gpu_platform, KNOWN_PLATFORMS
 from ._problem import FwdParams, Problem
-from ._registry import HintsFrom, registry
+from ._registry import registry
+from ._selection import HintsFrom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Choice:
         hints_from: origin of the hints: "given" by the caller, "tuned" by `python -m ejk_ragged tune`, or "default", which is the
             backend's own choice.
         not_for_backward: names of the given hints that the backward operation does not use, because another backend does it.
+        preferred: why the backend of the forward operation was asked earlier or later than its general priority says, or "".
     """
 
     platform: str
@@ -39,6 +41,7 @@ class Choice:
     error: str | None = None
     hints_from: HintsFrom = "default"
     not_for_backward: tuple[str, ...] = ()
+    preferred: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Explanation:
                 lines.append(f"  {choice.platform:<5} error: {choice.error}")
                 continue
             gradients = "" if choice.backward == choice.forward else f"; gradients by {choice.backward or 'none'}"
-            lines.append(f"  {choice.platform:<5} {choice.forward}{gradients}{_show_hints(choice)}")
+            why = f" ({choice.preferred})" if choice.preferred else ""
+            lines.append(f"  {choice.platform:<5} {choice.forward}{why}{gradients}{_show_hints(choice)}")
             if choice.not_for_backward:
                 lines.append(f"        hints that are not for {choice.backward}: {', '.join(choice.not_for_backward)}")
             lines += [f"        not {name}: {reason}" for name, reason in choice.passed_over.items()]
@@ -101,7 +105,7 @@ def _choose(platform, problem, request) -> Choice:
     except (ValueError, BackendFailed) as error:
         return Choice(platform, None, None, problem.fwd_params, {}, str(error))
     choice = Choice(platform, forward.backend.name, None, forward.problem.fwd_params, dict(forward.passed_over))
-    choice = dataclasses.replace(choice, hints_from=forward.hints_from)
+    choice = dataclasses.replace(choice, hints_from=forward.hints_from, preferred=forward.preferred)
     try:
         backward = registry.select(platform, problem, request.backend, "backward")
     except (ValueError, BackendFailed) as error:

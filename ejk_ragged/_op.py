@@ -30,7 +30,8 @@ from ._backend import Direction, Wanted
 from ._formats import is_quantised
 from ._platforms import KNOWN_PLATFORMS, platform_of
 from ._problem import Cache, Problem, Queries
-from ._registry import registry, Request
+from ._registry import registry
+from ._selection import Request
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

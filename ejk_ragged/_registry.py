@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -21,68 +21,11 @@ from ._fingerprint import fingerprint
 from ._hints import Tuned
 from ._messages import shown
 from ._platforms import KNOWN_PLATFORMS
-from ._problem import FwdParams, Problem, Settings
+from ._problem import FwdParams, Problem
+from ._selection import BackendInfo, HintsFrom, Request, Selection
 
 
 GROUP = "ejk_ragged.backends"
-HintsFrom = Literal["given", "tuned", "default"]
-
-
-@dataclasses.dataclass(frozen=True)
-class BackendInfo:
-    """An installed backend.
-
-    Attributes:
-        name: the name that users pass as `backend=`.
-        distribution: name of the distribution that registers the backend.
-        platforms: the JAX platforms on which the backend runs, or None for all.
-        broken: why the backend cannot be used in this installation, or None.
-        faulty: True if `broken` is an error that the backend raised. False if it names something that the installation lacks.
-    """
-
-    name: str
-    distribution: str
-    platforms: frozenset[str] | None
-    broken: str | None
-    faulty: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """The backend that was selected for one direction of one problem on one platform.
-
-    Attributes:
-        backend: the selected backend.
-        problem: the problem with resolved hints, as the backend will get it.
-        target: where the operation runs.
-        passed_over: the backends that were asked before and refused: pairs (name, reason).
-        hints_from: origin of the hints: the caller ("given"), the tuner ("tuned") or the backend ("default").
-        not_for: names of the caller's hints that this backend does not get, because they are for the backend of the forward
-            operation.
-    """
-
-    backend: Backend
-    problem: Problem
-    target: Target
-    passed_over: tuple[tuple[str, str], ...] = ()
-    hints_from: HintsFrom = "default"
-    not_for: tuple[str, ...] = ()
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """The static half of a call. A request accompanies the operation, and `Registry.select` finds its backend.
-
-    Attributes:
-        settings: the settings that the selected backend must obey.
-        backend: the named backend, or None for automatic selection.
-        tuned: the tuned hints. None if the caller gave hints, or if there is no file of tuned hints.
-    """
-
-    settings: Settings
-    backend: Backend | None = None
-    tuned: Tuned | None = None
 
 
 class Registry:
@@ -199,7 +142,25 @@ class Registry:
                 self._warn_once(name, what)
         return sorted(loaded, key=lambda backend: (-backend.priority, backend.name))
 
-    def fingerprint(self, request: "Request") -> str:
+    def _ranked(self, problem: Problem, target: Target) -> list[tuple[Backend, str]]:
+        """The backends that load, in the order in which to ask them about the forward operation of `problem`, each with the reason
+        for its priority, or "". A backend that fails when asked keeps its general priority."""
+        ranked = []
+        for backend in self.automatic():
+            priority, why = backend.priority, ""
+            try:
+                platforms = self._platforms(backend)
+                if platforms is None or target.platform in platforms:
+                    with self._asking(backend, "priority_for"):
+                        priority, why = backend.priority_for(problem, target)
+                        priority = float(priority)
+            except BackendFailed as failure:
+                self._passed_over(backend, failure)
+                priority = backend.priority
+            ranked.append((-priority, backend.name, backend, why))
+        return [(backend, why) for *_, backend, why in sorted(ranked, key=lambda one: one[:2])]
+
+    def fingerprint(self, request: Request) -> str:
         """A text that identifies everything that `select` depends on for `request`, apart from the device.
 
         The text is the same in every process. If a part has no stable text, such as a class that cannot be imported, the text
@@ -287,7 +248,12 @@ class Registry:
         target = Target.of(platform)
         named = self.resolve(backend)
         passed_over = []
-        for candidate in ([named] if named else []) + self.automatic() * (named is None or direction == "backward"):
+        candidates = [(named, "")] if named else []
+        if direction == "backward":
+            candidates += [(candidate, "") for candidate in self.automatic()]
+        elif named is None:
+            candidates = self._ranked(problem, target)
+        for candidate, why in candidates:
             try:
                 reason = self.refusal(candidate, problem, target, direction)
                 if reason is None:
@@ -295,7 +261,7 @@ class Registry:
                     with self._asking(candidate, "lowering"), candidate.lowering(target):
                         pass  # checks that the context can be entered
                     problem = dataclasses.replace(problem, fwd_params=hints)
-                    return Selection(candidate, problem, target, tuple(passed_over), hints_from, not_for)
+                    return Selection(candidate, problem, target, tuple(passed_over), hints_from, not_for, why)
             except BackendFailed as failure:
                 if candidate is named:
                     raise

@@ -80,7 +80,7 @@ def test_bench_without_a_folder():
     script = BEFORE + "bench.measure = waits_after(0, None)"
     assert interrupted(script, "bench", "--cases", "tiny", until="1 of 1: ") == (
         "",
-        "Interrupted. Nothing is kept, for want of --out DIR.\n",
+        "Interrupted. Nothing is kept, because --out DIR was not given.\n",
     )
 
 

@@ -10,7 +10,7 @@ from support import assert_close, draw
 
 from ejk_ragged import _op, Cache, FwdParams, Queries, ragged_decode_attention
 from ejk_ragged._problem import Settings
-from ejk_ragged._registry import Request
+from ejk_ragged._selection import Request
 from ejk_ragged.testing import Case
 
 

@@ -12,6 +12,7 @@ from ejk_ragged import Backend, FwdParams, Problem, Target
 
 
 LANGUAGE = "jax.experimental.pallas.mosaic_gpu"
+FIRST = 110  # priority for problems on which its kernels are the fastest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,12 @@ class MosaicGpuBackend(Backend):
         except Exception as error:  # no Pallas at all, or what Mosaic GPU's part of Pallas needs
             return f"{needs}, in which {LANGUAGE} is missing ({type(error).__name__}: {error})"
         return None if found else needs
+
+    def priority_for(self, problem: Problem, target: Target) -> tuple[float, str]:
+        from ._tuning import leads
+
+        why = leads(problem, target)
+        return (FIRST, why) if why else (self.priority, "")
 
     def supports(self, problem: Problem, target: Target) -> str | None:
         from ._tuning import cannot_copy, does_not_fit

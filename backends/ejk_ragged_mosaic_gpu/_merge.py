@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -210,7 +211,7 @@ def finished(acc, high, total, sink):
     return acc / over(total), jnp.where(some, high + jnp.log(total), like(-jnp.inf))
 
 
-def write_out(plan, out_ref, staging, values, b, head, query_rows, columns=slice(None)):
+def write_out(plan, out_ref, staging, values, b, head, query_rows, columns: Any = slice(None)):
     """Values of 64 query rows to their places in the output [B, T, Hkv, G, Dv], by way of an array in shared memory."""
     staging[...] = values.astype(staging.dtype)
     plgpu.commit_smem()

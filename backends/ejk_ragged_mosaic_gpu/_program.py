@@ -75,7 +75,7 @@ class Program:
         end = (piece.end + self.plan.align - 1) & -self.plan.align
         return jnp.maximum(jnp.minimum(first, end - self.plan.schedule.block_keys), 0)
 
-    def query_rows(self, warpgroup=0):
+    def query_rows(self, warpgroup=0) -> Any:
         """The query rows of this program, or of one of its warpgroups, among all of the kv head."""
         size = self.plan.warpgroup_rows
         return pl.ds(pl.multiple_of(self.query_block * self.plan.block_rows + warpgroup * size, 8), size)
@@ -144,8 +144,8 @@ class Program:
         return self.scales[name] is not None and self.scales[name].shape[2] > 1
 
     def clear(self, piece: Piece, row, values):
-        """Sets rows of a tile of values, read at `row`, to zero where they lie outside the range: 0 times what such a row holds may be
-        NaN."""
+        """Sets rows of a tile of values, read at `row`, to zero where they lie outside the range: 0 times what such a row holds may
+        be NaN."""
         key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=TILE) + row
         seen = (key >= piece.start) & (key < piece.end)
         values[...] = jnp.where(seen, plgpu.load(values, layout=TILE), tile_of(values.shape, 0, values.dtype))

@@ -3,6 +3,7 @@ others multiply."""
 
 import functools
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,15 +108,15 @@ def _rings(problem, plan, cache):
     by_row = [
         name for name, scale in (("k", cache.key_scale), ("v", cache.value_scale)) if scale is not None and scale.shape[2] > 1
     ]
-    arrivals = {"q": (plan.block_rows // plan.copy_rows, plan.warpgroups)}
-    shared = {"q": ((plan.warpgroups, plan.warpgroup_rows, plan.block_dim), problem.dtype)}
+    arrivals: dict[str, Any] = {"q": (plan.block_rows // plan.copy_rows, plan.warpgroups)}
+    shared: dict[str, Any] = {"q": ((plan.warpgroups, plan.warpgroup_rows, plan.block_dim), problem.dtype)}
     for name in "kv":
         shared[name] = (keys, dims[name]), problem.dtype
         arrivals[name] = 1 if plan.wide_stages else parts, plan.warpgroups
         if plan.wide_stages:
             shared[f"narrow_{name}"] = (keys, dims[name]), problem.cache_dtype
             arrivals[f"narrow_{name}"] = parts * (1 + len(by_row)) if name == "k" else parts, 1
-    rings = {}
+    rings: dict[str, Any] = {}
     for name, (shape, dtype) in shared.items():
         tiled = plan.direct or name == "q"
         rings[name] = plgpu.SMEM((plan.places[name], *shape), dtype, transforms=tiling(shape[-1], dtype) if tiled else ())

@@ -79,11 +79,11 @@ class Tiles:
         return {"q": self.query_slots, **dict.fromkeys("kv", self.wide_stages or self.stages), **narrow}
 
     @property
-    def registers(self) -> tuple[int, ...] | None:
-        """Registers of a thread that multiplies, of one that widens, if any does, and of one that copies; None: as the compiler
+    def registers(self) -> tuple[int, ...]:
+        """Registers of a thread that multiplies, of one that widens, if any does, and of one that copies; empty: as the compiler
         likes."""
         if not self.many:
-            return None
+            return ()
         return (WIDENING_REGISTERS if self.wide_stages else REGISTERS)[self.warpgroups]
 
     @property
@@ -140,6 +140,8 @@ WIDE_STAGES = 3  # widened tiles that a program holds
 # Of the second kernel: rows that a program merges at once, where that leaves one for each multiprocessor, partial results of a row
 # that it reads at once at least, and programs of a multiprocessor, as many as find room beside one of the first kernel.
 MERGE_ROWS, LEAST_MERGED, MERGE_PROGRAMS = 4, 4, 4
+# Query rows per kv head from which on these kernels are faster than those of pallas_triton, unless a window leaves few rows to see.
+LEADING_ROWS, SHORT = 64, 256
 BLOCK_SEQUENCES = 64  # sequences that are summed up at once when a program makes its table
 
 # Numbers of 16 bits that a weight is written as the sum of, at most. Room is kept for them, so that hints which fit a call fit its
@@ -197,6 +199,17 @@ def candidates(problem: Problem, target: Target):
             yield hints
 
 
+def leads(problem: Problem, target: Target) -> str:
+    """Why these kernels are faster than those of `pallas_triton`, as measured on an H100, or ""."""
+    capability = getattr(target.device, "compute_capability", None)
+    if capability is None or not all(isinstance(n, int) for n in problem.sizes) or problem.keeps_accum_dtype:
+        return ""
+    short = problem.most_keys is not None and problem.most_keys <= SHORT
+    if problem.num_tokens * problem.group >= LEADING_ROWS and _takes_many(problem) and not short:
+        return f"{LEADING_ROWS} or more query rows per kv head"
+    return "pages of a single sequence" if problem.paged and problem.batch == 1 else ""
+
+
 def does_not_fit(problem: Problem, target: Target) -> str | None:
     """Why not even the smallest tiles fit, or None."""
     if problem.quantised and not _takes_many(problem):
@@ -243,7 +256,7 @@ def cannot_copy(problem: Problem) -> str | None:
     if not problem.paged:
         return None
     if _part_rows(problem, BLOCK_KEYS) % 8:
-        return f"a copy of a page takes a multiple of 8 rows, up to 64, not what {problem.page_size} and 64 divide by"
+        return f"a copy takes 8 or 16 rows of a page, which do not divide pages of {problem.page_size}"
     return (
         None
         if _direct(problem)
@@ -252,7 +265,8 @@ def cannot_copy(problem: Problem) -> str | None:
 
 
 def _part_rows(problem: Problem, keys: int) -> int:
-    return math.gcd(problem.page_size, keys) if problem.page_size else keys
+    """Rows of a tile that one copy takes. Of pages, a quarter of a tile at most, so that few rows beyond a range are read."""
+    return math.gcd(problem.page_size, keys // 4) if problem.page_size else keys
 
 
 def tiles(problem: Problem, target: Target) -> Tiles:

@@ -1,7 +1,7 @@
 """The warpgroup that widens tiles of an 8-bit cache to 16 bits in shared memory, for the warpgroups that multiply.
 
-The cache's numbers are widened without their scales, so each is exact in the query's dtype. Key scales are for the logits, and value
-scales for the weights.
+The cache's numbers are widened without their scales, so each is exact in the query's dtype. Key scales are for the logits, and
+value scales for the weights.
 """
 
 import jax.numpy as jnp
