@@ -135,7 +135,7 @@ FEW, MOST_FEW, MANY = 32, 64, (64, 128, 192, 128)
 MANY_KEYS = 128
 # Registers of a thread that multiplies, of one that widens, and of one that copies, by the warpgroups that multiply.
 REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
-WIDENING_REGISTERS = {1: (240, 152, 40), 2: (192, 80, 40)}
+WIDENING_REGISTERS = {1: (240, 152, 40), 2: (176, 112, 40)}
 WIDE_STAGES = 3  # widened tiles that a program holds
 # Of the second kernel: rows that a program merges at once, where that leaves one for each multiprocessor, partial results of a row
 # that it reads at once at least, and programs of a multiprocessor, as many as find room beside one of the first kernel.
@@ -147,6 +147,7 @@ BLOCK_SEQUENCES = 64  # sequences that are summed up at once when a program make
 # Numbers of 16 bits that a weight is written as the sum of, at most. Room is kept for them, so that hints which fit a call fit its
 # gradients too.
 MOST_TERMS = 2
+SCALES = 32  # float32 numbers that one copy takes at least
 ITEMSIZE = 2
 BARRIERS = 1024
 # What there is to a device, where there is no device to ask: an H100.
@@ -238,7 +239,7 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
 def _block_keys(problem: Problem, rows: int) -> int:
     """Keys of a tile."""
     blocks = rows >= 128 and problem.num_tokens * problem.group > MANY[2]
-    return MANY_KEYS if blocks and problem.head_dim <= 128 else BLOCK_KEYS
+    return MANY_KEYS if blocks and problem.head_dim <= 128 and not problem.quantised else BLOCK_KEYS
 
 
 def _takes_many(problem: Problem) -> bool:
@@ -255,6 +256,8 @@ def cannot_copy(problem: Problem) -> str | None:
     """Why pages cannot be copied into tiles, or None."""
     if not problem.paged:
         return None
+    if problem.quantised and _part_rows(problem, BLOCK_KEYS) % SCALES:
+        return f"a copy takes {SCALES} scales of a page or more, which do not divide pages of {problem.page_size}"
     if _part_rows(problem, BLOCK_KEYS) % 8:
         return f"a copy takes 8 or 16 rows of a page, which do not divide pages of {problem.page_size}"
     return (
@@ -265,8 +268,9 @@ def cannot_copy(problem: Problem) -> str | None:
 
 
 def _part_rows(problem: Problem, keys: int) -> int:
-    """Rows of a tile that one copy takes. Of pages, a quarter of a tile at most, so that few rows beyond a range are read."""
-    return math.gcd(problem.page_size, keys // 4) if problem.page_size else keys
+    """Rows of a tile that one copy takes. Of pages, a quarter of a tile at most, so that few rows beyond a range are read; with
+    scales, more."""
+    return math.gcd(problem.page_size, keys if problem.quantised else keys // 4) if problem.page_size else keys
 
 
 def tiles(problem: Problem, target: Target) -> Tiles:
@@ -294,7 +298,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         warpgroups=rows // 64 if many else 1,
         query_slots=2,
         terms=MOST_TERMS if problem.keeps_accum_dtype else 1,
-        writes_out=many and not problem.keeps_accum_dtype and problem.value_dim <= problem.head_dim,
+        writes_out=many and not problem.keeps_accum_dtype and problem.value_dim == problem.head_dim,
         block_dim=round_up(problem.head_dim, 64),
         value_dim=round_up(problem.value_dim, 64),
         paged=problem.paged,
