@@ -205,10 +205,13 @@ def leads(problem: Problem, target: Target) -> str:
     capability = getattr(target.device, "compute_capability", None)
     if capability is None or not all(isinstance(n, int) for n in problem.sizes) or problem.keeps_accum_dtype:
         return ""
+    many = problem.num_tokens * problem.group >= LEADING_ROWS and _takes_many(problem)
     short = problem.most_keys is not None and problem.most_keys <= SHORT
-    if problem.num_tokens * problem.group >= LEADING_ROWS and _takes_many(problem) and not short:
+    if many and not short and (not problem.quantised or problem.head_dim == 128):
         return f"{LEADING_ROWS} or more query rows per kv head"
-    return "pages of a single sequence" if problem.paged and problem.batch == 1 else ""
+    if problem.paged and problem.batch == problem.num_tokens == 1 and not problem.quantised:
+        return "pages of a single sequence"
+    return ""
 
 
 def does_not_fit(problem: Problem, target: Target) -> str | None:
@@ -297,7 +300,8 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         row_blocks=row_blocks,
         warpgroups=rows // 64 if many else 1,
         query_slots=2,
-        terms=MOST_TERMS if problem.keeps_accum_dtype else 1,
+        # A weight times a value scale has no number of 16 bits in particular, not even where a token sees a single row.
+        terms=MOST_TERMS if problem.keeps_accum_dtype or problem.quantised else 1,
         writes_out=many and not problem.keeps_accum_dtype and problem.value_dim == problem.head_dim,
         block_dim=round_up(problem.head_dim, 64),
         value_dim=round_up(problem.value_dim, 64),
