@@ -31,7 +31,7 @@ class MosaicGpuBackend(Backend):
 
     name: ClassVar[str] = "mosaic_gpu"
     priority: ClassVar[int] = 90
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     @property
     def platforms(self):  # pyright: ignore[reportIncompatibleVariableOverride]

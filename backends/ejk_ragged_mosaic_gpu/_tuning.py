@@ -18,14 +18,14 @@ class Tiles:
         block_rows: query rows of one kv head in a program: a multiple of 8, or of 64 where they are many.
         row_blocks: such blocks per kv head.
         warpgroups: warpgroups that multiply, each for an equal part of the block.
-        query_slots: blocks of query rows that a program holds, this piece's and the next one's.
-        terms: numbers of 16 bits that a weight is written as the sum of.
+        query_slots: blocks of query rows that a program holds: the block of this piece, and, if there is room, of the next piece.
+        terms: a weight is written as the sum of so many numbers of 16 bits.
         writes_out: whether the first kernel writes the output of sequences that are one piece.
         block_dim, value_dim: head dimensions of key and value, padded to a multiple of 64.
         paged: whether the cache is a pool of pages.
         part_rows: rows of a tile that one copy takes: all, or those that lie in one page.
-        stages: tiles of keys, and as many of values, that a program holds as they are copied.
-        wide_stages: and as many widened ones of a cache of 8 bits; 0 for others.
+        stages: tiles of keys that a program holds as they are copied, and tiles of values.
+        wide_stages: the same for widened tiles of a cache of 8 bits; 0 for other caches.
         direct: whether copies lay a tile out as products want it. It takes rows that divide by 8 and dimensions by 64; other tiles
             are copied as they are, and laid out by the program.
         table: size of the table of sequences that a program makes itself; 0 where it has to do with one only.
@@ -165,7 +165,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     rows = _block_rows(problem, given.block_size_heads)
     keys = round_up(given.block_size_keys or _block_keys(problem, rows), 64)
     if given.block_size_heads is None:
-        while rows > 8 and _bytes(problem, keys, rows, given.num_stages or 2, target) > shared_memory(target):
+        while rows > least_rows(problem) and _bytes(problem, keys, rows, given.num_stages or 2, target) > shared_memory(target):
             rows = rows - 64 if rows > 64 else max(rows // 16 * 8, 8)
     stages = given.num_stages or default_stages(problem, keys)
     while not given.num_stages and stages > 1 and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
@@ -177,6 +177,11 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
             f"memory for {problem}; a program of mosaic_gpu has {shared_memory(target)} on this device. Give smaller ones."
         )
     return dataclasses.replace(given, block_size_heads=rows, block_size_keys=keys, num_stages=stages)
+
+
+def least_rows(problem: Problem) -> int:
+    """Query rows of the smallest block. Only query rows that are rows of the products meet widened tiles."""
+    return 64 if problem.quantised else 8
 
 
 def default_stages(problem: Problem, keys: int) -> int:
@@ -218,10 +223,10 @@ def does_not_fit(problem: Problem, target: Target) -> str | None:
     """Why not even the smallest tiles fit, or None."""
     if problem.quantised and not _takes_many(problem):
         return "it widens quantised caches where 64 divides the head dimensions, 8 the rows, and no junk lies between tokens"
-    rows = 64 if problem.quantised else 8
-    if _bytes(problem, BLOCK_KEYS, rows, 1, target) <= shared_memory(target):
+    needs = lambda problem: _bytes(problem, BLOCK_KEYS, least_rows(problem), 1, target)
+    if needs(problem) <= shared_memory(target):
         return None
-    if _bytes(dataclasses.replace(problem, batch=1), BLOCK_KEYS, rows, 1, target) <= shared_memory(target):
+    if needs(dataclasses.replace(problem, batch=1)) <= shared_memory(target):
         return f"its table of {problem.batch} sequences takes more shared memory than there is"
     return f"tiles of {problem.head_dim} and {problem.value_dim} dimensions take more shared memory than there is"
 
@@ -230,7 +235,7 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
     """Query rows of a block."""
     there = problem.num_tokens * problem.group
     if problem.quantised:
-        return min(round_up(min(wanted or there, there), 64), MANY[1])
+        return min(round_up(min(wanted or there, there), 64), max(WIDENING_REGISTERS) * 64)
     if not _takes_many(problem):
         return round_up(min(wanted or MOST_FEW, there, MOST_FEW), 8)
     if min(wanted or there, there) <= FEW:
