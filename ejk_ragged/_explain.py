@@ -95,8 +95,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
 def _show_hints(choice) -> str:
     if choice.hints_from == "default":
         return ""
-    hints = {name: value for name, value in dataclasses.asdict(choice.fwd_params).items() if value is not None}
-    return f"; {choice.hints_from} hints: " + ", ".join(f"{name} {value}" for name, value in hints.items())
+    return f"; {choice.hints_from} hints: " + ", ".join(f"{name} {value}" for name, value in choice.fwd_params.given.items())
 
 
 def _choose(platform, problem, request) -> Choice:

@@ -5,6 +5,7 @@ quote it.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,10 +46,11 @@ class FwdParams:
             the batch. If the hint is given, the bits of a sequence's result do not depend on the other sequences.
         num_warps: number of warps per program, on a GPU.
         num_stages: depth of the software pipeline, on a GPU.
+        others: hints that a backend has of its own, by name: a mapping to positive integers. Kept as sorted pairs.
 
     Raises:
-        TypeError: a field is neither None nor an integer.
-        ValueError: a field is less than 1.
+        TypeError: a hint is not an integer, or a name is not a string.
+        ValueError: a hint is less than 1, or a name in `others` is that of another field.
     """
 
     block_size_heads: int | None = None
@@ -56,22 +58,46 @@ class FwdParams:
     num_key_splits: int | None = None
     num_warps: int | None = None
     num_stages: int | None = None
+    others: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            given = getattr(self, field.name)
-            if given is None:
-                continue
-            if isinstance(given, bool) or not isinstance(given, int | np.integer):
-                raise TypeError(f"FwdParams.{field.name} must be a positive integer or None, got {shown(given)}.")
-            if given < 1:
-                raise ValueError(f"FwdParams.{field.name} must be a positive integer or None, got {given}.")
-            object.__setattr__(self, field.name, int(given))
+        fields = [field.name for field in dataclasses.fields(self) if field.name != "others"]
+        for name in fields:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _positive(f"FwdParams.{name}", getattr(self, name)))
+        others = dict(self.others)
+        for name, value in others.items():
+            if not isinstance(name, str):
+                raise TypeError(f"FwdParams.others must have strings as names, got {shown(name)}.")
+            if name in (*fields, "others"):
+                raise ValueError(f"FwdParams.others has {name!r}, which is a field: pass FwdParams({name}={value}).")
+            others[name] = _positive(f"FwdParams.others[{name!r}]", value)
+        object.__setattr__(self, "others", tuple(sorted(others.items())))
+
+    @classmethod
+    def of(cls, hints: Mapping[str, int]) -> "FwdParams":
+        """Hints by name, whether fields or others."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        others = {name: value for name, value in hints.items() if name not in fields}
+        return cls(**{name: value for name, value in hints.items() if name in fields}, others=others)
+
+    @property
+    def given(self) -> dict[str, int]:
+        """The hints that are not None, others too, by name."""
+        fields = {name: value for name, value in vars(self).items() if name != "others" and value is not None}
+        return fields | dict(self.others)
 
     def over(self, defaults: "FwdParams") -> "FwdParams":
-        """These hints, with the fields that are None taken from `defaults`."""
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return dataclasses.replace(defaults, **given)
+        """These hints, with the hints that are not given taken from `defaults`."""
+        return FwdParams.of(defaults.given | self.given)
+
+
+def _positive(name: str, given: Any) -> int:
+    if isinstance(given, bool) or not isinstance(given, int | np.integer):
+        raise TypeError(f"{name} must be a positive integer or None, got {shown(given)}.")
+    if given < 1:
+        raise ValueError(f"{name} must be a positive integer or None, got {given}.")
+    return int(given)
 
 
 @jax.tree_util.register_dataclass

@@ -155,7 +155,7 @@ class Registry:
                         priority, why = backend.priority_for(problem, target)
                         priority = float(priority)
             except BackendFailed as failure:
-                self._passed_over(backend, failure)
+                self._warn_once(f"{backend.name} priority failed", f"{failure} The backend keeps its general priority.")
                 priority = backend.priority
             ranked.append((-priority, backend.name, backend, why))
         return [(backend, why) for *_, backend, why in sorted(ranked, key=lambda one: one[:2])]

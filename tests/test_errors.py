@@ -406,7 +406,7 @@ def test_named_backend_of_another_platform():
 # ---------------------------------------------------------------------------------------------------------------------------
 # FwdParams
 
-FIELDS = [field.name for field in dataclasses.fields(FwdParams)]
+FIELDS = [field.name for field in dataclasses.fields(FwdParams) if field.name != "others"]
 
 
 def test_fields():
@@ -436,6 +436,26 @@ def test_fwd_params_are_frozen_and_hashable():
 def test_fwd_params_over():
     merged = FwdParams(num_warps=8).over(FwdParams(num_warps=4, num_stages=2))
     assert merged == FwdParams(num_warps=8, num_stages=2)
+
+
+def test_other_hints():
+    """A backend's own hints are kept by name, and are given, merged and compared as fields are."""
+    two: Any = np.int64(2)
+    hints = FwdParams(num_warps=4, others={"unroll": two, "depth": 3})
+    assert hints == FwdParams(num_warps=4, others=(("depth", 3), ("unroll", 2)))
+    assert hash(hints) == hash(FwdParams.of({"unroll": 2, "num_warps": 4, "depth": 3}))
+    assert hints.given == {"num_warps": 4, "depth": 3, "unroll": 2}
+    assert hints != FwdParams(num_warps=4)
+    assert FwdParams(others={"depth": 5}).over(hints).given == {"num_warps": 4, "depth": 5, "unroll": 2}
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        ({"depth": 0}, ValueError, r"FwdParams\.others\['depth'\] must be a positive integer or None, got 0\."),
+        ({"depth": "3"}, TypeError, r"FwdParams\.others\['depth'\] must be a positive integer"),
+        ({3: 3}, TypeError, r"FwdParams\.others must have strings as names, got 3"),
+        ({"num_warps": 4}, ValueError, r"FwdParams\.others has 'num_warps', which is a field: pass FwdParams\(num_warps=4\)\."),
+    ]
+    for others, error, says in wrong:
+        with pytest.raises(error, match=says):
+            FwdParams(others=others)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -82,6 +82,20 @@ def test_explain_says_where_hints_come_from(backend, file):
         assert chosen(backend=backend, fwd_params=FwdParams()).hints_from == "tuned"
 
 
+def test_hints_of_a_backend_alone(backend, file):
+    """`others` reach the backend, from the caller and from a file, and another program is compiled for them."""
+    save(file, backend, num_warps=8, others={"depth": 3})
+    with tuned_hints(file):
+        tuned = explain(**arguments(backend=backend))
+        assert tuned[TARGET.platform].fwd_params == FwdParams(num_warps=8, others={"depth": 3})
+        assert "notes; tuned hints: num_warps 8, depth 3" in str(tuned)
+    given = chosen(backend=backend, fwd_params=FwdParams(others={"depth": 2}))
+    assert (given.hints_from, given.fwd_params.given["depth"]) == ("given", 2)
+    for depth in (2, 2, 5):
+        ragged_decode_attention(**arguments(backend=backend, fwd_params=FwdParams(others={"depth": depth})))
+    assert len(backend.traced) == 2
+
+
 def test_splits_that_are_given_stand_alone(backend, file):
     """What a sequence gives with `num_key_splits` must not depend on the batch, so nothing that depends on it joins in."""
     save(file, backend, num_warps=8)

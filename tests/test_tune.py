@@ -10,7 +10,7 @@ import pytest
 from tuning import Notes, PROBLEM, TARGET
 
 import ejk_ragged_pallas_triton._tuning as pallas_triton
-from ejk_ragged import _hints, Backend, explain, Target, tuned_hints
+from ejk_ragged import _hints, Backend, explain, FwdParams, Target, tuned_hints
 from ejk_ragged.__main__ import main
 from ejk_ragged._registry import registry
 from ejk_ragged._tools import tune as _tune
@@ -169,7 +169,15 @@ def test_wrong_arguments(arguments, says, capsys):
 def test_candidates_of_the_xla_backend():
     with warnings.catch_warnings(action="error"):
         hints = list(XlaBackend().candidates(PROBLEM, TARGET))
-    assert all(list(_tune.as_dict(one)) == ["block_size_keys"] for one in hints)
+    assert all(list(one.given) == ["block_size_keys"] for one in hints)
+
+
+def test_hints_in_a_file():
+    hints = FwdParams(num_warps=4, others={"depth": 3})
+    assert _tune.as_dict(hints) == {"num_warps": 4, "others": {"depth": 3}}
+    assert FwdParams(**_tune.as_dict(hints)) == hints
+    assert _tune.show(hints) == _tune.show(_tune.as_dict(hints)) == "num_warps 4, depth 3"
+    assert _tune.show({}) == "none"
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])

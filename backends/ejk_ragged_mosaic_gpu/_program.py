@@ -20,8 +20,8 @@ LOG2_E = math.log2(math.e)
 
 
 def tiling(columns, dtype):
-    """How products want operands in shared memory."""
-    swizzle = min(columns * jnp.dtype(dtype).itemsize, 128)
+    """How products want operands of so many columns, a multiple of 64, in shared memory."""
+    swizzle = 64 if columns * jnp.dtype(dtype).itemsize % 128 else 128
     return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
 
 

@@ -3,7 +3,6 @@
 Each section is gathered as plain data, which `--json` prints, and shown as text by a function of that data.
 """
 
-import dataclasses
 import importlib.metadata
 import math
 import platform
@@ -65,7 +64,7 @@ def dispatch(explanation: Explanation) -> dict[str, Any]:
             "backward": choice.backward,
             "passed_over": choice.passed_over,
             "error": choice.error,
-            "fwd_params": dataclasses.asdict(choice.fwd_params),
+            "fwd_params": choice.fwd_params.given,
             "hints_from": choice.hints_from,
         }
         for name, choice in explanation.choices.items()

@@ -1,6 +1,5 @@
 """The tuner: the hints that a backend declares for a problem are tried, and the best of those that are right is remembered."""
 
-import dataclasses
 import functools
 import pathlib
 import re
@@ -128,13 +127,14 @@ def _call(program, inputs, run):
     return program(**inputs.arguments(run))
 
 
-def as_dict(hints: FwdParams) -> dict[str, int]:
-    return {name: value for name, value in dataclasses.asdict(hints).items() if value is not None}
+def as_dict(hints: FwdParams) -> dict[str, Any]:
+    """The given hints as `FwdParams` takes them, for a file."""
+    return {name: dict(value) if name == "others" else value for name, value in vars(hints).items() if value not in (None, ())}
 
 
-def show(hints: FwdParams | dict[str, int]) -> str:
-    values = as_dict(hints) if isinstance(hints, FwdParams) else hints
-    return ", ".join(f"{name} {value}" for name, value in values.items()) or "none"
+def show(hints: FwdParams | dict[str, Any]) -> str:
+    given = (hints if isinstance(hints, FwdParams) else FwdParams(**hints)).given
+    return ", ".join(f"{name} {value}" for name, value in given.items()) or "none"
 
 
 def run(
