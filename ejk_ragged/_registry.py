@@ -149,14 +149,13 @@ class Registry:
         for backend in self.automatic():
             priority, why = backend.priority, ""
             try:
-                platforms = self._platforms(backend)
-                if platforms is None or target.platform in platforms:
+                if self._runs_on(backend, target):
                     with self._asking(backend, "priority_for"):
                         priority, why = backend.priority_for(problem, target)
                         priority = float(priority)
             except BackendFailed as failure:
                 self._warn_once(f"{backend.name} priority failed", f"{failure} The backend keeps its general priority.")
-                priority = backend.priority
+                priority, why = backend.priority, ""
             ranked.append((-priority, backend.name, backend, why))
         return [(backend, why) for *_, backend, why in sorted(ranked, key=lambda one: one[:2])]
 
@@ -223,6 +222,14 @@ class Registry:
         method = "supports" if direction == "forward" else "supports_backward"
         with self._asking(backend, method):
             return getattr(backend, method)(problem, target)
+
+    def _runs_on(self, backend: Backend, target: Target) -> bool:
+        """Whether the target is one of the backend's platforms. False if the backend fails when asked: `refusal` says so."""
+        try:
+            platforms = self._platforms(backend)
+        except BackendFailed:
+            return False
+        return platforms is None or target.platform in platforms
 
     def _platforms(self, backend: Backend) -> frozenset[str] | None:
         with self._asking(backend, "platforms"):
