@@ -43,8 +43,7 @@ def compute_piece(program: Program, piece: Piece, warpgroup):
         sink = program.sinks_of(piece.sequence, query_rows)
         out, lse = finished(acc, natural(high), total, sink)
         store(results.lse.at[piece.sequence, program.head, query_rows], lse)
-        staging = query.at[:, pl.ds(0, plan.value_dim)] if plan.value_dim < plan.block_dim else query
-        write_out(plan, results.out, staging, out, piece.sequence, program.head, query_rows)
+        write_out(plan, results.out, query, out, piece.sequence, program.head, query_rows)
 
     def work():
         acc, *rest = tiles.last(*lax.fori_loop(0, piece.num_tiles - 1, tiles.step, tiles.begin(*nothing)))

@@ -294,7 +294,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         warpgroups=rows // 64 if many else 1,
         query_slots=2,
         terms=MOST_TERMS if problem.keeps_accum_dtype else 1,
-        writes_out=many and not problem.keeps_accum_dtype and problem.value_dim <= problem.head_dim,
+        writes_out=many and not problem.keeps_accum_dtype and problem.value_dim == problem.head_dim,
         block_dim=round_up(problem.head_dim, 64),
         value_dim=round_up(problem.value_dim, 64),
         paged=problem.paged,
