@@ -92,9 +92,9 @@ PRIORITIES = {
 def test_priorities_that_are_none(kind):
     """One warning; the general priority counts, and the backend is asked in its turn."""
     member, says = PRIORITIES[kind]
-    made = Registry(
-        [Entry("faulty", backend("faulty", 5, priority_for=member), "faulty-dist"), *entries(backend("first", 9, why="no"))]
-    )
+    entry: Any = Entry("faulty", backend("faulty", 5, priority_for=member), "faulty-dist")
+    given = [entry, *entries(backend("first", 9, why="no"))]
+    made = Registry(given)
     match = f"^The backend 'faulty' of faulty-dist raised in `priority_for`: {says}.*Its general priority counts"
     with pytest.warns(RuntimeWarning, match=match) as caught:
         chosen = made.select("cpu", PROBLEM)
@@ -103,7 +103,7 @@ def test_priorities_that_are_none(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert made.select("cpu", PROBLEM).backend.name == "faulty"
-        assert Registry(made._given).select("cpu", PROBLEM, "faulty").backend.name == "faulty"
+        assert Registry(given).select("cpu", PROBLEM, "faulty").backend.name == "faulty"
 
 
 @pytest.mark.filterwarnings("ignore:The backend 'faulty'")
