@@ -105,7 +105,11 @@ def paged(heads, kv_heads, **fields):
 
 
 WIDTHS = {
-    "pages of 8, few query rows": (paged(8, 2, page_size=8, num_tokens=3), 2),
+    # All entries of the page table together have fewer rows than a tile.
+    "pages of 8, few query rows": (
+        Case("", 3, 24, 8, 2, 64, "bfloat16", ("ranges", (3, 21), (7, 7), (1, 9)), page_size=8, num_tokens=3),
+        2,
+    ),
     "pages of 24, few query rows, a wider value": (paged(8, 2, page_size=24, value_dim=128), 2),
     "pages of 8, many query rows, a wider value": (paged(40, 1, page_size=8, sliding_window=(70, 0), value_dim=128), 2),
     "pages of 64, few query rows, a narrower value": (
@@ -131,7 +135,8 @@ def test_pages_and_widths(interpreted, name):
 
 
 def test_the_bits_of_a_sequence(interpreted):
-    """With splits, they depend neither on the pages that hold its rows nor on other sequences. Tiles begin where 16 rows begin."""
+    """With splits, they depend neither on the pages that hold its rows nor on other sequences. Tiles begin where 16 rows begin.
+    Entries outside the pool are the first and the last page."""
     arguments = Case("", 2, 256, 40, 1, 64, "bfloat16", ("ranges", (16, 240), (0, 48)), sinks=("query", 1)).draw()
     call = functools.partial(interpreted(FwdParams(num_key_splits=3), programs=2), return_lse=True)
     assert_right(call, arguments, gradients=False)
@@ -140,7 +145,8 @@ def test_the_bits_of_a_sequence(interpreted):
         pages = np.random.default_rng(page_size).permutation(2 * 256 // page_size)
         pools = {name: arguments[name].reshape(-1, page_size, 1, 64)[np.argsort(pages)] for name in ("key", "value")}
         lengths = {name: arguments[name][:batch] for name in ("query", "sequence_start", "sequence_end")}
-        return arguments | pools | lengths | {"page_table": pages.reshape(2, -1)[:batch].astype(np.int32)}
+        table = np.where(pages == 0, -3, np.where(pages == len(pages) - 1, 2**31 - 1, pages))
+        return arguments | pools | lengths | {"page_table": table.reshape(2, -1)[:batch].astype(np.int32)}
 
     want = [x[0] for x in call(**arguments)]
     for other in (in_pages(16, 2), in_pages(128, 1)):
