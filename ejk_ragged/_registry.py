@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import math
 import sys
 import threading
 import warnings
@@ -144,20 +145,28 @@ class Registry:
 
     def _ranked(self, problem: Problem, target: Target) -> list[tuple[Backend, str]]:
         """The backends that load, in the order in which to ask them about the forward operation of `problem`, each with the reason
-        for its priority, or "". A backend that fails when asked keeps its general priority."""
-        ranked = []
-        for backend in self.automatic():
-            priority, why = backend.priority, ""
-            try:
-                if self._runs_on(backend, target):
-                    with self._asking(backend, "priority_for"):
-                        priority, why = backend.priority_for(problem, target)
-                        priority = float(priority)
-            except BackendFailed as failure:
-                self._warn_once(f"{backend.name} priority failed", f"{failure} The backend keeps its general priority.")
-                priority, why = backend.priority, ""
-            ranked.append((-priority, backend.name, backend, why))
-        return [(backend, why) for *_, backend, why in sorted(ranked, key=lambda one: one[:2])]
+        for its priority, or ""."""
+        ranked = [(backend, *self._priority(backend, problem, target)) for backend in self.automatic()]
+        return [(backend, why) for backend, _, why in sorted(ranked, key=lambda one: (-one[1], one[0].name))]
+
+    def _priority(self, backend: Backend, problem: Problem, target: Target) -> tuple[float, str]:
+        """The backend's priority for the forward operation of `problem`, and the reason for it, or "". A backend that fails when
+        asked keeps its general priority."""
+        try:
+            platforms = self._platforms(backend)
+        except BackendFailed:  # `refusal` will say so
+            platforms = ()
+        if platforms is not None and target.platform not in platforms:
+            return backend.priority, ""
+        try:
+            with self._asking(backend, "priority_for"):
+                priority, why = backend.priority_for(problem, target)
+                if not isinstance(priority, int | float) or math.isnan(priority) or not isinstance(why, str):
+                    raise TypeError(f"it must return a number and a text, got {priority!r} and {why!r}")
+                return priority, why
+        except BackendFailed as failure:
+            self._warn_once(f"{backend.name} priority_for", f"{failure} Its general priority counts.")
+            return backend.priority, ""
 
     def fingerprint(self, request: Request) -> str:
         """A text that identifies everything that `select` depends on for `request`, apart from the device.
@@ -222,14 +231,6 @@ class Registry:
         method = "supports" if direction == "forward" else "supports_backward"
         with self._asking(backend, method):
             return getattr(backend, method)(problem, target)
-
-    def _runs_on(self, backend: Backend, target: Target) -> bool:
-        """Whether the target is one of the backend's platforms. False if the backend fails when asked: `refusal` says so."""
-        try:
-            platforms = self._platforms(backend)
-        except BackendFailed:
-            return False
-        return platforms is None or target.platform in platforms
 
     def _platforms(self, backend: Backend) -> frozenset[str] | None:
         with self._asking(backend, "platforms"):

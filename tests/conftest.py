@@ -1,5 +1,6 @@
 """Backends as a parameter, a marker each (`pytest -m xla`), and the settings under which everything is tested."""
 
+import functools
 import os
 
 import hypothesis
@@ -9,8 +10,9 @@ from made_up import entries
 from meshes import make_mesh
 from support import subject
 
-from ejk_ragged import tuned_hints
+from ejk_ragged import ragged_decode_attention, tuned_hints
 from ejk_ragged._registry import registry
+from ejk_ragged_mosaic_gpu import MosaicGpuBackend
 
 
 # For the tests of many devices. The other tests are as fast beside them.
@@ -121,3 +123,15 @@ def install(monkeypatch):
 
     yield install
     registry.clear()
+
+
+@pytest.fixture
+def interpreted(capfd):
+    """A function of `FwdParams` and programs to the call of mosaic_gpu, in the interpreter; in the end, no race was found."""
+
+    def call(fwd_params=None, programs=4):
+        backend = MosaicGpuBackend(interpret=True, detect_races=True, programs=programs)
+        return functools.partial(ragged_decode_attention, backend=backend, fwd_params=fwd_params)
+
+    yield call
+    assert "RACE DETECTED" not in capfd.readouterr().out

@@ -37,16 +37,22 @@ def operands(draw, head_dim):
 
 
 @st.composite
-def cases(draw, shapes, dtypes, quantised=True, plain=False):
-    """A case of one of `shapes` (B, S, Hq, Hkv, D) and `dtypes`, with any features; `plain`: of a padded key and value of one
-    width."""
+def tiled_operands(draw, head_dim):
+    """Likewise, of pages and widths that a GPU copies in tiles."""
+    del head_dim
+    return {"page_size": draw(st.sampled_from([None, 8, 16, 24, 32, 64])), "value_dim": draw(st.sampled_from([None, 64, 128]))}
+
+
+@st.composite
+def cases(draw, shapes, dtypes, operands=operands):
+    """A case of one of `shapes` (B, S, Hq, Hkv, D) and `dtypes`, with any features."""
     batch, seq_len, num_q_heads, num_kv_heads, head_dim = draw(st.sampled_from(shapes))
     num_tokens = draw(st.sampled_from([None, None, 1, 3]))
     query_lengths = st.lists(st.integers(-1, 4) | st.sampled_from([-(2**63), 2**64 - 1]), min_size=batch, max_size=batch).map(tuple)
-    cache_dtype = draw(st.sampled_from([None, None, "int8", "float8_e4m3fn", "float8_e5m2"])) if quantised else None
+    cache_dtype = draw(st.sampled_from([None, None, "int8", "float8_e4m3fn", "float8_e5m2"]))
     dtype = draw(st.sampled_from(dtypes))
     integers = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, *[64] * (dtype == "float64"))]
-    operand = {} if plain else draw(operands(head_dim))
+    operand = draw(operands(head_dim))
     by_sequence = ["sequence"] * (operand.get("page_size") is None)
     scales = ["number", "head", *by_sequence, "row", *[None] * (cache_dtype != "int8")]
     return Case(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ejk_ragged import Backend, FwdParams, ragged_decode_attention
+from ejk_ragged import Backend, explain, FwdParams, ragged_decode_attention
 from ejk_ragged.testing import verify
 from ejk_ragged_mosaic_gpu import MosaicGpuBackend
 from ejk_ragged_pallas_triton import PallasTritonBackend
@@ -22,33 +23,50 @@ class Subject:
 
     `call` is the call that tests make; one that the backend does not take must be refused, and there the test ends. Tests by hand
     are in the first of `dtypes`.
+
+    Attributes:
+        name: name of the backend.
+        dtypes: dtypes of a query that it takes.
+        here: whether this JAX has what it takes.
+        picky: whether it may refuse a call in one of `dtypes`, too: it then takes what copies lay out in tiles.
+        dim: head dimension of what tests by hand ask: pages and quantised caches of this one are taken.
     """
 
     name: str
     make: Callable[[], str | Backend]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    quantised: bool = True
-    plain: bool = False  # whether it takes only a padded key and a padded value of one width
-    here: bool = True  # whether this JAX has what it takes
+    here: bool = True
+    picky: bool = False
+    dim: int = 16
 
     @functools.cached_property
     def backend(self) -> str | Backend:
         return self.make()
 
-    def call(self, query, key, *args, **kwargs):
-        call = functools.partial(ragged_decode_attention, query, key, *args, **kwargs, backend=self.backend)
-        value = args[0] if args else kwargs["value"]
-        plain = "page_table" not in kwargs and value is not None and value.shape[-1] == key.shape[-1]
-        if (
-            self.here
-            and query.dtype.name in self.dtypes
-            and (self.quantised or key.dtype == query.dtype)
-            and (plain or not self.plain)
-        ):
-            return call()
-        with pytest.raises(ValueError, match=f"backend '{self.name}' cannot do this call"):
-            call()
+    def call(self, query, *args, **kwargs):
+        taken = self.here and query.dtype.name in self.dtypes
+        try:
+            result = ragged_decode_attention(query, *args, **kwargs, backend=self.backend)
+        except ValueError as error:
+            if (taken and not self.picky) or f"backend '{self.name}' cannot do this call" not in str(error):
+                raise
+        else:
+            assert taken, f"{self.name} does not refuse {query.dtype.name}"
+            return result
         pytest.skip("refused, as it must be")
+
+    def takes(self, case) -> bool:
+        """Whether the backend takes a case in one of `dtypes`."""
+        if not self.picky or not self.here:
+            return True
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                explain(**case.draw(), backend=self.backend)
+        except ValueError as error:
+            if f"backend '{self.name}' cannot do this call" not in str(error):
+                raise
+            return False
+        return True
 
     def on_cpus(self) -> str | Backend:
         """What is passed as `backend=` where a call runs on several CPU devices."""
@@ -70,8 +88,9 @@ def mosaic_gpu() -> str | Backend:
 
 # A line for each backend that needs one; the others are named and run as they are.
 HAS_MOSAIC_GPU = MosaicGpuBackend().unavailable() is None
+has_mosaic_gpu = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="needs JAX 0.11")
 SUBJECTS = {
-    "mosaic_gpu": Subject("mosaic_gpu", mosaic_gpu, ("bfloat16", "float16"), quantised=False, plain=True, here=HAS_MOSAIC_GPU),
+    "mosaic_gpu": Subject("mosaic_gpu", mosaic_gpu, ("bfloat16", "float16"), HAS_MOSAIC_GPU, picky=True, dim=64),
     "pallas_triton": Subject("pallas_triton", pallas_triton),
     "xla": Subject("xla", lambda: "xla", ("float32", "bfloat16", "float16", "float64")),
 }

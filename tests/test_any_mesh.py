@@ -131,10 +131,4 @@ def test_any_problem_on_any_mesh(data):
 @hypothesis.given(data=st.data())
 def test_each_backend(subject, data):
     call = functools.partial(ragged_decode_attention, backend=subject.on_cpus())
-    check(
-        data,
-        call,
-        dtypes=[dtype for dtype in subject.dtypes if dtype != "float64"],
-        quantised=subject.quantised,
-        plain=subject.plain,
-    )
+    check(data, call, dtypes=[dtype for dtype in subject.dtypes if dtype != "float64"])

@@ -78,6 +78,34 @@ def test_named(kind, direction):
     assert isinstance(caught.value.__cause__, Exception)
 
 
+NONE = "TypeError: it must return a number and a text, got "
+PRIORITIES = {
+    "raises": (fails, "KeyError: 'it was careless'"),
+    "no pair": (lambda self, problem, target: 3, "TypeError: "),
+    "no number": (lambda self, problem, target: ("first", "it is new"), f"{NONE}'first' and 'it is new'"),
+    "not a number": (lambda self, problem, target: (float("nan"), ""), f"{NONE}nan and ''"),
+    "no text": (lambda self, problem, target: (99, None), f"{NONE}99 and None"),
+}
+
+
+@pytest.mark.parametrize("kind", PRIORITIES)
+def test_priorities_that_are_none(kind):
+    """One warning; the general priority counts, and the backend is asked in its turn."""
+    member, says = PRIORITIES[kind]
+    entry: Any = Entry("faulty", backend("faulty", 5, priority_for=member), "faulty-dist")
+    given = [entry, *entries(backend("first", 9, why="no"))]
+    made = Registry(given)
+    match = f"^The backend 'faulty' of faulty-dist raised in `priority_for`: {says}.*Its general priority counts"
+    with pytest.warns(RuntimeWarning, match=match) as caught:
+        chosen = made.select("cpu", PROBLEM)
+    assert len(caught) == 1
+    assert (chosen.backend.name, chosen.preferred, chosen.passed_over) == ("faulty", "", (("first", "no"),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert made.select("cpu", PROBLEM).backend.name == "faulty"
+        assert Registry(given).select("cpu", PROBLEM, "faulty").backend.name == "faulty"
+
+
 @pytest.mark.filterwarnings("ignore:The backend 'faulty'")
 def test_everybody_else_is_served():
     """Where it is asked for other reasons than to do a call."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.mlir import ir
-from support import assert_right, HAS_MOSAIC_GPU
+from support import assert_right, has_mosaic_gpu
 
 import ejk_ragged_mosaic_gpu
 from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Target
@@ -26,12 +26,10 @@ from ejk_ragged._registry import registry
 from ejk_ragged.testing import Case, oracle, relative_error
 from ejk_ragged_mosaic_gpu import MosaicGpuBackend
 from ejk_ragged_mosaic_gpu._tuning import resolve, tiles
+from ejk_ragged_pallas_triton import PallasTritonBackend
 
 
 CUSTOM_CALL = "mosaic_gpu_v2"
-has_mosaic_gpu = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="needs JAX 0.11")
-
-
 SIZES = {"batch": 4, "num_tokens": 1, "seq_len": 1000, "num_q_heads": 28, "num_kv_heads": 4, "head_dim": 128}
 
 
@@ -43,18 +41,6 @@ def problem(**changes):
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # In the interpreter
-
-
-@pytest.fixture
-def interpreted(capfd):
-    """A function of `FwdParams` and programs to the call, in the interpreter; in the end, no race was found."""
-
-    def call(fwd_params=None, programs=4):
-        backend = MosaicGpuBackend(interpret=True, detect_races=True, programs=programs)
-        return functools.partial(ragged_decode_attention, backend=backend, fwd_params=fwd_params)
-
-    yield call
-    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 @has_mosaic_gpu
@@ -110,15 +96,27 @@ def test_more_sequences_than_are_summed_up_at_once(interpreted):
 # Lowering
 
 
-def arrays(dtype="bfloat16", head_dim=128, group=7, seq_len=1000, tokens=()):
+def arrays(dtype="bfloat16", head_dim=128, group=7, seq_len=1000, tokens=(), value_dim=None, held=None, rows=None):
+    """A query, key and value, and lengths; the cache in dtype `held`, and in a shape other than [4, seq_len] if `rows` says so."""
     shape = jax.ShapeDtypeStruct
-    cache = shape((4, seq_len, 4, head_dim), dtype)
-    return shape((4, *tokens, 4 * group, head_dim), dtype), cache, cache, shape((4,), "int32"), shape((4,), "int32")
+    key, value = (shape((*(rows or (4, seq_len)), 4, dim), held or dtype) for dim in (head_dim, value_dim or head_dim))
+    return shape((4, *tokens, 4 * group, head_dim), dtype), key, value, shape((4,), "int32"), shape((4,), "int32")
+
+
+def paged(page_size, scales=(), **options):
+    """Likewise in pages, and keyword arguments."""
+    shape = jax.ShapeDtypeStruct
+    named = {"page_table": shape((4, 70), "int32")} | {
+        f"{name}_scale": shape(scales, "float32") for name in ("key", "value") if scales
+    }
+    return arrays(rows=(300, page_size), **options), named
 
 
 def lowering(args, options):
-    call = functools.partial(ragged_decode_attention, backend="mosaic_gpu", **options)
-    return jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",))
+    traced = {name: x for name, x in options.items() if isinstance(x, jax.ShapeDtypeStruct)}
+    static = {name: x for name, x in options.items() if name not in traced}
+    call = functools.partial(ragged_decode_attention, backend="mosaic_gpu", **static)
+    return jax.jit(call).trace(*args, **traced).lower(lowering_platforms=("cuda",))
 
 
 def lowered(args, **options):
@@ -154,6 +152,29 @@ CALLS = {
     "head_dim 80": (arrays(head_dim=80), {}),
     "head_dim 256, many rows": (arrays(head_dim=256, group=100), {}),
     "an odd number of rows": (arrays(head_dim=64, group=1, seq_len=1001), {}),
+    "many rows": (arrays(group=40), {}),
+    "many rows, everything": (
+        arrays("float16", group=17, tokens=(8,)),
+        {"sliding_window": (100, 0), "logits_soft_cap": 30.0, "softmax_aux": np.zeros((68, 2), np.float32)},
+    ),
+    "many rows, several blocks": (arrays(group=16, tokens=(20,)), {"fwd_params": FwdParams(num_key_splits=4)}),
+    "many rows of one sequence": (tuple(jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in arrays(group=64)), {}),
+    "pages": paged(16),
+    "pages, many rows and tokens": paged(24, group=16, tokens=(8,)),
+    "192 and 128": (arrays(head_dim=192, value_dim=128), {}),
+    "192 and 128, many rows, in pages": paged(64, head_dim=192, value_dim=128, group=64),
+    "64 and 128, many rows": (arrays(head_dim=64, value_dim=128, group=64), {}),
+    "int8": (
+        arrays(held="int8", tokens=(3,)),
+        {"key_scale": 1.0, "value_scale": 1.0, "softmax_aux": np.zeros((28, 2), np.float32)},
+    ),
+    "int8, a scale per row, padded": (
+        arrays(held="int8", group=40),
+        dict.fromkeys(("key_scale", "value_scale"), jax.ShapeDtypeStruct((4, 4, 1000), "float32")),
+    ),
+    "int8, a scale per row": paged(32, (300, 4, 32), held="int8", group=17, tokens=(8,)),
+    "float8_e4m3fn, a scale per row": paged(96, (300, 4, 96), held="float8_e4m3fn"),
+    "float8_e5m2, a scale per head": paged(64, (4,), held="float8_e5m2", group=64),
 }
 
 
@@ -298,11 +319,29 @@ def test_with_splits_nothing_but_the_schedule_knows_the_batch():
     assert shape(1) == shape(64) == shape(100_000)
 
 
+INT8 = np.dtype("int8")
+PAGED = {"num_pages": 300, "page_size": 16, "seq_len": 1120}
+
+
 @pytest.mark.parametrize(
     ("changes", "device", "reason"),
     [
         ({"dtype": np.dtype("float32"), "cache_dtype": np.dtype("float32")}, None, "of bfloat16 and float16, not float32"),
-        ({"cache_dtype": np.dtype("int8")}, None, "no quantised caches"),
+        (
+            {"cache_dtype": INT8, "dtype": np.dtype("float16")},
+            None,
+            "whose range their scales share, not of float16",
+        ),
+        ({"cache_dtype": INT8, "junk_between_tokens": True}, None, "and no junk lies between tokens"),
+        ({"cache_dtype": INT8, "head_dim": 80}, None, "where 64 divides the head dimensions"),
+        ({"cache_dtype": INT8, "seq_len": 1001}, None, "8 the rows"),
+        (PAGED | {"page_size": 20}, None, "do not divide pages of 20"),
+        (PAGED | {"cache_dtype": INT8}, None, "copies 32 at once, which do not divide pages of 16"),
+        (PAGED | {"page_size": 1}, None, "do not divide pages of 1"),
+        (PAGED | {"head_dim": 80}, None, "head dimensions that 64 divides, not 80 and 80"),
+        (PAGED | {"value_dim": 40}, None, "head dimensions that 64 divides, not 128 and 40"),
+        ({"value_dim": 300}, None, "a value_dim of up to 256 that is a multiple of 8, not 300"),
+        ({"value_columns": (0, 128), "row_dim": 192}, None, "the value from an array of its own"),
         ({"head_dim": 264}, None, "a head_dim of up to 256 that is a multiple of 8, not 264"),
         ({"head_dim": 100}, None, "not 100"),
         ({"batch": 100_000}, None, "table of 100000 sequences"),
@@ -313,7 +352,38 @@ def test_with_splits_nothing_but_the_schedule_knows_the_batch():
 )
 def test_says_what_it_cannot_do(changes, device, reason):
     assert reason in MosaicGpuBackend().supports(problem(**changes), Target("cuda", device))
-    assert MosaicGpuBackend().supports(problem(), Target("cuda")) is None
+    for taken in ({}, PAGED, {"cache_dtype": INT8}, PAGED | {"cache_dtype": INT8, "page_size": 32, "value_dim": 64}):
+        assert MosaicGpuBackend().supports(problem(**taken), Target("cuda")) is None
+
+
+HOPPER = types.SimpleNamespace(compute_capability="9.0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "why"),
+    [
+        ({}, HOPPER, "64 or more query rows per kv head"),
+        ({"num_q_heads": 16, "num_tokens": 16}, HOPPER, "64 or more query rows per kv head"),
+        ({"most_keys": 4096}, HOPPER, "64 or more query rows per kv head"),
+        ({"cache_dtype": INT8}, HOPPER, "64 or more query rows per kv head"),
+        ({}, None, ""),
+        ({"num_q_heads": 4, "num_tokens": 63}, HOPPER, ""),
+        ({"keeps_accum_dtype": True}, HOPPER, ""),
+        ({"most_keys": 256}, HOPPER, ""),
+        ({"seq_len": 1001}, HOPPER, ""),
+        ({"junk_between_tokens": True}, HOPPER, ""),
+        ({"batch": jax.export.symbolic_shape("b")[0]}, HOPPER, ""),
+        (PAGED | {"num_q_heads": 8}, HOPPER, ""),
+        (PAGED | {"num_q_heads": 8, "batch": 1}, HOPPER, "pages of a single sequence"),
+    ],
+    ids=str,
+)
+def test_leads_where_it_is_the_fastest(changes, device, why):
+    """By priority, before pallas_triton; for other problems it is asked after that."""
+    priority, reason = MosaicGpuBackend().priority_for(problem(**{"num_q_heads": 256} | changes), Target("cuda", device))
+    assert reason == why
+    assert (priority > PallasTritonBackend.priority) == bool(why)
+    assert why or priority == MosaicGpuBackend.priority
 
 
 @has_mosaic_gpu

@@ -120,6 +120,38 @@ def test_order():
     assert made.select("cpu", PROBLEM).backend.name == "first"
 
 
+def test_order_by_problem():
+    """A backend may come earlier or later for some problems on some targets, in the forward direction, unless one is named."""
+
+    def priority_for(self, problem, target):
+        if target.platform == "tpu" or problem.batch == 1:
+            return self.priority, ""
+        return (9.5, "two and more are its own") if problem.batch < 5 else (-1, "it is slow for many")
+
+    made = Registry(entries(backend("general", 5), backend("other", 3), backend("picky", 4, priority_for=priority_for)))
+    for batch, first, why in ((1, "general", ""), (2, "picky", "two and more are its own"), (5, "general", "")):
+        problem = dataclasses.replace(PROBLEM, batch=batch)
+        chosen = made.select("cpu", problem)
+        assert (chosen.backend.name, chosen.preferred) == (first, why)
+        assert made.select("tpu", problem).backend.name == "general"
+        assert made.select("cpu", problem, direction="backward").backend.name == "general"
+        named = made.select("cpu", problem, "other")
+        assert (named.backend.name, named.preferred) == ("other", "")
+        assert made.select("cpu", problem, "picky").preferred == ""
+    refusing = Registry(
+        entries(backend("general", 5, why="no"), backend("other", 3), backend("picky", 4, priority_for=priority_for))
+    )
+    assert refusing.select("cpu", dataclasses.replace(PROBLEM, batch=5)).backend.name == "other"
+    assert [one.name for one in made.automatic()] == ["general", "picky", "other"]
+
+
+def test_order_of_equal_priorities_by_problem():
+    """By name, as in general; who does not run on the platform is not asked."""
+    never = backend("elsewhere", 9, frozenset({"tpu"}), priority_for=lambda self, problem, target: 1 / 0)
+    made = Registry(entries(backend("b", 5), backend("a", 1, priority_for=lambda self, problem, target: (5, "as b")), never))
+    assert made.select("cpu", PROBLEM).preferred == "as b"
+
+
 def test_reasons():
     unavailable = backend("missing", 3, unavailable=lambda self: "its library is missing")
     made = Registry(
@@ -248,6 +280,20 @@ def test_call_and_explanation(install):
     assert named["tpu"].forward is None
     assert "it runs on cpu, not on tpu" in str(named["tpu"].error)
     assert "  tpu   error: backend 'fast' cannot do this call" in str(named)
+
+
+def test_explain_says_why_one_is_first(install):
+    early = lambda self, problem, target: (7, "short sequences") if problem.seq_len < 100 else (self.priority, "")
+    install(backend("general", 5), backend("early", 1, frozenset({"cpu", "cuda"}), priority_for=early, backward=Backend.backward))
+    arrays, _ = draw(Case("", 2, 13, 3, 1, 8))
+    explanation = explain(**arrays)
+    cpu = explanation["cpu"]
+    assert (cpu.forward, cpu.backward, cpu.preferred) == ("early", "general", "short sequences")
+    assert "  cpu   early (short sequences); gradients by general" in str(explanation).splitlines()
+    assert (explanation["tpu"].forward, explanation["tpu"].preferred) == ("general", "")
+    assert explain(**arrays, backend="early")["cpu"].preferred == ""
+    longer, _ = draw(Case("", 2, 113, 3, 1, 8))
+    assert (explain(**longer)["cpu"].forward, explain(**longer)["cpu"].preferred) == ("general", "")
 
 
 def test_explain_computes_nothing():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from problems import cases, ranges
+from problems import cases, ranges, tiled_operands
 from support import assert_batch_invariant, assert_repeatable, assert_right
 
 from ejk_ragged import FwdParams, ragged_decode_attention
@@ -20,9 +20,27 @@ from ejk_ragged.testing import Case, CHECKS, oracle, TextbookBackend
 
 
 CASES = {case.name: case for case in CHECKS}
+# Of head dimensions that 64 divides, which are all that some backends take in pages or in 8 bits.
+TILED = (
+    Case("tiled-pages", 3, 72, 4, 2, 64, "bfloat16", ("ranges", (3, 70), (9, 9), (0, 20)), page_size=16, value_dim=128),
+    Case(
+        "tiled-int8",
+        2,
+        64,
+        6,
+        2,
+        64,
+        "bfloat16",
+        ("ranges", (3, 60), (0, 20)),
+        sinks=("query", 1),
+        num_tokens=3,
+        cache_dtype="int8",
+        scales="row",
+    ),
+)
 
 
-@pytest.mark.parametrize("case", CHECKS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CHECKS, *TILED], ids=lambda case: case.name)
 def test_named_cases(subject, case):
     assert_right(subject.call, case.draw(poison=True))
 
@@ -125,9 +143,9 @@ def test_tokens_far_beyond_the_cache(subject, end):
 def test_scales(subject, shape):
     """A key is worth its scale before the cap, a value its own beside the softmax, whose denominator knows nothing of it."""
     key_scale, value_scale = np.random.default_rng(0).uniform(0.5, 1.5, (2, *shape)).astype(np.float32)
-    dtype = subject.dtypes[0]
-    rows = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int8)[None, :, None, None], (3, 40, 2, 16))
-    arguments = {"query": jnp.full((3, 4, 16), 1 / 16, dtype), "key": jnp.full_like(rows, 3), "value": rows}
+    dtype, dim = subject.dtypes[0], subject.dim
+    rows = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int8)[None, :, None, None], (3, 40, 2, dim))
+    arguments = {"query": jnp.full((3, 4, dim), 1 / dim, dtype), "key": jnp.full_like(rows, 3), "value": rows}
     scales = {"key_scale": jnp.asarray(key_scale), "value_scale": jnp.asarray(value_scale)}
     if shape == ():
         scales = {name: float(scale) for name, scale in scales.items()}
@@ -373,13 +391,17 @@ SHAPES = [  # few, since each is compiled: B, S, Hq, Hkv, D
     (5, 37, 10, 2, 24),
     (2, 300, 16, 1, 128),
 ]
+# For backends that take pages and 8 bits in tiles; of the first, query rows are few, and more of the others.
+TILED_SHAPES = [*SHAPES, (3, 64, 6, 2, 64), (2, 72, 40, 1, 128), (2, 64, 80, 1, 64)]
 
 
 @hypothesis.settings(max_examples=hypothesis.settings().max_examples // 2)
 @hypothesis.given(data=st.data())
 def test_any_problem(subject, data):
     """Forward and gradients of anything that may be asked, with poison around the live ranges; other ranges share its programs."""
-    case = data.draw(cases(SHAPES, subject.dtypes, subject.quantised, subject.plain), "case")
+    drawn = cases(TILED_SHAPES, subject.dtypes, tiled_operands) if subject.picky else cases(SHAPES, subject.dtypes)
+    case = data.draw(drawn.filter(subject.takes), "case")
+    gradients = not subject.picky or data.draw(st.booleans(), "gradients")  # without, the output is rounded where it is made
     hints = data.draw(st.sampled_from([None, FwdParams(block_size_keys=16), FwdParams(num_key_splits=3)]), "hints")
     lengths = [case.lengths] if case.lengths == ("full",) else [case.lengths, data.draw(ranges(case.batch, case.seq_len), "others")]
     seed = data.draw(st.integers(0, 99), "seed")
@@ -387,7 +409,7 @@ def test_any_problem(subject, data):
         warnings.filterwarnings("ignore", "softmax_aux of shape", UserWarning)  # N may equal Hq
         for some in lengths:
             arguments = dataclasses.replace(case, lengths=some).draw(seed, poison=True)
-            assert_right(functools.partial(subject.call, fwd_params=hints), arguments, seed=seed)
+            assert_right(functools.partial(subject.call, fwd_params=hints), arguments, gradients=gradients, seed=seed)
 
 
 @pytest.mark.parametrize("name", ["cap", "window", "sinks-shared", "sinks-kv"])

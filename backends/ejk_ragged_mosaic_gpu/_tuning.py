@@ -137,6 +137,7 @@ MANY_KEYS = 128
 REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
 WIDENING_REGISTERS = {1: (240, 152, 40), 2: (176, 112, 40)}
 WIDE_STAGES = 3  # widened tiles that a program holds
+LEAST_SCALES = 32  # that one copy takes: 128 bytes
 # Of the second kernel: rows that a program merges at once, where that leaves one for each multiprocessor, partial results of a row
 # that it reads at once at least, and programs of a multiprocessor, as many as find room beside one of the first kernel.
 MERGE_ROWS, LEAST_MERGED, MERGE_PROGRAMS = 4, 4, 4
@@ -147,7 +148,6 @@ BLOCK_SEQUENCES = 64  # sequences that are summed up at once when a program make
 # Numbers of 16 bits that a weight is written as the sum of, at most. Room is kept for them, so that hints which fit a call fit its
 # gradients too.
 MOST_TERMS = 2
-SCALES = 32  # float32 numbers that one copy takes at least
 ITEMSIZE = 2
 BARRIERS = 1024
 # What there is to a device, where there is no device to ask: an H100.
@@ -264,10 +264,10 @@ def cannot_copy(problem: Problem) -> str | None:
     """Why pages cannot be copied into tiles, or None."""
     if not problem.paged:
         return None
-    if problem.quantised and _part_rows(problem, BLOCK_KEYS) % SCALES:
-        return f"a copy takes {SCALES} scales of a page or more, which do not divide pages of {problem.page_size}"
-    if _part_rows(problem, BLOCK_KEYS) % 8:
-        return f"a copy takes 8 or 16 rows of a page, which do not divide pages of {problem.page_size}"
+    least = LEAST_SCALES if problem.quantised else 8
+    if _part_rows(problem, BLOCK_KEYS) % least:
+        what = f"of a quantised cache, whose scales it copies {least} at once" if problem.quantised else "of a page"
+        return f"a copy takes {least} rows {what}, which do not divide pages of {problem.page_size}"
     return (
         None
         if _direct(problem)
@@ -276,9 +276,10 @@ def cannot_copy(problem: Problem) -> str | None:
 
 
 def _part_rows(problem: Problem, keys: int) -> int:
-    """Rows of a tile that one copy takes. Of pages, a quarter of a tile at most, so that few rows beyond a range are read; with
-    scales, more."""
-    return math.gcd(problem.page_size, keys if problem.quantised else keys // 4) if problem.page_size else keys
+    """Rows of a tile that one copy takes. Of pages, a quarter of a tile at most, so that few rows beyond a range are read, or
+    what has scales enough for a copy."""
+    most = max(keys // 4, LEAST_SCALES) if problem.quantised else keys // 4
+    return math.gcd(problem.page_size, most) if problem.page_size else keys
 
 
 def tiles(problem: Problem, target: Target) -> Tiles:

@@ -1,0 +1,192 @@
+"""How the Mosaic GPU backend reads many query rows, pages, values of another width, and caches of 8 bits.
+
+The kernels run in the interpreter, which also looks for races. test_mosaic_gpu.py has few query rows of a padded cache.
+"""
+
+import dataclasses
+import functools
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_right, has_mosaic_gpu
+
+from ejk_ragged import Cache, explain, FwdParams, Problem, Queries, Target
+from ejk_ragged._problem import Settings
+from ejk_ragged.testing import Case, oracle, relative_error
+from ejk_ragged_mosaic_gpu import MosaicGpuBackend
+from ejk_ragged_mosaic_gpu._tuning import resolve, Tiles, tiles
+
+
+pytestmark = has_mosaic_gpu
+
+# Two programs share six tiles: the first one has the first sequence and one tile of the last sequence. The second sequence is
+# empty. The tiles of the first sequence hold one row before its range, and one row beyond.
+RANGES = ("ranges", (57, 183), (7, 7), (1, 250))
+# Both sequences are one piece if there is one program.
+TWO = ("ranges", (3, 119), (60, 70))
+
+
+def plan(case, programs, hints=None) -> Tiles:
+    """The shape of the work for a case."""
+    problem = explain(**case.draw(), backend=MosaicGpuBackend(interpret=True), fwd_params=hints).problem
+    target = Target("cpu", types.SimpleNamespace(core_count=programs))
+    return tiles(dataclasses.replace(problem, fwd_params=resolve(problem, target)), target)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Many query rows
+
+
+# Name: case, programs, and what the shape of the work is.
+MANY = {
+    "one warpgroup": (
+        Case("", 3, 256, 40, 1, 64, "bfloat16", RANGES, sinks=("query", 1)),
+        2,
+        {"warpgroups": 1, "writes_out": True, "token_rows": 40},
+    ),
+    "two warpgroups, with tokens of their own": (
+        Case("", 3, 256, 24, 1, 64, "float16", RANGES, 0.2, (100, 0), 1.5, ("kv", 2), num_tokens=4, query_lengths=(4, 3, 2)),
+        2,
+        {"warpgroups": 2, "writes_out": True, "token_rows": 24},
+    ),
+    "three warpgroups, query rows end to end": (
+        Case("", 2, 128, 17, 1, 64, "bfloat16", TWO, sinks=("query", 1), num_tokens=8),
+        1,
+        {"warpgroups": 3, "tokens": 1, "token_rows": 136},
+    ),
+    "two blocks of two heads": (
+        Case("", 2, 256, 64, 2, 64, "bfloat16", ("ranges", (1, 242), (60, 190)), -0.5, (150, 0), num_tokens=7),
+        8,
+        {"warpgroups": 2, "row_blocks": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_many_query_rows(interpreted, name):
+    case, programs, expected = MANY[name]
+    found = plan(case, programs)
+    assert {field: getattr(found, field) for field in expected} == expected
+    assert found.many
+    assert_right(interpreted(programs=programs), case.draw(poison=True), gradients=False)
+
+
+def test_output_that_is_not_rounded(capfd):
+    """Weights have two terms. With one term, the error is a few thousandths. Scales differ by page, which no call has but a mapped
+    one."""
+    rng = np.random.default_rng(0)
+    make = lambda *shape, dtype="bfloat16": jnp.asarray(rng.standard_normal(shape), dtype)
+    table, end = jnp.asarray(rng.permutation(12)[:10].reshape(2, 5), jnp.int32), jnp.array([[157], [9]], jnp.int32)
+    scales = [jnp.asarray(rng.uniform(0.5, 1.5, (12, 1, 1)), jnp.float32) for _ in range(2)]
+    cache = Cache(*(make(12, 32, 1, 64, dtype="float8_e4m3fn") for _ in range(2)), *scales, page_table=table)
+    queries = Queries(make(2, 1, 40, 64), None, end)
+    problem = Problem.of(queries, cache, Settings(softmax_scale=0.125, keeps_accum_dtype=True))
+    backend = MosaicGpuBackend(interpret=True, detect_races=True, programs=2)
+    target = Target("cpu", types.SimpleNamespace(core_count=2))
+    out, lse = backend.forward(dataclasses.replace(problem, fwd_params=resolve(problem, target)), target, queries, cache)
+    names = "key_scale", "value_scale"
+    by_row = {name: np.broadcast_to(scale, (12, 1, 32)) for name, scale in zip(names, scales, strict=True)}
+    exact = {"page_table": np.asarray(table), "sequence_end": np.asarray(end[:, 0])} | by_row
+    want, want_lse = oracle(np.asarray(queries.query[:, 0]), np.asarray(cache.key), np.asarray(cache.value), **exact)
+    assert out.dtype == jnp.float32
+    assert relative_error(out[:, 0], want) < 2e-5
+    np.testing.assert_allclose(lse[:, 0], want_lse, rtol=1e-5)
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Pages, and values of another width
+
+
+def paged(heads, kv_heads, **fields):
+    return Case("", 3, 120, heads, kv_heads, 64, "bfloat16", ("ranges", (3, 117), (7, 7), (60, 71)), **fields)
+
+
+WIDTHS = {
+    # All entries of the page table together have fewer rows than a tile.
+    "pages of 8, few query rows": (
+        Case("", 3, 24, 8, 2, 64, "bfloat16", ("ranges", (3, 21), (7, 7), (1, 9)), page_size=8, num_tokens=3),
+        2,
+    ),
+    "pages of 24, few query rows, a wider value": (paged(8, 2, page_size=24, value_dim=128), 2),
+    "pages of 8, many query rows, a wider value": (paged(40, 1, page_size=8, sliding_window=(70, 0), value_dim=128), 2),
+    "pages of 64, few query rows, a narrower value": (
+        Case("", 2, 128, 4, 1, 192, "bfloat16", TWO, page_size=64, value_dim=128),
+        2,
+    ),
+    # Two programs share each of four stretches; the last round ends within the tile of the first.
+    "many query rows, a narrower value": (
+        Case("", 1, 640, 40, 1, 192, "bfloat16", ("ranges", (5, 5 * 128 - 100)), value_dim=128),
+        8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_pages_and_widths(interpreted, name):
+    """Rows and entries that nobody sees are junk."""
+    case, programs = WIDTHS[name]
+    found = plan(case, programs)
+    assert found.many == ("many" in name)
+    assert found.schedule.deal == (2 if programs == 8 else 1)
+    assert_right(interpreted(programs=programs), case.draw(poison=True), gradients=False)
+
+
+def test_the_bits_of_a_sequence(interpreted):
+    """With splits, they depend neither on the pages that hold its rows nor on other sequences. Tiles begin where 16 rows begin.
+    Entries outside the pool are the first and the last page."""
+    arguments = Case("", 2, 256, 40, 1, 64, "bfloat16", ("ranges", (16, 240), (0, 48)), sinks=("query", 1)).draw()
+    call = functools.partial(interpreted(FwdParams(num_key_splits=3), programs=2), return_lse=True)
+    assert_right(call, arguments, gradients=False)
+
+    def in_pages(page_size, batch):
+        pages = np.random.default_rng(page_size).permutation(2 * 256 // page_size)
+        pools = {name: arguments[name].reshape(-1, page_size, 1, 64)[np.argsort(pages)] for name in ("key", "value")}
+        lengths = {name: arguments[name][:batch] for name in ("query", "sequence_start", "sequence_end")}
+        table = np.where(pages == 0, -3, np.where(pages == len(pages) - 1, 2**31 - 1, pages))
+        return arguments | pools | lengths | {"page_table": table.reshape(2, -1)[:batch].astype(np.int32)}
+
+    want = [x[0] for x in call(**arguments)]
+    for other in (in_pages(16, 2), in_pages(128, 1)):
+        for x, y in zip(want, call(**other), strict=True):
+            np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y[0], np.float32))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Caches of 8 bits
+
+
+# Name: case, programs and hints.
+QUANTISED = {
+    "int8, one scale, in pages": (
+        Case("", 3, 256, 4, 1, 64, "bfloat16", RANGES, cache_dtype="int8", scales="number", page_size=64, sinks=("query", 1)),
+        2,
+        None,
+    ),
+    # One program works on more tiles than its rings have places.
+    "float8_e4m3fn, a scale per row, in pages": (
+        Case("", 3, 256, 40, 1, 64, "bfloat16", RANGES, cache_dtype="float8_e4m3fn", scales="row", page_size=32),
+        1,
+        FwdParams(num_stages=2),
+    ),
+    "float8_e5m2, a scale per head, two blocks of two warpgroups and of two heads": (
+        Case(
+            *("", 2, 128, 80, 2, 64, "bfloat16", TWO, None, (70, 0), 20.0),
+            num_tokens=5,
+            cache_dtype="float8_e5m2",
+            scales="head",
+            value_dim=128,
+        ),
+        4,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised(interpreted, name):
+    """Rows, scales and entries that nobody sees are junk."""
+    case, programs, hints = QUANTISED[name]
+    assert_right(interpreted(hints, programs=programs), case.draw(poison=True), gradients=False)
