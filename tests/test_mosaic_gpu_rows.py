@@ -117,6 +117,7 @@ WIDTHS = {
         Case("", 2, 128, 4, 1, 192, "bfloat16", TWO, page_size=64, value_dim=128),
         2,
     ),
+    "a narrower value, in no tiles": (Case("", 2, 70, 4, 1, 80, "bfloat16", ("ranges", (3, 67), (60, 70)), value_dim=40), 2),
     # Two programs share each of four stretches; the last round ends within the tile of the first.
     "many query rows, a narrower value": (
         Case("", 1, 640, 40, 1, 192, "bfloat16", ("ranges", (5, 5 * 128 - 100)), value_dim=128),
