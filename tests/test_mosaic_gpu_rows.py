@@ -39,7 +39,7 @@ def plan(case, programs, hints=None) -> Tiles:
 # Many query rows
 
 
-# Name: case, programs, and what the shape of the work is.
+# Name: case, programs, and what the shape of the work is. Where hints ask for one stage, each tile takes the place of another.
 MANY = {
     "one warpgroup": (
         Case("", 3, 256, 40, 1, 64, "bfloat16", RANGES, sinks=("query", 1)),
@@ -54,7 +54,7 @@ MANY = {
     "three warpgroups, query rows end to end": (
         Case("", 2, 128, 17, 1, 64, "bfloat16", TWO, sinks=("query", 1), num_tokens=8),
         1,
-        {"warpgroups": 3, "tokens": 1, "token_rows": 136},
+        {"warpgroups": 3, "tokens": 1, "token_rows": 136, "stages": 1},
     ),
     "two blocks of two heads": (
         Case("", 2, 256, 64, 2, 64, "bfloat16", ("ranges", (1, 242), (60, 190)), -0.5, (150, 0), num_tokens=7),
@@ -67,10 +67,11 @@ MANY = {
 @pytest.mark.parametrize("name", MANY)
 def test_many_query_rows(interpreted, name):
     case, programs, expected = MANY[name]
-    found = plan(case, programs)
+    hints = FwdParams(num_stages=expected.get("stages"))
+    found = plan(case, programs, hints)
     assert {field: getattr(found, field) for field in expected} == expected
     assert found.many
-    assert_right(interpreted(programs=programs), case.draw(poison=True), gradients=False)
+    assert_right(interpreted(hints, programs), case.draw(poison=True), gradients=False)
 
 
 def test_output_that_is_not_rounded(capfd):
@@ -116,6 +117,7 @@ WIDTHS = {
         Case("", 2, 128, 4, 1, 192, "bfloat16", TWO, page_size=64, value_dim=128),
         2,
     ),
+    "a narrower value, in no tiles": (Case("", 2, 70, 4, 1, 80, "bfloat16", ("ranges", (3, 67), (60, 70)), value_dim=40), 2),
     # Two programs share each of four stretches; the last round ends within the tile of the first.
     "many query rows, a narrower value": (
         Case("", 1, 640, 40, 1, 192, "bfloat16", ("ranges", (5, 5 * 128 - 100)), value_dim=128),
