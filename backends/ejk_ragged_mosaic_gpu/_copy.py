@@ -48,10 +48,8 @@ def copy(program: Program):
             for name, ref, columns in zip(names, program.cache, dims, strict=True):
                 copy_part = into(name, slot)
                 for part, (page, row) in enumerate(places):
-                    rows, where = (
-                        pl.ds(pl.multiple_of(row, plan.align), plan.part_rows),
-                        pl.ds(part * plan.part_rows, plan.part_rows),
-                    )
+                    rows = pl.ds(pl.multiple_of(row, plan.align), plan.part_rows)
+                    where = pl.ds(part * plan.part_rows, plan.part_rows)
                     source = ref.at[page, rows, program.head]
                     copy_part(source if plan.direct else source.at[:, columns], (where,) if len(places) > 1 else ())
                     if name == "narrow_k":
