@@ -20,9 +20,9 @@ class MosaicGpuBackend(Backend):
     """Decode attention as two Pallas kernels for Mosaic GPU, with copies by TMA and products of whole warpgroups. Forward only.
 
     Attributes:
-        interpret: run the kernels in Pallas' interpreter, on any platform; slow, for tests.
-        detect_races: have the interpreter look for races between a kernel's threads and copies.
-        programs: how many the interpreter has to share out the work among.
+        interpret: run the kernels in Pallas' interpreter, on any platform. The interpreter is slow, and is for tests.
+        detect_races: the interpreter looks for races between threads and copies of a kernel.
+        programs: number of programs that share the work in the interpreter.
     """
 
     interpret: bool = False
@@ -38,8 +38,8 @@ class MosaicGpuBackend(Backend):
         return None if self.interpret else frozenset({"cuda"})
 
     def unavailable(self) -> str | None:
-        # Before 0.11 its kernels cannot be interpreted, so that nothing of them can be checked without a GPU, and importing
-        # it takes a package that JAX does not depend on.
+        # Before JAX 0.11 there is no interpreter for these kernels, so they cannot be checked without a GPU, and the import takes a
+        # package that JAX does not require.
         if jax.__version_info__ < (0, 11):
             return f"it needs JAX 0.11 (Python 3.12) or newer, not JAX {jax.__version__}"
         needs = f"it needs the Mosaic GPU backend of JAX 0.11 or newer, not {jax.__version__}"

@@ -1,4 +1,4 @@
-"""How kernels are launched by JAX's Mosaic GPU backend, or interpreted; and what all of them use."""
+"""What the kernels have in common: names of JAX's Mosaic GPU backend, and how a kernel is launched or interpreted."""
 
 import threading
 from typing import Any, cast
@@ -10,26 +10,28 @@ from jax.experimental.pallas import mosaic_gpu
 from ejk_ragged_schedule.warning_filters import ignore_warning
 
 
-plgpu = cast(Any, mosaic_gpu)  # types are checked with the oldest JAX, in which it is another
+plgpu = cast(Any, mosaic_gpu)  # types are checked with the oldest JAX, in which the module is another
 
-TILE = plgpu.Layout.WGMMA  # which thread holds what of a matrix
-UPCAST = plgpu.Layout.WGMMA_UPCAST_2X  # of a matrix of 8 bits that becomes one of 16 bits
-OF_COLUMNS, OF_ROWS = TILE.reduce(0), TILE.reduce(1)  # and of a vector along the matrix's columns, or along its rows
+# Layouts say which thread holds which numbers: of a matrix, of a matrix of 8 bits that becomes a matrix of 16 bits, of a vector
+# with one number per column of a matrix, and of a vector with one number per row.
+TILE = plgpu.Layout.WGMMA
+UPCAST = plgpu.Layout.WGMMA_UPCAST_2X
+OF_COLUMNS, OF_ROWS = TILE.reduce(0), TILE.reduce(1)
 
-LOWEST = float(jnp.finfo(jnp.float32).min)  # stands in for -inf where a difference of two must not be NaN
+LOWEST = float(jnp.finfo(jnp.float32).min)  # in place of -inf, where the difference of two such numbers must not be NaN
 
 # The second kernel is launched while the first one runs, and waits for its end on the device.
 OVERLAPPED = True
-# Whether every store into shared memory, and every copy into it, waits for all threads before and after. Ours need not: what is
-# stored is committed before anybody reads it, for which all wait; what is overwritten was read before the last sum or maximum over
-# keys, for which all wait too, or before a barrier of the ring at which each thread arrives.
+# Whether all threads wait before and after every store into shared memory and every copy into shared memory. These kernels need no
+# such barriers. All threads wait for the commit of a store before one of them reads what was stored. What is overwritten was read
+# before a barrier: that of a sum or maximum over keys, or that of a ring, at which each thread arrives.
 AUTOMATIC_BARRIERS = False
-# What a thread holds of an array is what the kernel says. A search for what is best takes JAX minutes here, or for ever.
+# The kernels say which thread holds which numbers. JAX can search for the best layouts, but takes minutes here, or does not end.
 LAYOUTS_AS_WRITTEN = plgpu.LoweringSemantics.Lane
 
 
 def store(ref, values):
-    """`ref[...] = values` in the GPU's memory, however few bytes lie side by side: from JAX 0.12 on that has to be said."""
+    """`ref[...] = values`, even where few bytes lie side by side. Since JAX 0.12 such stores have to be asked for."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, values, optimized=False)
     else:

@@ -1,7 +1,7 @@
-"""Which keys are whose: programs find their pieces of the live ranges, and the slots of a sequence's results, from the lengths.
+"""Who works on which rows. From the lengths, a program finds its pieces of the live ranges, and the slots of a sequence's results.
 
-Every program sums up the sequences' rounds for itself, in a table in shared memory, and looks its way up there. (Values in
-registers are spread over threads, and what one thread needs of another goes through shared memory anyway.)
+Every program sums up the rounds of all sequences, in a table in shared memory, and looks its pieces up in the table. A table in
+registers would be spread over the threads, and threads exchange values through shared memory anyway.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ class Piece(NamedTuple):
     Attributes:
         sequence: number of the sequence.
         start, end: the sequence's range.
-        row: the key with which the first tile begins.
-        num_tiles: none, if others who share the stretch have all keys.
-        number: how many pieces the program has done before.
-        tiles_before: and how many tiles.
+        row: the first row of the first tile.
+        num_tiles: number of tiles. 0 if the other workers on the stretch have all rows.
+        number: number of pieces that the program did before.
+        tiles_before: number of tiles that the program did before.
     """
 
     sequence: Any
@@ -45,8 +45,8 @@ class Ranges:
     Attributes:
         plan: the static shape of the work.
         lengths: (start, end), refs of int32 [B], or None.
-        stops: a ref in shared memory of as many numbers as the plan's table has: where on the line each sequence stops. None where
-            there is none, each sequence being on a line of its own.
+        stops: ref in shared memory, int32 [plan.table]: where each sequence stops on the line. None if each sequence is on a line
+            of its own.
     """
 
     plan: Tiles
@@ -54,7 +54,7 @@ class Ranges:
     stops: Any
 
     def make_table(self):
-        """Fills in `stops`, for this program alone."""
+        """Fills `stops` in. Each program does so for itself."""
         if self.stops is None:
             return
         batch = self.plan.schedule.batch

@@ -20,11 +20,11 @@ def combine(problem, target, plan: Tiles, partial, lengths, sink, **how):
     """Output and lse of all sequences from the results of `split`.
 
     Args:
-        partial: parts and stats; where the first kernel writes out what is one piece, output and lse too.
-        sink: as `Queries.sink`, or as `Program.sink` where query rows are many.
+        partial: results of `split`, by name.
+        sink: as `Queries.sink`, or as `Program.sink` if query rows are many.
 
     Returns:
-        out: [B, T * Hq, Dv], or where query rows are many [B, T, Hkv, G, Dv], `plan` says which T and G.
+        out: [B, T * Hq, Dv]. If query rows are many, [B, T, Hkv, G, Dv] with the plan's T and G.
         lse: float32 [B, T * Hq], or [B, Hkv, query rows of all blocks].
     """
     merge = _combine_blocks if plan.many else _combine_rows
@@ -40,7 +40,7 @@ def _combine_rows(problem, target, plan, partial, lengths, sink, **how):
         functools.partial(_rows_kernel, tree=tree, problem=problem, plan=plan),
         "ragged_decode_combine",
         [((problem.batch, rows, problem.value_dim), problem.out_dtype), ((problem.batch, rows), jnp.float32)],
-        {"program": min(programs, 2) if how["interpret"] else programs},  # the interpreter takes long to begin one
+        {"program": min(programs, 2) if how["interpret"] else programs},  # the interpreter is slow to begin a program
         follows=True,
         scratch_types=shared | _table(plan),
         **how,
@@ -48,8 +48,8 @@ def _combine_rows(problem, target, plan, partial, lengths, sink, **how):
 
 
 def _rows_kernel(*refs, tree, problem, plan: Tiles, wait, out, stops=None):
-    """One program: some query rows of a sequence at once, and then others. Adds up their partial results, the sink's too. The
-    program is there before the pieces are, and knows already whose they will be."""
+    """One program: merges some query rows of a sequence at once, and then others, with their sinks. The program begins before the
+    pieces are there, and finds out meanwhile whose they will be."""
     parts_ref, part_stats_ref, lengths, sink_ref = tree.unflatten(refs[: tree.num_leaves])
     out_ref, lse_ref = refs[tree.num_leaves :]
     ranges = Ranges(plan, lengths, stops)

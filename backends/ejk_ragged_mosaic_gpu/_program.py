@@ -1,6 +1,6 @@
 """One program of the kernel that reads the cache: what its warpgroups have in common.
 
-Inside, logits are in base 2: `exp2` is one instruction, and the factor log2(e) rides on the scale. Outside, all logits are natural.
+Inside, logits are in base 2, because `exp2` is one instruction. The scale contains the factor log2(e). Results are natural.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Sizes of tiles and how many are on their way: the defaults with their reasons, and the checks of hints."""
+"""Sizes of blocks, tiles and rings: the defaults with their reasons, the checks of hints, and what does not fit."""
 
 import dataclasses
 import math
@@ -26,10 +26,10 @@ class Tiles:
         part_rows: rows of a tile that one copy takes: all, or those that lie in one page.
         stages: tiles of keys that a program holds as they are copied, and tiles of values.
         wide_stages: the same for widened tiles of a cache of 8 bits; 0 for other caches.
-        direct: whether copies lay a tile out as products want it. It takes rows that divide by 8 and dimensions by 64; other tiles
-            are copied as they are, and laid out by the program.
-        table: size of the table of sequences that a program makes itself; 0 where it has to do with one only.
-        schedule: who works on which keys.
+        direct: whether copies lay a tile out as products want it. For this, 8 must divide the rows and 64 the head dimensions.
+            Other tiles are copied as they are, and a warpgroup lays them out.
+        table: size of the table of sequences that each program makes. 0 if each program works on one sequence only.
+        schedule: who works on which rows.
     """
 
     many: bool
@@ -88,17 +88,17 @@ class Tiles:
 
     @property
     def align(self) -> int:
-        """What the first row of a tile divides by."""
+        """The first row of a tile is a multiple of this number."""
         return self.part_rows if self.paged else 8 if self.direct else 1
 
     @property
     def stored_dim(self) -> int:
-        """Of partial results, of which a warpgroup of 128 threads reads one at a time."""
+        """Columns of partial results. A warpgroup of 128 threads reads one query row at a time."""
         return round_up(self.value_dim, 128)
 
     @property
     def merge_slots(self) -> int:
-        """Partial results of a sequence that are read at once: about as many as there are."""
+        """Partial results of a query row that are read at once: about as many as there are."""
         each = -(-self.schedule.slots // self.schedule.batch)
         return min(max(1 << (each - 1).bit_length(), LEAST_MERGED), 16)
 
@@ -124,33 +124,37 @@ class Tiles:
         return sum(round_up(size, 1024) for size in arrays)
 
 
-# The defaults, as measured on an H100; docs/developers has the log.
-BLOCK_KEYS = 64  # what the tensor cores take at once
-STAGE_BYTES = 64 * 1024  # of tiles of keys and values on their way or worked on; more of them wait for each other
-NARROW_BYTES = 48 * 1024  # likewise of 8 bits
-# Query rows of a block. Up to FEW are columns of the products, up to MOST_FEW where they cannot be rows. Many are rows, and MANY
-# says how many by the number of 64 that there are. More go into further blocks, each of which reads the cache again.
+# The defaults, as measured on an H100. docs/developers has the log.
+
+# Query rows per block. Up to FEW query rows are columns of the products, or up to MOST_FEW if they cannot be rows. More are rows of
+# the products: MANY has the size of a block for 1, 2, 3, and 4 or more times 64 query rows. Each block reads the cache again.
 FEW, MOST_FEW, MANY = 32, 64, (64, 128, 192, 128)
-# Keys of a tile where there are such further blocks. The tensor cores set the pace then, and read the query half as often.
-MANY_KEYS = 128
-# Registers of a thread that multiplies, of one that widens, and of one that copies, by the warpgroups that multiply.
+BLOCK_KEYS = 64  # keys per tile: what the tensor cores take at once
+MANY_KEYS = 128  # keys per tile with several blocks: the tensor cores set the pace then, and read the query half as often
+STAGE_BYTES = 64 * 1024  # of tiles that are on their way or worked on; more tiles would wait for each other
+NARROW_BYTES = 48 * 1024  # the same for tiles of 8 bits
+WIDE_STAGES = 3  # widened tiles per program: with 2, the warpgroups that multiply wait more often
+LEAST_SCALES = 32  # per copy of scales: 128 bytes, the least that a copy takes
+# Registers per thread that multiplies, that widens, and that copies, by the number of warpgroups that multiply: as many as a
+# multiprocessor has.
 REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
 WIDENING_REGISTERS = {1: (240, 152, 40), 2: (176, 112, 40)}
-WIDE_STAGES = 3  # widened tiles that a program holds
-LEAST_SCALES = 32  # that one copy takes: 128 bytes
-# Of the second kernel: rows that a program merges at once, where that leaves one for each multiprocessor, partial results of a row
-# that it reads at once at least, and programs of a multiprocessor, as many as find room beside one of the first kernel.
-MERGE_ROWS, LEAST_MERGED, MERGE_PROGRAMS = 4, 4, 4
-# Query rows per kv head from which on these kernels are faster than those of pallas_triton, unless a window leaves few rows to see.
-LEADING_ROWS, SHORT = 64, 256
-BLOCK_SEQUENCES = 64  # sequences that are summed up at once when a program makes its table
+# The second kernel, if query rows are few.
+MERGE_ROWS = 4  # query rows that a program merges at once, if that leaves one program per multiprocessor
+LEAST_MERGED = 4  # partial results of a query row that a program reads at once, at least
+MERGE_PROGRAMS = 4  # programs per multiprocessor: as many as find room next to one of the first kernel
+BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 
-# Numbers of 16 bits that a weight is written as the sum of, at most. Room is kept for them, so that hints which fit a call fit its
-# gradients too.
+# Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless a
+# window leaves no more than SHORT rows to see.
+LEADING_ROWS, SHORT = 64, 256
+
+# A weight is written as the sum of up to MOST_TERMS numbers of 16 bits. There is always room for them, so that hints which fit a
+# call also fit its gradients.
 MOST_TERMS = 2
 ITEMSIZE = 2
-BARRIERS = 1024
-# What there is to a device, where there is no device to ask: an H100.
+BARRIERS = 1024  # bytes
+# An H100, for lowering without a device.
 MULTIPROCESSORS = 132
 SHARED_MEMORY = 227 * 1024
 
