@@ -374,7 +374,7 @@ def test_a_lock_dies_with_its_process(file):
     assert [left.name for left in file.parent.iterdir()] == [file.name]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a umask, and modes for groups and others, are POSIX alone")
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no umask, and no modes for a file's group and for others")
 def test_mode(file, backend):
     """What the umask gives a new file, and what the user gave an old one."""
     for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):

@@ -20,7 +20,7 @@ from ejk_ragged.testing import Case, CHECKS, oracle, TextbookBackend
 
 
 CASES = {case.name: case for case in CHECKS}
-# Of head dimensions that 64 divides, which are all that some backends take in pages or in 8 bits.
+# 64 divides the head dimensions here. Some backends take no others in pages or in 8 bits.
 TILED = (
     Case("tiled-pages", 3, 72, 4, 2, 64, "bfloat16", ("ranges", (3, 70), (9, 9), (0, 20)), page_size=16, value_dim=128),
     Case(

@@ -101,7 +101,8 @@ def traffic(draw):
 
 
 def guesses(requests, period):
-    """In place of `look_up`: what will be written, beyond what is asked for too, with every `period`-th token wrong."""
+    """A function for the place of `look_up`. It guesses what will be written, also beyond what is asked for, and gets every
+    `period`-th token wrong."""
     texts = [prompt + alone(tuple(prompt), tokens + 4) for prompt, tokens in requests]
 
     def look_up(text, count):

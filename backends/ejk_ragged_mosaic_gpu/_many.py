@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from ._jax import LOWEST, OF_COLUMNS, OF_ROWS, plgpu, store
 from ._line import Piece
 from ._merge import finished, write_out
-from ._program import LOG2_E, over, product, Program, tile_of
+from ._program import LOG2_E, of_rows, over, product, Program, sinks_at, tile_of
 
 
 def compute_piece(program: Program, piece: Piece, warpgroup):
@@ -27,8 +27,7 @@ def compute_piece(program: Program, piece: Piece, warpgroup):
     query = shared.q.at[q_slot, warpgroup]
     query_rows = program.query_rows(warpgroup)
     tiles = _Tiles(program, piece, warpgroup, query, *_bounds(program, piece, query_rows))
-    of_rows = lambda value: plgpu.layout_cast(jnp.full((query_rows.size,), value, jnp.float32), OF_ROWS)
-    nothing = tile_of((query_rows.size, plan.value_dim), 0), of_rows(LOWEST), of_rows(0)
+    nothing = tile_of((query_rows.size, plan.value_dim), 0), of_rows(query_rows.size, LOWEST), of_rows(query_rows.size, 0)
 
     def natural(high):
         return jnp.maximum(high * (program.factor / LOG2_E), LOWEST)
@@ -40,7 +39,7 @@ def compute_piece(program: Program, piece: Piece, warpgroup):
             store(results.stats.at[slot, program.head, i, query_rows], values)
 
     def write(acc, high, total):
-        sink = program.sinks_of(piece.sequence, query_rows)
+        sink = sinks_at(program.sink, piece.sequence, program.head, query_rows)
         out, lse = finished(acc, natural(high), total, sink)
         store(results.lse.at[piece.sequence, program.head, query_rows], lse)
         write_out(plan, results.out, query, out, piece.sequence, program.head, query_rows)

@@ -11,8 +11,9 @@ from jax.experimental import pallas as pl
 
 from ejk_ragged_schedule import cdiv
 
-from ._jax import launch, LOWEST, OF_ROWS, plgpu, store, TILE
+from ._jax import launch, LOWEST, plgpu, store, TILE
 from ._line import Ranges
+from ._program import load_of_rows, of_rows, over, sinks_at, tile_of
 from ._tuning import merging, Tiles
 
 
@@ -154,21 +155,19 @@ def _blocks_kernel(*refs, tree, problem, plan: Tiles, wait, out, stops=None):
             acc, high, total = carry
             pieces = [i * AT_ONCE + k for k in range(AT_ONCE)]
             slots = [first + jnp.minimum(piece, count - 1) for piece in pieces]
-            highs, totals = ([_of_rows(stats_ref.at[slot, head, k, query_rows]) for slot in slots] for k in range(2))
+            highs, totals = ([load_of_rows(stats_ref.at[slot, head, k, query_rows]) for slot in slots] for k in range(2))
             parts = [plgpu.load(parts_ref.at[slot, head, query_rows, columns], layout=TILE, optimized=False) for slot in slots]
             new_high = functools.reduce(jnp.maximum, highs, high)
             # A product: a piece that is not there is the last one again, with no weight.
             weights = [jnp.exp(x - new_high) * (piece < count).astype(jnp.float32) for piece, x in zip(pieces, highs, strict=True)]
             fade = jnp.exp(high - new_high)
-            acc = acc * _over(fade) + sum(part * _over(weight) for part, weight in zip(parts, weights, strict=True))
+            acc = acc * over(fade, acc) + sum(part * over(weight, part) for part, weight in zip(parts, weights, strict=True))
             return acc, new_high, total * fade + sum(x * weight for x, weight in zip(totals, weights, strict=True))
 
         def write():
-            acc = plgpu.layout_cast(jnp.zeros((64, COLUMNS), jnp.float32), TILE)
-            high, total = (plgpu.layout_cast(jnp.full((64,), x, jnp.float32), OF_ROWS) for x in (LOWEST, 0))
-            acc, high, total = lax.fori_loop(0, cdiv(count, AT_ONCE), merge, (acc, high, total))
-            sink = None if sink_ref is None else _of_rows(sink_ref.at[b if sink_ref.shape[0] > 1 else 0, head, query_rows])
-            values, lse = finished(acc, high, total, sink)
+            nothing = tile_of((64, COLUMNS), 0), of_rows(64, LOWEST), of_rows(64, 0)
+            acc, high, total = lax.fori_loop(0, cdiv(count, AT_ONCE), merge, nothing)
+            values, lse = finished(acc, high, total, sinks_at(sink_ref, b, head, query_rows))
             pl.when(column == 0)(lambda: store(lse_ref.at[b, head, query_rows], lse))
             write_out(plan, out_ref, out, values, b, head, query_rows, columns)
 
@@ -189,26 +188,16 @@ def _blocks_kernel(*refs, tree, problem, plan: Tiles, wait, out, stops=None):
     lax.fori_loop(0, cdiv(math.prod(sizes) - lax.axis_index("program"), lax.axis_size("program")), block, None)
 
 
-def _of_rows(ref):
-    return plgpu.load(ref, layout=OF_ROWS, optimized=False)
-
-
-def _over(x):
-    return lax.broadcast_in_dim(x, (64, COLUMNS), [0])
-
-
 def finished(acc, high, total, sink):
     """Output and lse of some query rows: from the sums of values [query rows, dims], the largest logit, the sum of weights, and the
     sink of each query row, or None."""
-    over = lambda x: lax.broadcast_in_dim(x, acc.shape, [0])
-    like = lambda value: plgpu.layout_cast(jnp.full(total.shape, value, jnp.float32), OF_ROWS)
     if sink is not None:
         most = jnp.maximum(high, sink)
         fade = jnp.exp(high - most)
-        acc, high, total = acc * over(fade), most, total * fade + jnp.exp(sink - most)
+        acc, high, total = acc * over(fade, acc), most, total * fade + jnp.exp(sink - most)
     some = total > 0
-    total = jnp.where(some, total, like(1))
-    return acc / over(total), jnp.where(some, high + jnp.log(total), like(-jnp.inf))
+    total = jnp.where(some, total, of_rows(total.size, 1))
+    return acc / over(total, acc), jnp.where(some, high + jnp.log(total), of_rows(total.size, -jnp.inf))
 
 
 def write_out(plan, out_ref, staging, values, b, head, query_rows, columns: Any = slice(None)):

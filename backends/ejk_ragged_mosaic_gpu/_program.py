@@ -80,13 +80,6 @@ class Program:
         size = self.plan.warpgroup_rows
         return pl.ds(pl.multiple_of(self.query_block * self.plan.block_rows + warpgroup * size, 8), size)
 
-    def sinks_of(self, sequence, query_rows):
-        """The sink of each query row, or None."""
-        if self.sink is None:
-            return None
-        b = sequence if self.sink.shape[0] > 1 else 0
-        return plgpu.load(self.sink.at[b, self.head, query_rows], layout=OF_ROWS, optimized=False)
-
     def sees(self, piece: Piece, first, row, bounds, shape, axis):
         """Which query row sees which row of a tile: bool of `shape`, whose `axis` is that of the rows."""
         key = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE) + row
@@ -171,6 +164,21 @@ class Program:
 def tile_of(shape, value, dtype=jnp.float32):
     """An array [.., ..] of one value, spread over the threads of a warpgroup."""
     return plgpu.layout_cast(jnp.full(shape, value, dtype), TILE)
+
+
+def of_rows(size, value):
+    """A vector of one value, one number per row of a matrix."""
+    return plgpu.layout_cast(jnp.full((size,), value, jnp.float32), OF_ROWS)
+
+
+def load_of_rows(ref):
+    """A vector in memory, one number per row of a matrix."""
+    return plgpu.load(ref, layout=OF_ROWS, optimized=False)
+
+
+def sinks_at(ref, sequence, head, query_rows):
+    """The sink of each query row, from what `Program.sink` refers to, or None."""
+    return None if ref is None else load_of_rows(ref.at[sequence if ref.shape[0] > 1 else 0, head, query_rows])
 
 
 def over(x, like):

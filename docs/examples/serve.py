@@ -9,7 +9,7 @@
 A line of a file is a prompt. `@SECONDS` before a prompt says when it arrives. A prompt without `@SECONDS` arrives when it is read.
 `--one-by-one` writes the same texts one after another and compares. `--dense` says how much memory a cache without pages needs.
 
-Beside this file, `engine.py` decides what runs, and `pages.py` knows who holds which page.
+`engine.py` decides what runs, and `pages.py` knows who holds which page.
 """
 
 import argparse

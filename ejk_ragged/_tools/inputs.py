@@ -202,7 +202,7 @@ class Wrong(Exception):
 class Sample:
     """A few sequences and heads of a case, and what the oracle says of them: whole cases would take it minutes.
 
-    Of a pool, the pages of these sequences are put one after another, so that the oracle has a padded cache.
+    The oracle gets a padded cache: where the cache is a pool, the pages of these sequences are put one after another.
     """
 
     def __init__(self, case: Case, inputs: Inputs, gradients: bool):

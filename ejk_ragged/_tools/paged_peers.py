@@ -3,6 +3,7 @@
 What a step cannot change is prepared once: tensors, and the plans of FlashInfer's wrappers, which depend on lengths and table.
 """
 
+import importlib
 import math
 import warnings
 from typing import Any
@@ -32,14 +33,19 @@ def tensor(torch: Any, x: jax.Array):
     return torch.from_dlpack(x)
 
 
-def jax_paged(case: Case):
-    """JAX's own example of decode attention over pages. Its kv heads are in front of its pages, and its query is scaled before."""
+def jax_operation(module: str, name: str):
+    """An operation of JAX's own Pallas examples for GPUs. JAX has deprecated the examples, so a later JAX may be without them."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+            return getattr(importlib.import_module(f"jax.experimental.pallas.ops.gpu.{module}"), name)
     except Exception as error:  # the module, its name, or what it imports in its turn
         raise CannotExpress(f"JAX {jax.__version__} has no such operation") from error
+
+
+def jax_paged(case: Case):
+    """JAX's own example of decode attention over pages. Its kv heads are in front of its pages, and its query is scaled before."""
+    paged_attention = jax_operation("paged_attention", "paged_attention")
     assert case.page_size is not None
     scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
     splits = math.gcd(16, pages(case))

@@ -6,7 +6,6 @@ the names of our arguments, whose result is shaped like the query. Those for cac
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from ejk_ragged.testing import Case
 
 from . import paged_peers
 from .inputs import settings
-from .paged_peers import CannotExpress, tensor
+from .paged_peers import CannotExpress, jax_operation, tensor
 
 
 # What a case may ask for: what a peer lacks that does not have it, and whether the case asks for it.
@@ -113,13 +112,8 @@ def jax_nn(case: Case, implementation: Literal["xla", "cudnn"]):
 
 
 def jax_pallas(case: Case):
-    """JAX's own example of decode attention in Pallas. JAX 0.11 has deprecated the example, so a later JAX may be without it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            from jax.experimental.pallas.ops.gpu.decode_attention import gqa
-    except Exception as error:  # the module, its name, or what it imports in its turn
-        raise CannotExpress(f"JAX {jax.__version__} has no such operation") from error
+    """JAX's own example of decode attention in Pallas."""
+    gqa = jax_operation("decode_attention", "gqa")
 
     def call(query, key, value, sequence_start, sequence_end):
         start = sequence_start if case.lengths[0] == "ranges" else None

@@ -45,7 +45,7 @@ def seconds_of(case) -> float | None:
 
 
 def fraction_of(case) -> float | None:
-    """Of our first candidate."""
+    """The fraction of our first candidate, or None."""
     return _first(case).get("fraction")
 
 
