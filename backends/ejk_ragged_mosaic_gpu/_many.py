@@ -28,6 +28,7 @@ def compute_piece(program: Program, piece: Piece, warpgroup):
     query_rows = program.query_rows(warpgroup)
     tiles = _Tiles(program, piece, warpgroup, query, *_bounds(program, piece, query_rows))
     nothing = tile_of((query_rows.size, plan.value_dim), 0), of_rows(query_rows.size, LOWEST), of_rows(query_rows.size, 0)
+    unit = [of_rows(query_rows.size, LEAST_UNIT)] if program.by_row("v") else []
 
     def natural(high):
         return jnp.maximum(high * (program.factor / LOG2_E), LOWEST)
@@ -45,9 +46,11 @@ def compute_piece(program: Program, piece: Piece, warpgroup):
         write_out(plan, results.out, query, out, piece.sequence, program.head, query_rows)
 
     def work():
-        acc, *rest = tiles.last(*lax.fori_loop(0, piece.num_tiles - 1, tiles.step, tiles.begin(*nothing)))
-        value_scale = program.scale_of(piece, "v")
-        done = acc if value_scale is None else acc * value_scale, *rest
+        acc, *sums = nothing
+        carry = lax.fori_loop(0, piece.num_tiles - 1, tiles.step, tiles.begin(acc, [*sums, *unit]))
+        acc, (high, total, *units) = tiles.last(*carry)
+        scale = over(units[0], acc) if units else program.scale_of(piece, "v")
+        done = acc if scale is None else acc * scale, high, total
         pieces = program.ranges.slots(piece.sequence)[1] if plan.writes_out else 0
         pl.when(pieces == 1)(lambda: write(*done))
         pl.when(pieces != 1)(lambda: keep(*done))
@@ -76,12 +79,17 @@ def _bounds(program, piece, query_rows):
     return bounds, seen_by_all
 
 
+LEAST_UNIT = float(jnp.finfo(jnp.float32).tiny)  # of the output, where all value scales are 0
+
+
 @dataclasses.dataclass(frozen=True)
 class _Tiles:
     """The tiles of a piece, for 64 query rows of one warpgroup: begin, any number of steps, last.
 
-    Each hands on the sums of the output [query rows, dims], the largest logit without its factor, the sum of weights [query rows],
-    and the weights of the tile whose values come next [query rows, keys].
+    Each hands on the sums of the output [query rows, dims], the `stats` of these sums [query rows], and the weights of the tile
+    whose values come next [query rows, keys]. `stats` are the largest logit without its factor, and the sum of weights. If rows
+    have value scales of their own, `stats` also have the largest value scale so far. The output is in units of this scale, so
+    that a weight times a scale keeps the accuracy of the weight.
 
     Attributes:
         program, piece, warpgroup: whose tiles.
@@ -97,18 +105,18 @@ class _Tiles:
     bounds: Any
     seen_by_all: Any
 
-    def begin(self, acc, high, total):
+    def begin(self, acc, stats):
         """Weights of the first tile."""
         slot = self.slot(0)
         plgpu.barrier_wait(self.program.shared.k_full.at[slot])
         scales = self.scales(slot)
         products = product(self.query, self.keys(slot))
-        weights, high, total, _ = self.softmax(0, products, scales, high, total)
-        return acc, high, total, weights
+        weights, stats, _ = self.softmax(0, products, scales, stats)
+        return acc, stats, weights
 
     def step(self, i, carry):
         """The output of tile i, and the weights of tile i + 1."""
-        acc, high, total, weights = carry
+        acc, stats, weights = carry
         slot, next_slot = self.slot(i), self.slot(i + 1)
         values = self.values(i)
         plgpu.barrier_wait(self.program.shared.k_full.at[next_slot])
@@ -116,7 +124,7 @@ class _Tiles:
         if self.program.interpreted:  # which takes both operands of a product from shared memory
             products = product(self.query, self.keys(next_slot))
             acc = self.interpreted_sum(acc, weights, values)
-            weights, high, total, fade = self.softmax(i + 1, products, scales, high, total)
+            weights, stats, fade = self.softmax(i + 1, products, scales, stats)
         else:
 
             def both(refs):
@@ -127,17 +135,18 @@ class _Tiles:
                     for term in weights:
                         plgpu.wgmma(out, term, values)
                     products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
-                    new_weights, *rest = self.softmax(i + 1, products, scales, high, total)
-                    for ref, result in zip(results, (*new_weights, *rest), strict=True):
+                    new_weights, new_stats, fade = self.softmax(i + 1, products, scales, stats)
+                    for ref, result in zip(results, (*new_weights, *new_stats, fade), strict=True):
                         ref[...] = result
 
                 pl.run_scoped(inner, plgpu.ACC(weights[0].shape, jnp.float32))
 
-            acc, *weights, high, total, fade = pl.run_state(both)((plgpu.ACC.init(acc), *weights, high, total, high))
+            acc, *results = pl.run_state(both)((plgpu.ACC.init(acc), *weights, *stats, stats[0]))
+            weights, stats, fade = results[: len(weights)], results[len(weights) : -1], results[-1]
         plgpu.barrier_arrive(self.program.shared.v_free.at[slot])
-        return acc * over(fade, acc), high, total, tuple(weights)
+        return acc * over(fade, acc), stats, weights
 
-    def last(self, acc, high, total, weights):
+    def last(self, acc, stats, weights):
         """The output of the last tile."""
         i = self.piece.num_tiles - 1
         values = self.values(i)
@@ -151,12 +160,12 @@ class _Tiles:
 
             acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.program.shared.v_free.at[self.slot(i)])
-        return acc, high, total
+        return acc, stats
 
-    def softmax(self, i, products, scales, high, total):
-        """Weights of tile i, the largest logit, the sum of weights, and the factor by which a larger logit shrinks earlier sums.
-        The tile's keys are free from now on."""
-        program, piece = self.program, self.piece
+    def softmax(self, i, products, scales, stats):
+        """Weights of tile i, the new `stats`, and the factor by which this tile shrinks the output so far. The tile's keys are free
+        from now on."""
+        program, piece, (high, total, *unit) = self.program, self.piece, stats
         plgpu.barrier_arrive(program.shared.k_free.at[self.slot(i)])
         key_scale, value_scale = (
             lax.broadcast_in_dim(x, products.shape, [1]) if program.by_row(name) else x for name, x in scales.items()
@@ -175,9 +184,12 @@ class _Tiles:
         new_high = jnp.maximum(jnp.maximum(high, jnp.max(x, axis=1)), LOWEST)
         fade = jnp.exp2((high - new_high) * factor)
         p = jnp.exp2((x - over(new_high, x)) * factor)
-        total = total * fade + jnp.sum(p, axis=1)
-        weights = p * value_scale if program.by_row("v") else p
-        return tuple(program.terms(weights)), new_high, total, fade
+        stats = [new_high, total * fade + jnp.sum(p, axis=1)]
+        if unit:
+            new_unit = jnp.maximum(unit[0], jnp.max(jnp.abs(value_scale), axis=1))
+            p, fade = p * (value_scale * over(1 / new_unit, p)), fade * (unit[0] / new_unit)
+            stats.append(new_unit)
+        return list(program.terms(p)), stats, fade
 
     def scales(self, slot):
         """Scales of "k" and "v": one per row of the tile of keys in this slot, one for all of them, or None."""

@@ -310,8 +310,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         row_blocks=row_blocks,
         warpgroups=rows // 64 if many else 1,
         query_slots=2,
-        # A weight times a value scale has no number of 16 bits in particular, not even where a token sees a single row.
-        terms=MOST_TERMS if problem.keeps_accum_dtype or problem.quantised else 1,
+        terms=MOST_TERMS if problem.keeps_accum_dtype else 1,
         writes_out=many and not problem.keeps_accum_dtype and problem.value_dim == problem.head_dim,
         block_dim=round_up(problem.head_dim, 64),
         value_dim=round_up(problem.value_dim, 64),
