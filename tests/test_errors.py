@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ejk_ragged import explain, FwdParams, quantize, ragged_decode_attention
+from ejk_ragged import explain, FwdParams, KVCache, quantize, ragged_decode_attention
 from ejk_ragged.testing import TextbookBackend
 
 
@@ -116,12 +116,13 @@ ERRORS = {
     "quantised query": ({"query": aval(B, HQ, D, dtype="int8")}, ValueError, "query must have one of the dtypes float16,"),
     "int4": ({"key": aval(B, S, HKV, D, dtype="int4")}, ValueError, "key must have one of the dtypes float16, bfloat16, float32, "),
     # quantised caches
-    "int8 without scales": (INT8, ValueError, "key_scale must be given for an int8 cache, got None: without it the cache would be"),
+    "int8 without scales": (INT8, ValueError, "key_scale must be given for an int8 cache, got None. `quantize` returns the scale "),
     "int8 without one scale": (INT8 | {"key_scale": 1.0}, ValueError, "value_scale must be given for an int8 cache, got None"),
     "scale of a cache of floats": (
         {"value_scale": aval(HKV)},
         ValueError,
-        "value_scale must be None for a cache of floats, got one beside key of dtype float32.",
+        "value_scale must be None for a cache of floats, got float32 of shape (2,) and key of dtype float32. Scales are for a "
+        "cache of one of int8, float8_e4m3fn, float8_e5m2.",
     ),
     "scale of query heads": (
         SCALED | {"key_scale": aval(HQ)},
@@ -182,8 +183,16 @@ ERRORS = {
     ),
     "end booleans": ({"sequence_end": aval(B, dtype="bool")}, ValueError, "sequence_end must be None or integers"),
     "end scalar": ({"sequence_end": aval(dtype="int32")}, ValueError, "got int32 of shape ()."),
-    "end number": ({"sequence_end": 7}, TypeError, "sequence_end must be an array, got 7 of type int."),
-    "start list": ({"sequence_start": [0, 1]}, TypeError, "sequence_start must be an array, got [0, 1] of type list."),
+    "end number": (
+        {"sequence_end": 7},
+        TypeError,
+        "sequence_end must be an array, got 7 of type int. Pass one integer per sequence: jnp.full(batch, 7).",
+    ),
+    "start list": (
+        {"sequence_start": [0, 1]},
+        TypeError,
+        "sequence_start must be an array, got [0, 1] of type list. Pass jnp.asarray(sequence_start).",
+    ),
     # sinks
     "sink heads": (
         {"softmax_aux": aval(3, 1)},
@@ -303,7 +312,7 @@ ERRORS = {
     "columns beyond the rows": (
         ROWS | {"value_columns": (4, 13)},
         ValueError,
-        "value_columns must be (first, end) with 0 <= first < end <= 12, the columns of key's rows; got (4, 13) beside key "
+        "value_columns must be (first, end) with 0 <= first < end <= 12, the columns of key's rows; got (4, 13) and key "
         "(2, 12, 2, 12).",
     ),
     "no columns": (ROWS | {"value_columns": (4, 4)}, ValueError, "0 <= first < end <= 12, the columns of key's rows; got (4, 4)"),
@@ -474,6 +483,8 @@ REF: Any = jax.new_ref(ROWS_OF_ONES)
             TypeError,
             ["key must be an array, got (int8 of shape (2, 12, 2, 8)", "unpack it: key, key_scale = quantize(...)"],
         ),
+        (lambda: CALL(ONES, KVCache(ROWS_OF_ONES, ROWS_OF_ONES), None), TypeError, ["got KVCache(", "**cache.arguments()"]),
+        (lambda: CALL(ONES, ROWS_OF_ONES[:1], ROWS_OF_ONES[:1]), ValueError, ["the same batch", "pass page_table"]),
         (lambda: CALL(ONES, REF, ROWS_OF_ONES), TypeError, ["jax.Ref", "key[...]"]),
         (lambda: quantize(REF), TypeError, ["jax.Ref", "x[...]"]),
         (
@@ -497,7 +508,17 @@ REF: Any = jax.new_ref(ROWS_OF_ONES)
             ["backend must be None, 'auto', a Backend instance", "float32 of shape"],
         ),
     ],
-    ids=["pairs", "ref", "ref to quantise", "window of one number", "heads first", "swapped query", "an array for a backend"],
+    ids=[
+        "pairs",
+        "cache",
+        "pool without a table",
+        "ref",
+        "ref to quantise",
+        "window of one number",
+        "heads first",
+        "swapped query",
+        "an array for a backend",
+    ],
 )
 def test_the_way_out(mistake, error, says):
     with pytest.raises(error) as caught:
