@@ -40,12 +40,15 @@ class KVCache(eqx.Module):
 
     **A full cache** drops the rows that no longer fit, without an error. Compare the lengths with `seq_len` before a step.
 
-    **Pages.** `page_table` is an array like the others. A scheduler that gives pages to sequences replaces the table between steps:
-    `dataclasses.replace(cache, page_table=table)`. The package has no scheduler.
+    **Pages.** `page_table` is an array like the others. A scheduler that gives pages to sequences keeps a NumPy table, and replaces
+    the table of the cache before each step: `dataclasses.replace(cache, page_table=jnp.array(table))`. Donating the cache deletes
+    its table too. So give each donated cache a table array of its own. The package has no scheduler.
 
     **Several layers.** A list with one cache per layer suits most models. A cache with a leading axis of layers on each array also
     works: call `write` and `arguments` inside `jax.vmap`. To scan over layers, hold all layers in one pool of
-    `num_layers * num_pages` pages. The page table of a layer is `table + layer * num_pages`. No layer is copied then.
+    `num_layers * num_pages` pages. The page table of a layer is `table + layer * num_pages`. No layer is copied then. In such a
+    table, the entry of a page that a sequence does not have is `num_layers * num_pages`, and not -1: a write to page
+    `-1 + layer * num_pages` would change the last page of the layer before.
 
     Attributes:
         key: [batch, seq_len, num_kv_heads, row_dim]. For a cache in pages: [num_pages, page_size, num_kv_heads, row_dim]. row_dim

@@ -321,6 +321,19 @@ def test_layers_in_one_pool_are_a_list_of_caches():
     np.testing.assert_array_equal(cache.key, jnp.concatenate([one.key for one in caches]))
 
 
+def test_layers_in_one_pool_keep_the_pages_of_others():
+    """A sequence without pages writes nowhere, if its entries are beyond the pool of all layers."""
+    new, at = jnp.ones((LAYERS, BATCH, 3, HEADS, DIM)), jnp.zeros(BATCH, jnp.int32)
+    pages = BATCH * 3
+    table = jnp.arange(pages, dtype=jnp.int32).reshape(BATCH, 3).at[0].set(LAYERS * pages)
+    cache = zeros({"page_size": 4, "num_pages": LAYERS * pages})
+    cache, _ = jax.jit(scan_over_layers)(cache, table, new, new, new, at)
+    written = cache.key.any((1, 2, 3)).reshape(LAYERS, BATCH, 3)
+    np.testing.assert_array_equal(
+        written, np.broadcast_to([[False] * 3, [True, False, False], [True, False, False]], written.shape)
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # A tree of arrays
 
