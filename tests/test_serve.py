@@ -213,11 +213,12 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_noticed(monkeypatch, mistake):
     served, requests = crowd()
+    wanted = as_alone(requests)  # before the mistake is there
     monkeypatch.setattr(*MISTAKES[mistake])
     taken = [served.submit(*request) for request in requests]
     for _ in range(300):
         served.step()
-    right = [request.new for request in taken] == as_alone(requests)
+    right = [request.new for request in taken] == wanted
     assert not (right and len(served.pages.free) == served.pages.count)
 
 
