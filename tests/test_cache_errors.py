@@ -1,4 +1,4 @@
-"""What `KVCache` refuses, when it is made and when it is written to: every error says what came and what is accepted."""
+"""What `KVCache` refuses, when it is made and when it is written to. Every error says what came and what is accepted."""
 
 import re
 
@@ -189,7 +189,7 @@ def test_a_stack_is_not_written_to_as_one():
 
 
 def test_scales_that_are_not_of_rows():
-    """A scale per head is good for a call, and is nothing that a write may change."""
+    """A scale per head is good for a call, but `write` cannot fill it."""
     stored, head = PADDED.astype(np.int8), np.ones(2, np.float32)
     cache = KVCache(stored, stored, head, head)
     assert call(np.ones((3, 4, 8), np.float32), **cache.arguments()).shape == (3, 4, 8)
