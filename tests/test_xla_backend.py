@@ -94,6 +94,12 @@ def test_accelerator_form(case):
     assert_right(call("accelerator"), case.draw(poison=True))
 
 
+def test_heads_of_any_width(form):
+    """The backend that does what the kernels refuse has no largest head dimension."""
+    case = Case("", 3, 37, 8, 2, 1024, lengths=("ranges", (0, 37), (5, 9), (4, 4)), num_tokens=2, value_dim=768)
+    assert_right(call(form), case.draw(poison=True))
+
+
 @optimised
 @pytest.mark.parametrize("name", ["edges", "cap", "bfloat16", "float16", "tokens-padded", "int8", "e4m3", "all", "all-int8"])
 def test_as_users_have_it(name):
