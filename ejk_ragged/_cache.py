@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from ._check import AnyArray, array_type, check_columns, check_lengths, check_page_table, check_scales, PADDED, POOL
 from ._formats import FLOATING_DTYPES, is_quantised, QUANTISED
+from ._messages import shown
 from ._quantize import quantize
 
 
@@ -39,12 +40,15 @@ class KVCache(eqx.Module):
 
     **A full cache** drops the rows that no longer fit, without an error. Compare the lengths with `seq_len` before a step.
 
-    **Pages.** `page_table` is an array like the others. A scheduler that gives pages to sequences replaces the table between steps:
-    `dataclasses.replace(cache, page_table=table)`. The package has no scheduler.
+    **Pages.** `page_table` is an array like the others. A scheduler that gives pages to sequences keeps a NumPy table, and replaces
+    the table of the cache before each step: `dataclasses.replace(cache, page_table=jnp.array(table))`. Donating the cache deletes
+    its table too. So give each donated cache a table array of its own. The package has no scheduler.
 
     **Several layers.** A list with one cache per layer suits most models. A cache with a leading axis of layers on each array also
     works: call `write` and `arguments` inside `jax.vmap`. To scan over layers, hold all layers in one pool of
-    `num_layers * num_pages` pages. The page table of a layer is `table + layer * num_pages`. No layer is copied then.
+    `num_layers * num_pages` pages. The page table of a layer is `table + layer * num_pages`. No layer is copied then. In such a
+    table, the entry of a page that a sequence does not have is `num_layers * num_pages`, and not -1: a write to page
+    `-1 + layer * num_pages` would change the last page of the layer before.
 
     Attributes:
         key: [batch, seq_len, num_kv_heads, row_dim]. For a cache in pages: [num_pages, page_size, num_kv_heads, row_dim]. row_dim
@@ -145,23 +149,21 @@ class KVCache(eqx.Module):
             raise ValueError(f"dtype must be one of {', '.join(accepted)}; got {dtype.name}.")
         if value_columns is not None and value_dim is not None:
             raise ValueError(
-                f"value_dim must be None with value_columns, got {value_dim} and {value_columns!r}: value_columns says how wide "
-                "the value is."
+                f"value_dim must be None if value_columns is given, got {value_dim} and {value_columns!r}. value_columns says how "
+                "wide the value is."
             )
         if row_dim is not None and (value_columns is None or row_dim < head_dim):
             raise ValueError(
-                f"row_dim must be None, or with value_columns at least head_dim; got {row_dim} beside head_dim {head_dim} and "
-                f"value_columns {value_columns!r}."
+                f"row_dim must be None, or at least head_dim if value_columns is given; got row_dim {row_dim}, head_dim {head_dim} "
+                f"and value_columns {value_columns!r}."
             )
         pages, rows = batch, seq_len
         if page_size is not None:
             page_table, pages = _table(batch, -(-seq_len // page_size), num_pages, page_table)
             rows = page_size
         elif num_pages is not None or page_table is not None:
-            name = "num_pages" if page_table is None else "page_table"
-            raise ValueError(
-                f"{name} must be None for a padded cache, got one without page_size. Pass page_size for a cache in pages."
-            )
+            name, came = ("num_pages", num_pages) if page_table is None else ("page_table", page_table)
+            raise ValueError(f"{name} must be None for a padded cache, got {shown(came)}. For a cache in pages, pass page_size.")
         widths = {"key": row_dim or head_dim} | ({"value": value_dim or head_dim} if value_columns is None else {})
         held: dict[str, Any] = {name: jnp.zeros((pages, rows, num_kv_heads, width), dtype) for name, width in widths.items()}
         if is_quantised(dtype):
@@ -201,7 +203,7 @@ class KVCache(eqx.Module):
                 value is in the key's rows, pass whole rows, with every column.
             value: like `key`, with the value's head dimension. None if the value is in the key's rows.
             at: integers [batch], the row of each sequence's first token. For a decode step, `at` is the length of the sequence
-                before the step. For a prompt, `at` is 0.
+                before the step. For a prompt, `at` is zeros.
             lengths: integers [batch], the number of tokens that each sequence has: only the first lengths[b] tokens are written.
                 None means all tokens. A length of 0 leaves a sequence unchanged.
 
@@ -216,8 +218,8 @@ class KVCache(eqx.Module):
             )
         if self.value is None and value is not None:
             raise ValueError(
-                f"value must be None for a cache whose value is in the key's rows (value_columns={self.value_columns}), got one. "
-                "Pass whole rows as key."
+                f"value must be None for a cache whose value is in the key's rows (value_columns={self.value_columns}), got "
+                f"{shown(value)}. Pass whole rows as key."
             )
         for name, new in (("key", key), ("value", value)):
             if getattr(self, name) is not None:

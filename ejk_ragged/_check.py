@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ._formats import FLOATING_DTYPES, is_quantised, QUANTISED
-from ._messages import other_order, refuse_ref, shown
+from ._messages import as_array, other_order, refuse_ref, shown
 from ._problem import FwdParams
 
 
@@ -77,9 +77,7 @@ def array_type(name: str, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array, or of a number given as a scale."""
     array: Any = np.float32(x) if name.endswith("_scale") and type(x) in (int, float) else x
     if not (hasattr(array, "shape") and hasattr(array, "dtype")):
-        pair = name in ("key", "value") and isinstance(x, tuple) and len(x) == 2
-        unpack = f" If that is what `quantize` returned, unpack it: {name}, {name}_scale = quantize(...)." if pair else ""
-        raise TypeError(f"{name} must be an array, got {shown(x)} of type {type(x).__name__}.{unpack}")
+        raise TypeError(f"{name} must be an array, got {shown(x)} of type {type(x).__name__}.{as_array(name, x)}")
     refuse_ref(name, array)
     return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype, allow_extended_dtype=True))
 
@@ -108,7 +106,7 @@ def check_columns(columns, value, key, softmax_scale) -> tuple[int, int] | None:
     if len(key.shape) == 4 and not 0 <= first < end <= key.shape[3]:
         raise ValueError(
             f"value_columns must be (first, end) with 0 <= first < end <= {key.shape[3]}, the columns of key's rows; got "
-            f"{columns!r} beside key {key.shape}."
+            f"{columns!r} and key {key.shape}."
         )
     if softmax_scale is None:
         raise ValueError(
@@ -146,7 +144,10 @@ def check_cache(query, key, value, page_table=None):
             f"{', '.join(QUANTISED)}, both the same."
         )
     if page_table is None and query.shape[0] != key.shape[0]:
-        raise ValueError(f"query and key must have the same batch, got query {query.shape} and key {key.shape}.{order()}")
+        raise ValueError(
+            f"query and key must have the same batch, got query {query.shape} and key {key.shape}."
+            f"{order() or ' If key is a pool of pages, pass page_table.'}"
+        )
     if value is not None and query.shape[-1] != key.shape[3]:
         raise ValueError(f"query and key must have the same head_dim, got query {query.shape} and key {key.shape}.{order()}")
     if value is None and query.shape[-1] > key.shape[3]:
@@ -196,12 +197,15 @@ def check_scales(key, page_table, key_scale, value_scale):
         if scale is None:
             if is_quantised(dtype) and QUANTISED[dtype.name].needs_scales:
                 raise ValueError(
-                    f"{name} must be given for an {dtype.name} cache, got None: without it the cache would be integers up to "
-                    f"{QUANTISED[dtype.name].largest:.0f}, which is nearly always a mistake. Pass 1.0 if it is not."
+                    f"{name} must be given for an {dtype.name} cache, got None. `quantize` returns the scale with the rows. If the "
+                    f"cache holds integers up to {QUANTISED[dtype.name].largest:.0f} that stand for themselves, pass {name}=1.0."
                 )
             continue
         if not is_quantised(dtype):
-            raise ValueError(f"{name} must be None for a cache of floats, got one beside key of dtype {dtype.name}.")
+            raise ValueError(
+                f"{name} must be None for a cache of floats, got {shown(scale)} and key of dtype {dtype.name}. Scales are for a "
+                f"cache of one of {', '.join(QUANTISED)}."
+            )
         if scale.shape not in ((), *shapes.values()) or scale.dtype.name not in FLOATING_DTYPES:
             swapped = f" Pass {name}.swapaxes(1, 2)." if scale.shape == (pages, rows, num_kv_heads) else ""
             accepted = [f"{axes} {shape}" for axes, shape in shapes.items()]

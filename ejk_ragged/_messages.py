@@ -24,6 +24,17 @@ def _cut(text):
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
+def as_array(name: str, x: Any) -> str:
+    """The way out where `x` is not an array. "" if there is none."""
+    if name in ("key", "value") and isinstance(x, tuple) and len(x) == 2:
+        return f" If that is what `quantize` returned, unpack it: {name}, {name}_scale = quantize(...)."
+    if name in ("key", "value") and hasattr(x, "arguments"):
+        return " Pass the arrays of a KVCache by name: **cache.arguments()."
+    if name in ("sequence_start", "sequence_end", "query_lengths", "at", "lengths") and type(x) is int:
+        return f" Pass one integer per sequence: jnp.full(batch, {x})."
+    return f" Pass jnp.asarray({name})." if isinstance(x, list) else ""
+
+
 def refuse_ref(name: str, x: Any):
     """Refuses a `jax.Ref`, which has a shape and a dtype but is not an array.
 

@@ -1,4 +1,4 @@
-"""Backends as a parameter, a marker each (`pytest -m xla`), and the settings under which everything is tested."""
+"""Fixtures: the backends as a parameter with a marker each (`pytest -m xla`), and the settings under which all tests run."""
 
 import functools
 import os
@@ -15,18 +15,19 @@ from ejk_ragged._registry import registry
 from ejk_ragged_mosaic_gpu import MosaicGpuBackend
 
 
-# For the tests of many devices. The other tests are as fast beside them.
+# For the tests of many devices. The other tests are as fast with them.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Compiling is most of what the tests take, so XLA need not try hard but for those marked `optimised`; see `_compiler`. In JAX 0.10
-# it also has an older way to make code, which takes half as long. A process has either, and has it if it leaves those tests out.
+# Compiling is most of the time of the tests. So XLA optimises only for the tests marked `optimised`, see `_compiler`. Before JAX
+# 0.11 these flags also choose an older way to make code, which takes half as long. Flags hold for a whole process. So only a
+# process that leaves the marked tests out has them.
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" if jax.__version_info__ < (0, 11) else ""
 
-# Nobody's arrays should be promoted behind their back.
+# The package must not promote the arrays of its callers silently.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# HYPOTHESIS_PROFILE=thorough looks further. What fails is not made smaller: it is small, and every try is compiled.
+# HYPOTHESIS_PROFILE=thorough tries more examples. An example that fails is not shrunk: it is small already, and every try compiles.
 AS_DRAWN = {"deadline": None, "phases": (hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate)}
 hypothesis.settings.register_profile("default", max_examples=20, derandomize=True, **AS_DRAWN)
 hypothesis.settings.register_profile("brief", max_examples=5, derandomize=True, **AS_DRAWN)
@@ -50,34 +51,35 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(name="subject", scope="session")
 def subject_fixture(request):
-    """A backend as `support.Subject`; a test that takes it runs once for each."""
+    """A backend as `support.Subject`. A test that takes it runs once per backend."""
     return subject(request.param)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _untuned():
-    """What was tuned on this machine does not change the tests."""
+    """The tests ignore what was tuned on this machine."""
     with tuned_hints(None):
         yield
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled():
-    """What a file compiled goes with it: a process may hold so many mappings of memory, and some hundred tests reach that."""
+    """Drops what a file compiled. A process may hold a limited number of memory mappings, and some hundred tests reach that
+    limit."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def _compiler(request):
-    """XLA optimises where its code for CPUs is under test."""
+    """Lets XLA optimise where its code for CPUs is under test."""
     optimised = request.node.get_closest_marker("optimised") is not None
     jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu" and not optimised)
 
 
 @pytest.fixture
 def promoted_ranks():
-    """As JAX has it: for what people write, and for functions of others."""
+    """Lets JAX promote ranks, as it does by default: for code that users write, and for functions of other packages."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
@@ -91,7 +93,7 @@ def x64():
 
 @pytest.fixture(params=["Auto", "Explicit"])
 def mesh(request):
-    """Of simulated devices; `auto` of one kind only."""
+    """A mesh of simulated devices. `auto` is the mesh with automatic axes only."""
     return make_mesh(*[request.param] * 3)
 
 
@@ -102,7 +104,7 @@ def auto():
 
 @pytest.fixture
 def on_a_cpu():
-    """Also where there is a GPU: what is tuned in a test pretends to be a machine without one."""
+    """Runs the test on a CPU, also where there is a GPU: what is tuned in a test is tuned for a machine without a GPU."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         yield
 
@@ -127,7 +129,8 @@ def install(monkeypatch):
 
 @pytest.fixture
 def interpreted(capfd):
-    """A function of `FwdParams` and programs to the call of mosaic_gpu, in the interpreter; in the end, no race was found."""
+    """A function that takes `FwdParams` and a number of programs, and returns the call of mosaic_gpu in the interpreter. After
+    the test no race may have been found."""
 
     def call(fwd_params=None, programs=4):
         backend = MosaicGpuBackend(interpret=True, detect_races=True, programs=programs)

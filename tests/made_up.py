@@ -1,4 +1,4 @@
-"""Backends and their entry points, made up: a `Registry` takes them in the place of the installed ones."""
+"""Made-up backends and their entry points. A `Registry` takes them in the place of the installed ones."""
 
 import dataclasses
 import types
@@ -19,7 +19,7 @@ CPU = Target("cpu")
 
 @dataclasses.dataclass
 class Entry:
-    """What importlib.metadata says of an entry point, made up. An exception for `thing` is raised on loading."""
+    """A made-up entry point, like those of importlib.metadata. If `thing` is an exception, loading raises it."""
 
     name: str
     thing: Any
@@ -42,7 +42,7 @@ class Entry:
 
 
 def backend(name, priority: Any = 0, platforms=None, why=None, **methods) -> Any:
-    """A Backend class. It refuses everything if there is a reason why."""
+    """A Backend class. If `why` is given, the backend refuses every call for this reason."""
     members = {"name": name, "priority": priority, "platforms": platforms, "supports": lambda self, problem, target: why}
     return type(name.title(), (TextbookBackend,), members | methods)
 

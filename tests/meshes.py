@@ -1,4 +1,4 @@
-"""Meshes of simulated devices (conftest.py), what lies on them, and a call as a function of its arrays."""
+"""Meshes of simulated devices (see conftest.py), arrays placed on them, and a call as a function of its arrays."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ejk_ragged import ragged_decode_attention
 from ejk_ragged.testing import TextbookBackend
 
 
-# What one device does is another test's matter, and compiles quickly here.
+# Other tests are about what one device computes. The textbook compiles quickly.
 call = functools.partial(ragged_decode_attention, backend=TextbookBackend())
 
 SPECS = {
@@ -27,13 +27,13 @@ SPECS = {
 
 
 def make_mesh(*kinds, sizes=(2, 2, 2)):
-    """Axes x, y, z, each "Auto" or "Explicit"."""
+    """A mesh with the axes x, y and z. Each kind is "Auto" or "Explicit"."""
     axis_types = tuple(AxisType[kind] for kind in kinds)
     return jax.make_mesh(sizes, ("x", "y", "z"), axis_types=axis_types, devices=jax.devices("cpu"))
 
 
 def place(mesh, spec, arrays):
-    """The arrays, with the cache and its rows' scales split by the spec of a cache; the others stay where they are."""
+    """The arrays, with the cache and its scales per row split by the spec of a cache. The other arrays stay where they are."""
     batch, sequence, heads, *_ = *spec, None, None, None
     specs = {"key": spec, "value": spec}
     specs |= {name: P(batch, heads, sequence) for name in ("key_scale", "value_scale") if name in arrays and arrays[name].ndim == 3}
@@ -45,7 +45,7 @@ def put(mesh, spec, x):
 
 
 def placed(case, mesh, spec):
-    """A case's arrays, its cache on a mesh."""
+    """A case's arrays, with the cache on a mesh."""
     return place(mesh, spec, draw(case)[0])
 
 
@@ -55,6 +55,6 @@ def loss(call, arrays):
 
 
 def gradients(arrays, call: Callable = call):
-    """By name."""
+    """The gradients of `loss`, by the name of the argument."""
     floats = {name: arrays[name] for name in floats_of(arrays)}
     return jax.grad(lambda floats: loss(call, arrays | floats))(floats)

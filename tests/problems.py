@@ -1,4 +1,4 @@
-"""What hypothesis may draw of a problem: everything that a call may be, of few shapes."""
+"""Problems for hypothesis to draw: every feature of a call, in few shapes."""
 
 import hypothesis.strategies as st
 
@@ -7,7 +7,7 @@ from ejk_ragged.testing import Case
 
 @st.composite
 def ranges(draw, batch, seq_len):
-    """A range for each sequence: empty, of one key, full, out of bounds, reversed, or any."""
+    """One range per sequence: empty, of one key, full, out of bounds, reversed, or any range."""
     anywhere = st.integers(-3, seq_len + 3)
     inside = st.integers(0, seq_len - 1)
     kinds = [
@@ -22,7 +22,8 @@ def ranges(draw, batch, seq_len):
 
 @st.composite
 def operands(draw, head_dim):
-    """Pages, the width of the value, or its columns in the key's rows and the width of these rows: fields of `Case` by name."""
+    """Fields of `Case`, by name: pages, and the width of the value, or its columns in the key's rows and the width of these
+    rows."""
     pages = {"page_size": draw(st.sampled_from([None, 1, 2, 7, 16, 64]))}
     kind = draw(st.sampled_from(["plain", "value_dim", "any columns", "latent", "fused"]))
     if kind == "plain":
@@ -38,14 +39,14 @@ def operands(draw, head_dim):
 
 @st.composite
 def tiled_operands(draw, head_dim):
-    """Likewise, of pages and widths that a GPU copies in tiles."""
+    """Like `operands`, with the pages and widths that a GPU copies in tiles."""
     del head_dim
     return {"page_size": draw(st.sampled_from([None, 8, 16, 24, 32, 64])), "value_dim": draw(st.sampled_from([None, 64, 128]))}
 
 
 @st.composite
 def cases(draw, shapes, dtypes, operands=operands):
-    """A case of one of `shapes` (B, S, Hq, Hkv, D) and `dtypes`, with any features."""
+    """A case with one of `shapes` (B, S, Hq, Hkv, D), one of `dtypes`, and any features."""
     batch, seq_len, num_q_heads, num_kv_heads, head_dim = draw(st.sampled_from(shapes))
     num_tokens = draw(st.sampled_from([None, None, 1, 3]))
     query_lengths = st.lists(st.integers(-1, 4) | st.sampled_from([-(2**63), 2**64 - 1]), min_size=batch, max_size=batch).map(tuple)

@@ -1,4 +1,5 @@
-"""How the suite runs each backend, and what it holds against it; the faulty calls of test_mutations.py meet the same assertions."""
+"""How the suite runs each backend, and the assertions on its results. test_mutations.py runs faulty calls against the same
+assertions."""
 
 import dataclasses
 import functools
@@ -19,18 +20,19 @@ from ejk_ragged_pallas_triton import PallasTritonBackend
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A backend under test. `make` gives what is passed as `backend=`: its name, or an instance that runs on this machine.
+    """A backend under test. `make` returns what is passed as `backend=`: the backend's name, or an instance that runs on this
+    machine.
 
-    `call` is the call that tests make; one that the backend does not take must be refused, and there the test ends. Tests by hand
-    are in the first of `dtypes`.
+    `call` is the call that tests make. A call that the backend does not take must be refused, and the test is then skipped. Cases
+    that are written by hand use the first of `dtypes`.
 
     Attributes:
         name: name of the backend.
-        dtypes: dtypes of a query that it takes.
-        here: whether this JAX has what it takes.
-        picky: whether it may refuse a call in one of `dtypes` with pages, values of another width or an 8-bit cache: it then takes
-            what copies lay out in tiles. Other calls it must take.
-        dim: head dimension of what tests by hand ask: pages and quantised caches of this one are taken.
+        dtypes: dtypes of a query that the backend takes.
+        here: whether this JAX has what the backend needs.
+        picky: whether the backend may refuse a call in one of `dtypes` if the call has pages, values of another width or an 8-bit
+            cache. Such a backend takes only what copies lay out in tiles. The backend must take all other calls.
+        dim: head dimension of the cases that are written by hand. The backend takes pages and 8-bit caches of this one.
     """
 
     name: str
@@ -79,17 +81,17 @@ class Subject:
 
 
 def pallas_triton() -> str | Backend:
-    """The kernels where there is a GPU for them, else the same kernels in Pallas' interpreter."""
+    """The kernels on a GPU that can run them, otherwise the same kernels in Pallas' interpreter."""
     return "pallas_triton" if jax.default_backend() == "gpu" else PallasTritonBackend(interpret=True)
 
 
 def mosaic_gpu() -> str | Backend:
-    """Likewise; the interpreter prints what races it finds."""
+    """Like `pallas_triton`. The interpreter prints the races that it finds."""
     capability = getattr(jax.devices()[0], "compute_capability", "")
     return "mosaic_gpu" if capability.startswith("9.") else MosaicGpuBackend(interpret=True, detect_races=True)
 
 
-# A line for each backend that needs one; the others are named and run as they are.
+# Backends that need settings. `subject` names the other backends and runs them as they are.
 HAS_MOSAIC_GPU = MosaicGpuBackend().unavailable() is None
 has_mosaic_gpu = pytest.mark.skipif(
     not HAS_MOSAIC_GPU,
@@ -107,20 +109,20 @@ def subject(name: str) -> Subject:
 
 
 def assert_right(call, arguments, **options):
-    """Output, lse, gradients and their exact zeros are the oracle's."""
+    """Output, lse, gradients and their exact zeros must be those of the oracle."""
     wrong = [str(verdict) for verdict in verify(call, arguments, **options) if not verdict.ok]
     assert not wrong, "; ".join(wrong)
 
 
 def assert_repeatable(call, arguments):
-    """Two runs give the same bits, forward and backward."""
+    """Two runs must give the same bits, forward and backward."""
     first, second = ([np.asarray(x) for x in everything(call, arguments)] for _ in range(2))
     for x, y in zip(first, second, strict=True):
         np.testing.assert_array_equal(_bits(x), _bits(y))
 
 
 def assert_batch_invariant(call, arguments):
-    """With `num_key_splits` given, the first sequence's output and lse keep their bits, whatever stands beside it."""
+    """With `num_key_splits` given, the first sequence's output and lse must keep their bits, whatever the rest of the batch is."""
     call = functools.partial(call, fwd_params=FwdParams(num_key_splits=3))
     array = functools.partial(jax.tree.map, lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x)
     alone = {name: x[:1] if np.shape(x)[:1] == arguments["query"].shape[:1] else x for name, x in arguments.items()}
@@ -148,7 +150,7 @@ def everything(call, arguments):
 
 
 def weights(x):
-    """Another number for each element."""
+    """A different number for each element."""
     return jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(x.dtype)
 
 
@@ -164,7 +166,7 @@ def draw(case, seed=0) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def assert_close(got, want, tolerance=1e-5):
-    """Two trees of arrays agree; the same infinities are equal."""
+    """Two trees of arrays must agree. Equal infinities agree."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert x.dtype == y.dtype

@@ -1,4 +1,4 @@
-"""Where rounding is easily made much of, for every backend: keys that share a component, ranges of one key, large logits."""
+"""Cases that amplify rounding, for every backend: keys that share a component, ranges of one key, large logits."""
 
 import functools
 
@@ -12,7 +12,7 @@ from ejk_ragged.testing import Case, oracle_gradients, relative_error, tolerance
 
 
 def gradients(call, arguments, names=("query", "key", "value")):
-    """Gradients of the output alone, whose cotangent differs from element to element; and what the oracle says."""
+    """Gradients of the output alone, for a cotangent that differs from element to element, and the oracle's gradients."""
     function = lambda *args: call(**arguments | dict(zip(names, args, strict=True)))
     out, pullback = jax.vjp(function, *[jnp.asarray(arguments[name]) for name in names])
     d_out = weights(out)
@@ -25,7 +25,7 @@ def bound(dtype):
     return 2 * tolerance(dtype, 1000)
 
 
-SHARED = [  # cache and dtype; more rows than float16 holds the weights of, if each is one of so many
+SHARED = [  # dtype, dtype of the cache, rows; 3000 rows are many for weights in float16
     ("bfloat16", None, 200),
     ("float16", None, 200),
     ("float16", None, 3000),
@@ -37,8 +37,8 @@ SHARED = [  # cache and dtype; more rows than float16 holds the weights of, if e
 
 @pytest.mark.parametrize(("dtype", "cache_dtype", "seq_len"), SHARED)
 def test_keys_that_share_a_component(subject, dtype, cache_dtype, seq_len):
-    """It is ten times as large as what they differ by, as with a bias on K. It takes no part in d_query, for the gradients of the
-    logits add up to 0."""
+    """The keys share a component ten times as large as their differences, as with a bias on K. The shared component cancels in
+    d_query, because the gradients of the logits add up to 0."""
     case = Case("", 2, seq_len, 8, 2, 64, dtype, cache_dtype=cache_dtype, scales=cache_dtype and "row")
     arguments = case.draw()
     rng = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def test_keys_that_share_a_component(subject, dtype, cache_dtype, seq_len):
     key = arguments["key"].astype(np.float32)
     if cache_dtype is None:
         arguments["key"] = (key + shared).astype(arguments["key"].dtype)
-    else:  # what eight bits hold, whatever the scales are
+    else:  # integers that eight bits can hold, with scales of 1
         arguments["key"] = np.rint(np.clip(key, -3, 3) + shared).astype(arguments["key"].dtype)
         arguments["key_scale"] = np.ones_like(arguments["key_scale"])
     names = ("query", "key", "value") if cache_dtype is None else ("query",)
@@ -59,7 +59,8 @@ def test_keys_that_share_a_component(subject, dtype, cache_dtype, seq_len):
     ("dtype", "cache_dtype"), [("bfloat16", None), ("float16", None), ("bfloat16", "int8"), ("float16", "int8")]
 )
 def test_ranges_of_one_key(subject, dtype, cache_dtype):
-    """Its weight is 1 whatever the query and the key: their gradients are 0, up to the bound on the terms that cancel."""
+    """The weight of the only key is 1, whatever query and key are. So their gradients are 0, up to the bound on the terms that
+    cancel."""
     lengths = ("ranges", (0, 1), (17, 18), (39, 40), (5, 6))
     case = Case("", 4, 40, 8, 2, 64, dtype, lengths, cache_dtype=cache_dtype, scales=cache_dtype and "row")
     names = ("query", "key") if cache_dtype is None else ("query",)
@@ -73,7 +74,8 @@ def test_ranges_of_one_key(subject, dtype, cache_dtype):
 @pytest.mark.parametrize("options", [{}, {"logits_soft_cap": 3e5}, {"sequence_start": [3]}, {"cache": "int8"}], ids=str)
 @pytest.mark.optimised
 def test_alike_keys_weigh_the_same(subject, options, size):
-    """At any logit, in large chunks and small ones, in the first piece and in the last: the output is the mean of the values."""
+    """Equal keys: the output is the mean of the values. This must hold at any logit, in large and small chunks, and in the first
+    and the last piece."""
     rng = np.random.default_rng(0)
     dtype, options = subject.dtypes[0], dict(options)
     query = jnp.broadcast_to(size / 64 * (1 + rng.random((1, 1, 24))), (1, 4, 24)).astype(dtype)
@@ -94,7 +96,7 @@ def test_alike_keys_weigh_the_same(subject, options, size):
 @pytest.mark.parametrize("size", [1e9, 1e12])
 @pytest.mark.optimised
 def test_gradients_beside_large_logits(subject, size):
-    """They are finite where the logits are: lse has lost its low bits there, but no probability is above 1."""
+    """Gradients are finite where the logits are. lse has lost its low bits at large logits, but no probability may be above 1."""
     arguments = Case("", 2, 60, 4, 2, 24, subject.dtypes[0]).draw()
     names = ("query", "key", "value")
     query, key, value = (jnp.asarray(arguments[name]) for name in names)

@@ -1,4 +1,4 @@
-"""Any problem on any mesh, mapped or not: what hypothesis draws of it is the oracle's answer."""
+"""Any problem on any mesh, mapped or not. Hypothesis draws it, and the answer must be the oracle's."""
 
 import functools
 import math
@@ -31,8 +31,9 @@ LENGTHS = ("sequence_start", "sequence_end", "query_lengths")
 
 @st.composite
 def layouts(draw, case):
-    """A mesh, the axes of it that split a cache's batch, rows and heads, and how query and page table are split, which in places go
-    their own way. A pool is split by heads alone."""
+    """A mesh, and how arrays are split on it: the axes that split the batch, rows and heads of a cache, and the splits of the
+    query and the page table. The query and the table may be split in ways that nothing else follows. A pool is split by heads
+    only."""
     kind = draw(st.sampled_from(["Auto", "Explicit"]))
     mesh = make_mesh(*[kind] * 3, sizes=draw(st.sampled_from([(2, 2, 2), (8, 1, 1), (1, 4, 2)])))
     split: list[tuple[str, ...]] = [(), (), ()]
@@ -42,11 +43,11 @@ def layouts(draw, case):
             continue
         devices = math.prod(mesh.shape[other] for other in (*split[axis], name))
         size = (case.batch, case.seq_len, case.num_kv_heads)[axis]
-        if size % devices == 0 or (kind == "Auto" and axis != 2):  # what is cut unevenly has no type
+        if size % devices == 0 or (kind == "Auto" and axis != 2):  # an array that is cut unevenly has no type
             split[axis] += (name,)
     sizes = {P("x"): case.batch, P(None, "y"): case.num_tokens or case.num_q_heads}
     if jax.__version_info__ >= (0, 11):
-        # It has no type for a gradient, of our query or of anything, that XLA splits among some of an axis's devices.
+        # JAX 0.11 has no type for a gradient that XLA splits among only some of the devices of an axis.
         sizes = {spec: size for spec, size in sizes.items() if size % mesh.shape[spec[-1]] == 0}
     batch, heads = own_axes(case, mesh, {name for names in split for name in names})
     table = P(draw(st.sampled_from([None, batch]), "what splits the page table"))
@@ -56,7 +57,8 @@ def layouts(draw, case):
 
 
 def own_axes(case, mesh, used):
-    """Axes of the mesh, or None, for what the cache has no axis for: sequences of a pool, and query heads of one kv head."""
+    """Two axes of the mesh, or None: one for the sequences of a pool, and one for the query heads of one kv head. The cache has
+    neither of these axes."""
     free = [name for name in mesh.axis_names if name not in used]
 
     def take(has, size):
@@ -67,7 +69,7 @@ def own_axes(case, mesh, used):
 
 @st.composite
 def maps(draw, arguments):
-    """Names of the arguments that `vmap` maps, how many maps, and which of them has the arguments as they are."""
+    """Names of the arguments that `vmap` maps, the number of maps, and the map that has the arguments as they are."""
     everything = ("query", "softmax_aux", "page_table", *LENGTHS, *CACHE)
     groups = [("query",), ("softmax_aux",), LENGTHS, CACHE, ("query", *CACHE), everything]
     groups += [("page_table",), ("query", "page_table", *LENGTHS)] * ("page_table" in arguments)
@@ -76,7 +78,7 @@ def maps(draw, arguments):
 
 
 def on_mesh(call, layout, mapping):
-    """A call like `call`, whose cache is spread out and whose arguments `mapping` are stacked with others."""
+    """A call like `call`, whose cache is split on a mesh. The arguments that `mapping` names are stacked with other values."""
     (kind, mesh, (batch, rows, heads), query_spec, table_spec), (names, size, at) = layout, mapping
     specs = {"query": query_spec, "page_table": table_spec} | {name: P(batch, rows, heads) for name in ("key", "value")}
     specs |= {name: P(batch, heads, rows) for name in ("key_scale", "value_scale")}
@@ -93,7 +95,7 @@ def on_mesh(call, layout, mapping):
         @jax.jit
         def function(arrays):
             one = functools.partial(call, **settings)
-            if kind == "Auto":  # only inside may a split be uneven
+            if kind == "Auto":  # a split may be uneven only inside jit
                 arrays |= {name: jax.lax.with_sharding_constraint(arrays[name], sharding(name)) for name in split}
             if not names:
                 return one(**arrays)
@@ -115,7 +117,7 @@ def check(data, call, **options):
     mapping = data.draw(maps(arguments), "maps")
     if not {"page_table", *CACHE, *LENGTHS} & set(
         mapping[0]
-    ):  # or other maps would see the junk, and hand it on in gradients of what they share
+    ):  # otherwise other maps see the junk, and it reaches gradients of what they share
         arguments = case.draw(seed, poison=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "softmax_aux of shape", UserWarning)  # N may equal Hq

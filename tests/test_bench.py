@@ -1,4 +1,4 @@
-"""The benchmark's measurements: what is drawn, checked, and refused a time. How fast anything is, no test says."""
+"""The benchmark's measurements: what is drawn, what is checked, and what gets no time. No test is about how fast anything is."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ NARROW = dataclasses.replace(TINY, value_dim=32, lengths=("full",))
 IN_PAGES = [variants(case, page_sizes=[20])[-1] for case in (TINY, BOTH, LATENT, NARROW)]  # 20 does not divide 48
 CASES = [TINY, FEATURES, TOKENS, INT8, BOTH, LATENT, NARROW, *IN_PAGES]
 MACHINE = Machine("cpu", "a test", 1 << 30, 1e9, 2e9)
-OURS = bench.Candidate("ours", functools.partial(bench.decode_step, backend=TextbookBackend()), ours=True)  # quickly compiled
+OURS = bench.Candidate("ours", functools.partial(bench.decode_step, backend=TextbookBackend()), ours=True)  # compiles quickly
 
 by_label = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -56,7 +56,7 @@ def test_forward(case):
 
 @pytest.mark.parametrize("case", [TINY, TOKENS, BOTH], ids=label)
 def test_gradient(case):
-    """Of a quantised cache there is none to be written, so its bytes are those that are read."""
+    """A quantised cache has no gradient to write. So the bytes of the backward pass are the bytes that are read."""
     row, found = measure(case, gradients=True)
     assert found["ours"]["ok"]
     assert set(found["ours"]["timings"]) == {"gradient", "backward"}
@@ -71,7 +71,7 @@ def test_gradient(case):
 @pytest.mark.parametrize("case", [LATENT, NARROW, *IN_PAGES], ids=str)
 @pytest.mark.parametrize("gradients", [False, True])
 def test_pages_and_widths(case, gradients):
-    """The bytes of a pool are those of the padded cache and the entries of the table; it has no gradient."""
+    """The bytes of a pool are the bytes of the padded cache and of the table's entries. A pool has no gradient."""
     row, found = measure(case, gradients=gradients)
     assert found["ours"].get("refused") is None
     padded = dataclasses.replace(case, page_size=None)
@@ -86,7 +86,7 @@ def test_pages_and_widths(case, gradients):
 
 @pytest.mark.parametrize("case", IN_PAGES, ids=str)
 def test_a_pool_in_random_order(case):
-    """Each sequence has pages of its own; one that is read in another order gives another answer, which is found."""
+    """Each sequence has pages of its own. Reading the pages in another order gives another answer, and the check finds that."""
     drawn = inputs.draw(case, 5, 2, on_device=False)
     table = np.asarray(drawn.rest["page_table"])
     assert sorted(table.flat) == list(range(table.size))
@@ -119,7 +119,8 @@ def test_wrong_gradients_are_found(case, what):
 
 @by_label
 def test_sample(case):
-    """What the oracle says of a sample is what it says of the whole; a head or a token that is wrong in it is found."""
+    """The oracle's answer for a sample is its answer for the whole. The check finds a head or a token that is wrong in the
+    sample."""
     drawn = inputs.draw(case, 5, 1, on_device=False)
     arguments = {name: np.asarray(x) for name, x in drawn.arguments().items()}
     out, _ = oracle(**arguments, **inputs.settings(case))
@@ -172,13 +173,13 @@ def test_memory():
 
 @by_label
 def test_bytes(case):
-    """Those of the arrays that are drawn, scales and all."""
+    """The bytes of a case are the bytes of the arrays that are drawn, scales included."""
     (cache,) = inputs.draw(case, 1, 1, on_device=True).caches
     assert inputs.cache_bytes(case) == sum(x.nbytes for x in cache.values())
 
 
 def test_scaling_goes_on_without_a_point(monkeypatch):
-    """Where a size has no room, or something fails, the other points stand."""
+    """If a size has no room, or something fails, the other points remain."""
     found = {"timings": {"forward": {"seconds": 1.0, "time": {}}}}
 
     def fake(case, *args):
@@ -202,7 +203,7 @@ def test_scaling_goes_on_without_a_point(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Those who take part
+# The candidates
 
 
 def test_peer_beside_us():
@@ -239,7 +240,7 @@ def test_absent_peer():
 
 
 def test_kernels_are_what_counts_on_a_gpu(monkeypatch):
-    """There each candidate is traced by itself, on copies of the cache that differ."""
+    """On a GPU each candidate is traced by itself, on copies of the cache that differ."""
     traced = []
 
     def trace(call, runs, wait):
@@ -268,7 +269,7 @@ SPLIT = Case("split", 4, 48, 8, 4, 16, lengths=("uniform", 3, 40), sinks=("query
 
 
 def test_split(monkeypatch):
-    """Each way has run in a loop before its time counts."""
+    """Each way to split has run in a loop before it is timed."""
 
     def loop_times(loop, calls, runs):
         out = loop(3)()
@@ -289,7 +290,7 @@ def test_split(monkeypatch):
 
 
 def test_split_with_a_narrow_value(monkeypatch):
-    """The loop goes on though the output is narrower than the query."""
+    """The loop works although the output is narrower than the query."""
     shapes = []
     timing_of = lambda loop, *args: shapes.append(loop(3)().shape) or timing.Timing("loop", timing.Spread.of([1.0]))
     monkeypatch.setattr(devices, "loop_times", timing_of)
@@ -300,7 +301,7 @@ def test_split_with_a_narrow_value(monkeypatch):
 
 
 def test_only_what_is_right_is_timed(monkeypatch):
-    """The cache is where it is said to be, its scales with it, and what is wrong there has no time."""
+    """The cache and its scales are where the way to split says. A wrong result there gets no time."""
     case = dataclasses.replace(SPLIT, cache_dtype="int8", scales="row")
     seen: dict[str, list] = {"key": [], "key_scale": [], "query": [], "sequence_end": []}
 

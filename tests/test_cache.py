@@ -1,4 +1,5 @@
-"""`KVCache`: what a write puts where, against rows written by hand; attention over the cache; and that a write stays in place."""
+"""`KVCache`: where a write puts rows, compared with rows written by hand; attention over the cache; and that a write is in
+place."""
 
 import dataclasses
 import functools
@@ -54,12 +55,12 @@ def zeros(layout: dict[str, Any], dtype="float32", seq_len=SEQ_LEN) -> Any:
 
 
 def floats(dtype):
-    """The dtype of the model beside a cache of `dtype`."""
+    """The dtype of the model for a cache of `dtype`."""
     return dtype if jnp.dtype(dtype).itemsize > 1 else "bfloat16"
 
 
 def new_rows(cache, num_tokens, seed=0) -> tuple[Any, Any]:
-    """Key and value of `num_tokens` tokens per sequence, or for None one token in three axes."""
+    """Key and value of `num_tokens` tokens per sequence. If `num_tokens` is None, one token in three axes."""
     rng = np.random.default_rng(seed)
     tokens = () if num_tokens is None else (num_tokens,)
     held = cache.key, cache.value
@@ -73,7 +74,7 @@ def arrays_of(cache) -> dict[str, Any]:
 
 
 def write_by_hand(arrays, key, value, at, lengths=None):
-    """Row by row, in Python's integers."""
+    """A write row by row, with Python's integers."""
     table = arrays.get("page_table")
     num_pages, page_size = arrays["key"].shape[:2]
     seq_len = page_size * (1 if table is None else table.shape[1])
@@ -111,7 +112,8 @@ def assert_same(cache, arrays):
 
 @combinations(DTYPES)
 def test_a_loop_of_writes_then_attention(layout, dtype):
-    """A ragged prompt, single tokens, drafts of which some are there, until a sequence is full; then as over plain arrays."""
+    """A ragged prompt, single tokens, and drafts that are there in part, until a sequence is full. Attention is then the same as
+    over plain arrays."""
     cache = zeros(layout, dtype)
     arrays, lengths = arrays_of(cache), np.array([0, 0, 0], np.int32)
     write = jax.jit(KVCache.write, donate_argnums=0)
@@ -123,7 +125,7 @@ def test_a_loop_of_writes_then_attention(layout, dtype):
         lengths = lengths + np.array(counts, np.int32)
     assert_same(cache, arrays)
     assert lengths[0] > SEQ_LEN  # the last draft of the first sequence did not fit
-    lengths[1] = min(lengths[1], 8)  # the rows before the page that is not there
+    lengths[1] = min(lengths[1], 8)  # the rows before the missing page
     lengths[2] = min(lengths[2], 4) if "page_table" in layout else lengths[2]
 
     query = jnp.asarray(np.random.default_rng(9).standard_normal((BATCH, 4, DIM)), floats(dtype))
@@ -146,8 +148,9 @@ AT = {
 @pytest.mark.parametrize("integers", AT)
 @pytest.mark.parametrize("layout", ["padded", "pages of a table"])
 def test_rows_elsewhere_are_dropped(layout, integers, x64):
-    """Before the cache, beyond it, at the ends of any type, and where there are no tokens; nothing else changes."""
-    for seq_len in (SEQ_LEN, 400):  # rows beyond what int8 counts
+    """Rows are dropped before the cache, beyond it, at the ends of any integer type, and where a sequence has no tokens. Nothing
+    else changes."""
+    for seq_len in (SEQ_LEN, 400):  # 400 rows are more than int8 can count
         table = {"page_table": np.resize(TABLE, (BATCH, -(-seq_len // 4)))} if layout != "padded" else {}
         cache = zeros(LAYOUTS[layout] | table, seq_len=seq_len)
         cache = jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, cache)
@@ -162,19 +165,19 @@ def test_rows_elsewhere_are_dropped(layout, integers, x64):
 
 @pytest.mark.parametrize("integers", ["int8", "uint8", "int16", "uint32"])
 def test_page_tables_of_any_integers(integers):
-    """An entry outside the pool, at the ends of its type, takes no rows."""
+    """A page outside the pool takes no rows, also at the ends of the table's integer type."""
     info = np.iinfo(integers)
     table = np.array([[1, info.max], [info.min, 200 if info.max > 200 else 100], [0, 3]], integers)
     cache = zeros({"page_size": 4, "num_pages": 6, "page_table": table}, seq_len=8)
     key, value = new_rows(cache, 8)
     arrays = arrays_of(cache)
-    lengths = [8, 8, 8] if info.min else [8, 0, 4]  # entry 0 is a page where there are no negative numbers, and no two may share it
+    lengths = [8, 8, 8] if info.min else [8, 0, 4]  # without negative numbers entry 0 is a page, and no two sequences may share it
     write_by_hand(arrays, key, value, [0, 0, 0], lengths)
     assert_same(cache.write(key, value, np.zeros(3, np.int32), np.array(lengths)), arrays)
 
 
 def test_a_row_of_several_sequences():
-    """One of the two rows remains, whole: inactive slots may share a page for what nobody reads."""
+    """One of the two rows remains, whole. So inactive slots may share a page for rows that nobody reads."""
     cache = zeros({"page_size": 4, "num_pages": 4, "page_table": np.array([[1], [0], [0]], np.int32)}, seq_len=4)
     key, value = new_rows(cache, 2)
     written = cache.write(key, value, np.zeros(3, np.int32))
@@ -189,7 +192,8 @@ def test_rows_are_rounded_up_to_whole_pages():
 
 @pytest.mark.parametrize("layout", ["padded", "pages of a table"])
 def test_only_a_padded_cache_promises_unique_places(layout):
-    """XLA may do anything if the promise is broken. In pages, only the caller knows whether sequences share a page."""
+    """XLA may do anything if the promise of unique places is broken. In pages, only the caller knows whether sequences share a
+    page."""
     cache = zeros(LAYOUTS[layout])
     text = jax.jit(KVCache.write).lower(cache, *new_rows(cache, 3), np.zeros(BATCH, np.int32)).as_text()
     assert ("unique_indices = true" in text) == (layout == "padded")
@@ -197,7 +201,7 @@ def test_only_a_padded_cache_promises_unique_places(layout):
 
 
 def test_dropped_rows_have_places_of_their_own():
-    """The promise of unique places includes the rows that are dropped: beyond the cache, before the cache, and padding tokens."""
+    """The promise of unique places includes the dropped rows: those before and beyond the cache, and padding tokens."""
     page, offset = _places(zeros({}), np.array([11, -2, 2]), np.array([3, 3, 1]), 3)
     places = np.stack([np.broadcast_to(page, offset.shape), offset], axis=-1).reshape(-1, 2)
     assert len(np.unique(places, axis=0)) == 3 * BATCH
@@ -220,7 +224,7 @@ def test_the_docstring_runs(promoted_ranks):
 # ---------------------------------------------------------------------------------------------------------------------------
 # In place
 
-# XLA for CPUs computes a scatter of these in a wider float, of the whole array, whoever writes it.
+# For these dtypes XLA for CPUs converts the whole array to a wider float at each scatter.
 WIDENED = {"float8_e4m3fn", "float8_e5m2"} | ({"bfloat16"} if jax.__version_info__ < (0, 11) else set())
 IN_PLACE = [dtype for dtype in DTYPES if jax.default_backend() != "cpu" or dtype not in WIDENED]
 
@@ -238,7 +242,7 @@ def large(layout, dtype):
 
 
 def assert_in_place(function, cache, *rest):
-    """Every array of the donated cache is written where it lies, and nothing of its size is held besides."""
+    """Every array of the donated cache must be written in place, and the program must hold nothing else of the cache's size."""
     compiled = jax.jit(function, donate_argnums=0).lower(cache, *rest).compile()
     memory: Any = compiled.memory_analysis()
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)]
@@ -258,7 +262,7 @@ def specs_of(cache, num_tokens=3):
 @pytest.mark.optimised
 @combinations(IN_PLACE)
 def test_a_write_is_in_place(layout, dtype):
-    """Alone, and in the carry of a loop."""
+    """A write by itself, and a write in the carry of a loop."""
 
     def loop(cache, key, value, at, lengths):
         body = lambda cache, i: (cache.write(key, value, at + i, lengths), None)
@@ -281,7 +285,7 @@ LAYERS = 4
 
 
 def scan_over_layers(cache, table, queries, keys, values, at):
-    """All layers in one pool of LAYERS times as many pages, in the carry of a scan over them."""
+    """A scan over the layers, with one pool in the carry. The pool has the pages of all layers."""
     num_pages = cache.key.shape[0] // LAYERS
 
     def layer(cache, x):
@@ -297,7 +301,7 @@ def scan_over_layers(cache, table, queries, keys, values, at):
 @pytest.mark.optimised
 @pytest.mark.parametrize("page_size", [32, 4096])
 def test_layers_in_one_pool_are_in_place(page_size):
-    """With attention inside; a padded cache is a pool of one page per sequence."""
+    """Writes and attention. A padded cache is a pool of one page per sequence."""
     pages = 4096 // page_size
     pool = {"page_size": page_size, "num_pages": LAYERS * BATCH * pages}
     make = lambda: KVCache.zeros(BATCH, 4096, HEADS, 64, dtype="float32", **pool)
@@ -321,13 +325,26 @@ def test_layers_in_one_pool_are_a_list_of_caches():
     np.testing.assert_array_equal(cache.key, jnp.concatenate([one.key for one in caches]))
 
 
+def test_layers_in_one_pool_keep_the_pages_of_others():
+    """A sequence without pages writes nowhere if its entries are beyond the pool of all layers."""
+    new, at = jnp.ones((LAYERS, BATCH, 3, HEADS, DIM)), jnp.zeros(BATCH, jnp.int32)
+    pages = BATCH * 3
+    table = jnp.arange(pages, dtype=jnp.int32).reshape(BATCH, 3).at[0].set(LAYERS * pages)
+    cache = zeros({"page_size": 4, "num_pages": LAYERS * pages})
+    cache, _ = jax.jit(scan_over_layers)(cache, table, new, new, new, at)
+    written = cache.key.any((1, 2, 3)).reshape(LAYERS, BATCH, 3)
+    np.testing.assert_array_equal(
+        written, np.broadcast_to([[False] * 3, [True, False, False], [True, False, False]], written.shape)
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # A tree of arrays
 
 
 @combinations(["float32", "int8"])
 def test_through_transformations(layout, dtype):
-    """Mapped, stacked, scanned and of shapes alone."""
+    """The cache is mapped, stacked, scanned, and made of shapes alone."""
     cache = zeros(layout, dtype)
     key, value = new_rows(cache, 2)
     at = jnp.array([0, 3, 9], jnp.int32)
@@ -345,7 +362,7 @@ def test_through_transformations(layout, dtype):
 
 
 def test_plain_arrays_are_a_cache():
-    """As a prompt leaves them."""
+    """A cache can be made of the arrays of a prompt."""
     rng = np.random.default_rng(0)
     stored, scale = quantize(jnp.asarray(rng.standard_normal((BATCH, SEQ_LEN, HEADS, DIM)), jnp.float32))
     cache = KVCache(stored, stored, scale, scale)
@@ -365,7 +382,7 @@ def test_the_table_is_replaced():
 
 
 def test_gradients_pass_through_a_write():
-    """Gradients of a padded cache of floats: what is replaced has none, what is new has that of its row."""
+    """A padded cache of floats: a row that is replaced has no gradient, and a new row has the gradient of its place."""
     cache = jax.tree.map(lambda x: x + 1, zeros({}))
     key, value = new_rows(cache, 3)
     at, lengths = np.array([0, 10, 4], np.int32), np.array([3, 3, 1], np.int32)
@@ -383,7 +400,7 @@ def test_gradients_pass_through_a_write():
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_on_many_devices(mesh, spec, dtype):
-    """A cache that is split stays split, and nothing of its size is moved."""
+    """A cache that is split stays split, and nothing of its size moves between devices."""
     cache = KVCache.zeros(4, 512, 4, 16, dtype=dtype)
     batch, rows, heads, *_ = *spec, None, None, None
     place = lambda x: jax.device_put(x, NamedSharding(mesh, spec if x.ndim == 4 else P(batch, heads, rows)))

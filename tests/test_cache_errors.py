@@ -1,4 +1,4 @@
-"""What `KVCache` refuses, when it is made and when it is written to: every error says what came and what is accepted."""
+"""What `KVCache` refuses, when it is made and when it is written to. Every error says what came and what is accepted."""
 
 import re
 
@@ -19,18 +19,26 @@ MAKE = {
     "value_dim": (
         {"value_columns": (0, 4), "value_dim": 8},
         ValueError,
-        "value_dim must be None with value_columns, got 8 and (0, 4)",
+        "value_dim must be None if value_columns is given, got 8 and (0, 4)",
     ),
     "row_dim": (
         {"row_dim": 16},
         ValueError,
-        "row_dim must be None, or with value_columns at least head_dim; got 16 beside head_dim 8",
+        "row_dim must be None, or at least head_dim if value_columns is given; got row_dim 16, head_dim 8 and value_columns None.",
     ),
-    "narrow rows": ({"row_dim": 4, "value_columns": (0, 4)}, ValueError, "got 4 beside head_dim 8 and value_columns (0, 4)."),
+    "narrow rows": ({"row_dim": 4, "value_columns": (0, 4)}, ValueError, "got row_dim 4, head_dim 8 and value_columns (0, 4)."),
     "columns": ({"value_columns": (0, 9)}, ValueError, "value_columns must be (first, end) with 0 <= first < end <= 8"),
     "one column": ({"value_columns": 4}, ValueError, "value_columns must be two integers (first, end) or None, got 4."),
-    "num_pages": ({"num_pages": 4}, ValueError, "num_pages must be None for a padded cache, got one without page_size."),
-    "table": ({"page_table": TABLE}, ValueError, "page_table must be None for a padded cache, got one without page_size."),
+    "num_pages": (
+        {"num_pages": 4},
+        ValueError,
+        "num_pages must be None for a padded cache, got 4. For a cache in pages, pass page_size.",
+    ),
+    "table": (
+        {"page_table": TABLE},
+        ValueError,
+        "page_table must be None for a padded cache, got int32 of shape (3, 3). For a cache",
+    ),
     "table's shape": (
         {"page_table": TABLE, "page_size": 3},
         ValueError,
@@ -133,7 +141,8 @@ WRITE = {
     "value in the rows": (
         {"value_columns": (0, 4)},
         {},
-        "value must be None for a cache whose value is in the key's rows (value_columns=(0, 4)), got one. Pass whole rows as key.",
+        "value must be None for a cache whose value is in the key's rows (value_columns=(0, 4)), got float32 "
+        "of shape (3, 4, 2, 8). Pass whole rows as key.",
     ),
     "no value": ({}, {"value": None}, "value must be an array, got None of type NoneType."),
     "no key": ({}, {"key": 1.0}, "key must be an array, got 1.0 of type float."),
@@ -153,7 +162,7 @@ WRITE = {
         "at must be integers of shape (3,), the row of each sequence",
     ),
     "at of a pool": ({"page_size": 2}, {"at": jax.ShapeDtypeStruct((18,), jnp.int32)}, "at must be integers of shape (3,)"),
-    "one at": ({}, {"at": 0}, "at must be an array, got 0 of type int."),
+    "one at": ({}, {"at": 0}, "at must be an array, got 0 of type int. Pass one integer per sequence: jnp.full(batch, 0)."),
     "lengths": (
         {},
         {"lengths": jax.ShapeDtypeStruct((4,), jnp.int32)},
@@ -180,7 +189,7 @@ def test_a_stack_is_not_written_to_as_one():
 
 
 def test_scales_that_are_not_of_rows():
-    """A scale per head is good for a call, and is nothing that a write may change."""
+    """A scale per head is good for a call, but `write` cannot fill it."""
     stored, head = PADDED.astype(np.int8), np.ones(2, np.float32)
     cache = KVCache(stored, stored, head, head)
     assert call(np.ones((3, 4, 8), np.float32), **cache.arguments()).shape == (3, 4, 8)

@@ -1,4 +1,4 @@
-"""The command line: the report as text and as JSON, its exit status, and what it says of a backend that fails."""
+"""The command line: the report as text and as JSON, the exit status, and what the report says of a backend that fails."""
 
 import importlib.metadata
 import json
@@ -21,7 +21,7 @@ TINY = Case("tiny", 2, 64, 4, 2, 32, lengths=("skew", 3, 9))
 
 
 class Wrong(TextbookBackend):
-    """Zeros for an answer, for heads of 32, and no gradients."""
+    """A backend that returns zeros, for heads of 32, without gradients."""
 
     name = "wrong"
     platforms = frozenset({"cpu", "cuda"})
@@ -49,7 +49,7 @@ def _quick(monkeypatch):
 
 @pytest.fixture
 def install(monkeypatch):
-    """Installs made-up backends, `name="module:attribute"`, beside the real ones or alone."""
+    """Installs made-up backends, `name="module:attribute"`, in addition to the real backends or alone."""
 
     def install(alone=False, **values):
         real = importlib.metadata.entry_points(group=_registry.GROUP)
@@ -96,7 +96,7 @@ def test_json(capsys):
 
 
 def test_every_case_is_checked_by_default(monkeypatch):
-    """By every backend that can; whether they are right is the suite's business."""
+    """Each backend checks every case that it can do. The shared suite tests whether the results are right."""
     asked = []
 
     def verify(call, arguments):
@@ -138,7 +138,7 @@ def test_backend_that_raises(capsys, install):
     assert status == 1
     (found,) = (check for check in data["checks"] if check["backend"] == "raises")
     assert found == {"backend": "raises", "case": "mha", "ok": False, "raised": "ArithmeticError: not today"}
-    assert data["step"] == {"error": "ejk-ragged: ArithmeticError: not today"}  # it would be chosen there
+    assert data["step"] == {"error": "ejk-ragged: ArithmeticError: not today"}  # the broken backend would be chosen there
     text = _report.show_checks(data["checks"])
     assert "RAISED" in text
     assert "raises, mha: ArithmeticError: not today" in text
@@ -149,7 +149,7 @@ def test_backend_that_raises(capsys, install):
 def test_broken_backend(capsys, install):
     install(broken="no_such_module:Backend")
     status, data = run_json(capsys, "mha")
-    assert status == 0  # it is not used, and the report says so
+    assert status == 0  # the broken backend is not used, and the report says so
     (broken,) = (info for info in data["installation"]["backends"] if info["name"] == "broken")
     assert "No module named 'no_such_module'" in broken["broken"]
     assert "BROKEN: ModuleNotFoundError" in _report.show_installation(data["installation"])
@@ -198,7 +198,7 @@ def test_unknown_check(capsys):
 
 @pytest.mark.parametrize("arguments", [[], ["bench"], ["tune"]], ids=str)
 def test_help_asks_no_device(arguments):
-    """It takes no GPU's memory, and is there where JAX finds no device."""
+    """The help text takes no GPU memory, and works where JAX finds no device."""
     command = [sys.executable, "-m", "ejk_ragged", *arguments, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"JAX_PLATFORMS": "none_such"})
     assert "examples:" in done.stdout
@@ -212,7 +212,8 @@ def test_version(capsys):
 
 
 def test_explain_command(capsys):
-    """A named case and shapes, in words and as JSON; what a call would refuse has its reason and status 1."""
+    """A named case and shapes, in words and as JSON. For a case that the call would refuse, the command prints the reason and
+    exits with 1."""
     assert main(["explain", "full", "3,48,4:2,64,float32"]) == 0
     text = capsys.readouterr().out
     assert text.count("ragged_decode_attention of ") == 2
@@ -224,7 +225,7 @@ def test_explain_command(capsys):
 
 
 def test_explain_command_of_a_case_of_mla(capsys):
-    """Cases whose values are in the key's rows, or narrower than the keys, have names too."""
+    """Named cases include values in the key's rows, and values narrower than the keys."""
     assert main(["explain", "mla", "narrow-value"]) == 0
     text = capsys.readouterr().out
     assert "B 128, S 4096, heads 16:1, D 576" in text

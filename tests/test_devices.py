@@ -1,4 +1,4 @@
-"""Arrays are computed where they are, by that platform's backend, whatever else the machine has."""
+"""Arrays are computed where they are, by the backend of that platform, whatever other devices the machine has."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ CASE = Case("devices", 2, 20, 4, 2, 8, lengths=("uniform", 0, 20))
 
 
 class Recorder(TextbookBackend):
-    """Notes where it is asked to run."""
+    """A backend that notes the platforms on which it is asked to run."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ def on(device):
 
 
 def test_arrays_on_a_cpu():
-    """On a machine with an accelerator, which is its default, too."""
+    """Also on a machine whose default device is an accelerator."""
     (device, *_) = jax.devices("cpu")
     recorder = Recorder()
     out = ragged_decode_attention(**on(device), backend=recorder)
@@ -57,7 +57,7 @@ def test_no_jit_looks_at_the_arrays():
 
 
 def test_each_platform_asks_for_itself():
-    """Lowered for two platforms at once, the backend hears of both."""
+    """If a call is lowered for two platforms at once, the backend is asked for both."""
     recorder = Recorder()
     arrays, _ = draw(CASE)
     jitted = jax.jit(lambda **kw: ragged_decode_attention(**kw, backend=recorder))
@@ -81,7 +81,7 @@ def _has(platform):
 
 @pytest.mark.parametrize(("version", "platform"), [("cuda 12090", "cuda"), ("rocm 60200", "rocm"), ("", "cuda")])
 def test_both_kinds_of_gpu(version, platform):
-    """A device says "gpu" for both; JAX lowers for either by its own name."""
+    """A device says "gpu" for both kinds. JAX lowers for each kind by its own name."""
 
     class Client:
         platform_version = version
@@ -103,7 +103,7 @@ def test_explain_agrees_with_what_runs():
 
 @pytest.mark.parametrize("converted", [("query",), ("query", "key", "value")], ids=["query", "all"])
 def test_explain_converts_as_the_call_does(converted):
-    """NumPy's float64 is float32 where 64-bit types are not enabled, beside arrays of JAX too."""
+    """NumPy's float64 counts as float32 unless 64-bit types are enabled, also together with arrays of JAX."""
     arrays, _ = draw(CASE)
     arrays |= {name: np.asarray(arrays[name], np.float64) for name in converted}
     explanation = explain(**arrays)

@@ -1,4 +1,4 @@
-"""What README and the documentation show runs as shown."""
+"""The code that README and the documentation show runs as shown."""
 
 import inspect
 import pathlib
@@ -33,7 +33,7 @@ PAGES = [
 
 
 def python_blocks(page):
-    """The Python of a page, included files in place."""
+    """The Python blocks of a page, with included files in place."""
     text = (ROOT / page).read_text()
     text = re.sub(r'^--8<-- "(.*)"$', lambda match: (ROOT / "docs" / match[1]).read_text(), text, flags=re.MULTILINE)
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
@@ -44,14 +44,14 @@ def test_page(page):
     blocks = python_blocks(page)
     assert blocks
     names = {"__name__": page}
-    with jax.numpy_rank_promotion("allow"):  # they show what people write
+    with jax.numpy_rank_promotion("allow"):  # the pages show what users write
         for block in blocks:
             exec(compile(block, page, "exec"), names)
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))])
 def test_command_lines(page):
-    """The command takes what a page says, and by the names that are said first."""
+    """The command accepts the command lines of a page, and the page uses the first name of each option."""
     text = (ROOT / page).read_text()
     lines = re.findall(r"python -m ejk_ragged((?: [^`#\n]+)?)", text)
     assert "--rows" not in "".join(lines)

@@ -1,4 +1,4 @@
-"""Bad input: which error, naming what, and that it comes while tracing."""
+"""Bad input: the type of the error, what its message names, and that it is raised while tracing."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ejk_ragged import explain, FwdParams, quantize, ragged_decode_attention
+from ejk_ragged import explain, FwdParams, KVCache, quantize, ragged_decode_attention
 from ejk_ragged.testing import TextbookBackend
 
 
@@ -31,7 +31,7 @@ PAGES = {"key": POOL, "value": POOL, "page_table": TABLE}
 INT8_PAGES = {name: aval(N, PAGE, HKV, D, dtype="int8") for name in ("key", "value")} | {"page_table": TABLE}
 ROWS = {"key": aval(B, S, HKV, 12), "value": None, "value_columns": (4, 12), "softmax_scale": 0.3}
 
-# What is changed of a good call, the error, and what its message says: the argument, what came, what is accepted.
+# The change to a good call, the error, and its message, which names the argument, what came and what is accepted.
 ERRORS = {
     # shapes
     "query rank": (
@@ -116,12 +116,13 @@ ERRORS = {
     "quantised query": ({"query": aval(B, HQ, D, dtype="int8")}, ValueError, "query must have one of the dtypes float16,"),
     "int4": ({"key": aval(B, S, HKV, D, dtype="int4")}, ValueError, "key must have one of the dtypes float16, bfloat16, float32, "),
     # quantised caches
-    "int8 without scales": (INT8, ValueError, "key_scale must be given for an int8 cache, got None: without it the cache would be"),
+    "int8 without scales": (INT8, ValueError, "key_scale must be given for an int8 cache, got None. `quantize` returns the scale "),
     "int8 without one scale": (INT8 | {"key_scale": 1.0}, ValueError, "value_scale must be given for an int8 cache, got None"),
     "scale of a cache of floats": (
         {"value_scale": aval(HKV)},
         ValueError,
-        "value_scale must be None for a cache of floats, got one beside key of dtype float32.",
+        "value_scale must be None for a cache of floats, got float32 of shape (2,) and key of dtype float32. Scales are for a "
+        "cache of one of int8, float8_e4m3fn, float8_e5m2.",
     ),
     "scale of query heads": (
         SCALED | {"key_scale": aval(HQ)},
@@ -182,8 +183,16 @@ ERRORS = {
     ),
     "end booleans": ({"sequence_end": aval(B, dtype="bool")}, ValueError, "sequence_end must be None or integers"),
     "end scalar": ({"sequence_end": aval(dtype="int32")}, ValueError, "got int32 of shape ()."),
-    "end number": ({"sequence_end": 7}, TypeError, "sequence_end must be an array, got 7 of type int."),
-    "start list": ({"sequence_start": [0, 1]}, TypeError, "sequence_start must be an array, got [0, 1] of type list."),
+    "end number": (
+        {"sequence_end": 7},
+        TypeError,
+        "sequence_end must be an array, got 7 of type int. Pass one integer per sequence: jnp.full(batch, 7).",
+    ),
+    "start list": (
+        {"sequence_start": [0, 1]},
+        TypeError,
+        "sequence_start must be an array, got [0, 1] of type list. Pass jnp.asarray(sequence_start).",
+    ),
     # sinks
     "sink heads": (
         {"softmax_aux": aval(3, 1)},
@@ -303,7 +312,7 @@ ERRORS = {
     "columns beyond the rows": (
         ROWS | {"value_columns": (4, 13)},
         ValueError,
-        "value_columns must be (first, end) with 0 <= first < end <= 12, the columns of key's rows; got (4, 13) beside key "
+        "value_columns must be (first, end) with 0 <= first < end <= 12, the columns of key's rows; got (4, 13) and key "
         "(2, 12, 2, 12).",
     ),
     "no columns": (ROWS | {"value_columns": (4, 4)}, ValueError, "0 <= first < end <= 12, the columns of key's rows; got (4, 4)"),
@@ -352,7 +361,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_error(name):
-    """Raised of shapes alone, by the call and by `explain`; no array exists."""
+    """The call and `explain` raise the error from shapes alone: no array exists."""
     changes, error, message = ERRORS[name]
     pattern = message if name in ("unknown backend", "backend of a wrong type", "backend class") else re.escape(message)
     kwargs = GOOD | changes
@@ -370,7 +379,7 @@ def test_traced_settings(name):
     call = lambda x: ragged_decode_attention(*arrays, **{name: x})
     with pytest.raises(TypeError, match=f"{name} must be a number known while tracing, or None; got .* of type .*Tracer"):
         jax.jit(call)(1.0)
-    assert call(np.float32(1.0)).shape == QUERY.shape  # known numbers of any type
+    assert call(np.float32(1.0)).shape == QUERY.shape  # numbers of any type are accepted
     assert call(1).shape == QUERY.shape
 
 
@@ -384,7 +393,8 @@ class Elsewhere(TextbookBackend):
 
 
 def test_named_backend_that_cannot():
-    """Why it can't, and which one can; in the tracing already when it can on none of its platforms."""
+    """The error says why the backend cannot do the call, and which backend can. It is raised while tracing if the backend can do
+    the call on none of its platforms."""
     message = (
         r"backend 'textbook' cannot do this call \(B 2, S 12, heads 4:2, D 8, float32\) on cpu: it has no head dimension 8\. "
         r"Backends that can: .*\bxla\b"
@@ -394,7 +404,7 @@ def test_named_backend_that_cannot():
 
 
 def test_named_backend_of_another_platform():
-    """That it cannot run here is only known when it is lowered for here."""
+    """That the backend cannot run here is known only when the call is lowered for this platform."""
     call = functools.partial(ragged_decode_attention, backend=Elsewhere())
     assert jax.eval_shape(call, **GOOD).shape == QUERY.shape
     device = jax.devices("cpu")[0]
@@ -427,7 +437,7 @@ def test_fwd_params_checks(field):
 
 
 def test_fwd_params_are_frozen_and_hashable():
-    four: Any = np.int32(4)  # a field is an int, whichever integer it is made of
+    four: Any = np.int32(4)  # a field is an int, whatever integer type it is made of
     assert hash(FwdParams(num_warps=4)) == hash(FwdParams(num_warps=four))
     with pytest.raises(dataclasses.FrozenInstanceError):
         FwdParams().num_warps = 4  # pyright: ignore[reportAttributeAccessIssue] since it is frozen
@@ -439,7 +449,7 @@ def test_fwd_params_over():
 
 
 def test_other_hints():
-    """A backend's own hints are kept by name, and are given, merged and compared as fields are."""
+    """A backend's own hints are kept by name. They are given, merged and compared like the fields."""
     two: Any = np.int64(2)
     hints = FwdParams(num_warps=4, others={"unroll": two, "depth": 3})
     assert hints == FwdParams(num_warps=4, others=(("depth", 3), ("unroll", 2)))
@@ -459,7 +469,7 @@ def test_other_hints():
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# What people were seen to write, and the way out that the message names
+# Mistakes that users make, and the way out that the message names
 
 ONES, ROWS_OF_ONES = jnp.ones((B, HQ, D)), jnp.ones((B, S, HKV, D))
 CALL: Any = ragged_decode_attention
@@ -474,6 +484,8 @@ REF: Any = jax.new_ref(ROWS_OF_ONES)
             TypeError,
             ["key must be an array, got (int8 of shape (2, 12, 2, 8)", "unpack it: key, key_scale = quantize(...)"],
         ),
+        (lambda: CALL(ONES, KVCache(ROWS_OF_ONES, ROWS_OF_ONES), None), TypeError, ["got KVCache(", "**cache.arguments()"]),
+        (lambda: CALL(ONES, ROWS_OF_ONES[:1], ROWS_OF_ONES[:1]), ValueError, ["the same batch", "pass page_table"]),
         (lambda: CALL(ONES, REF, ROWS_OF_ONES), TypeError, ["jax.Ref", "key[...]"]),
         (lambda: quantize(REF), TypeError, ["jax.Ref", "x[...]"]),
         (
@@ -497,14 +509,24 @@ REF: Any = jax.new_ref(ROWS_OF_ONES)
             ["backend must be None, 'auto', a Backend instance", "float32 of shape"],
         ),
     ],
-    ids=["pairs", "ref", "ref to quantise", "window of one number", "heads first", "swapped query", "an array for a backend"],
+    ids=[
+        "pairs",
+        "cache",
+        "pool without a table",
+        "ref",
+        "ref to quantise",
+        "window of one number",
+        "heads first",
+        "swapped query",
+        "an array for a backend",
+    ],
 )
 def test_the_way_out(mistake, error, says):
     with pytest.raises(error) as caught:
         mistake()
     message = str(caught.value)
     assert [part for part in says if part not in message] == []
-    assert len(message) < 700  # and not the numbers of an array
+    assert len(message) < 700  # the message does not print the numbers of an array
 
 
 def test_explain_knows_platforms_by_jax_names():

@@ -1,4 +1,4 @@
-"""The examples: short runs of them, and that the check which `generate.py` makes of itself would notice a wrong decode."""
+"""Short runs of the examples. `generate.py` checks itself, and these tests show that its check finds a wrong decode step."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ CONFIG = {"layers": 2, "width": 32, "query_heads": 4, "kv_heads": 2, "head_dim":
 
 @pytest.fixture
 def generate():
-    """The example as a module of its own: a test may change it, and nothing traced before is used again."""
+    """The example as a fresh module: a test may change it, and nothing that was traced before is used again."""
     spec = importlib.util.spec_from_file_location("generate", PATH)
     assert spec is not None
     assert spec.loader is not None
@@ -51,7 +51,8 @@ def test_bad_options(generate, capsys):
 
 
 def compare(generate):
-    """The check's verdict on an untrained model, with sinks that differ from head to head; drawn, so that the bytes vary."""
+    """The verdict of the example's check on an untrained model. The sinks differ from head to head. They are drawn, so that the
+    bytes vary."""
     config = generate.Config(**CONFIG)
     model = generate.Model(config, jax.random.key(0))
     for block, key in zip(model.blocks, jax.random.split(jax.random.key(1), config.layers), strict=True):
@@ -107,7 +108,7 @@ def test_disagreements_by_hand(generate):
     scores[..., ord("a")] = 1
     other = scores.copy()
     other[1, 1, ord("b")] = 1.25
-    other[2, 1] = 99  # after the two have parted, nothing counts
+    other[2, 1] = 99  # after the two texts differ, nothing counts
 
     def written(scores):
         return scores.argmax(-1), scores
@@ -139,10 +140,10 @@ def test_progress(generate, monkeypatch, terminal):
 
 @pytest.mark.parametrize("right", [True, False])
 def test_many_devices(monkeypatch, capsys, right):
-    """Smaller heads than it has; and a step that is another on one device."""
+    """With smaller heads than the example has; and the check finds a step that gives another result on one device."""
     monkeypatch.setattr(many_devices, "HEAD_DIM", 8)
     monkeypatch.setattr(many_devices, "SPLITS", dict(list(many_devices.SPLITS.items())[-1:]))
-    jax.clear_caches()  # what was traced before is not used again
+    jax.clear_caches()  # nothing that was traced before is used again
     if not right:
         monkeypatch.setattr(many_devices, "ragged_decode_attention", wrong_on_one_device())
     assert many_devices.main() == (0 if right else 1)

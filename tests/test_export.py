@@ -1,4 +1,4 @@
-"""Ahead of time: `eval_shape`, lowering for platforms that this machine lacks, and `jax.export`."""
+"""Compiling ahead of time: `eval_shape`, lowering for platforms that this machine lacks, and `jax.export`."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def test_eval_shape_of_tokens(subject):
 
 
 def test_eval_shape_of_an_enormous_cache():
-    """More than 2**31 elements, of which none exists."""
+    """The cache has more than 2**31 elements, and none of them exists."""
     case = Case("", 8, 2**20, 32, 8, 128, "bfloat16")
     cache = jax.ShapeDtypeStruct((case.batch, case.seq_len, case.num_kv_heads, case.head_dim), jnp.bfloat16)
     query = jax.ShapeDtypeStruct((case.batch, case.num_q_heads, case.head_dim), jnp.bfloat16)
@@ -53,19 +53,19 @@ def test_eval_shape_of_an_enormous_cache():
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
 def test_lowers_for_any_platform(platform):
-    """Forward and backward, for machines that this one is not."""
+    """Forward and backward are lowered for machines other than this one."""
     arrays, _ = draw(CASE)
     lowered = jax.jit(jax.grad(loss, (0, 1, 2, 4))).trace(*shapes(arrays).values()).lower(lowering_platforms=(platform,))
     assert "func.func public @main" in lowered.as_text()
 
 
-# JAX exports no custom call whose meaning might change with its next release, unless it is told to; Triton kernels are such calls.
+# By default JAX refuses to export a custom call whose meaning might change with the next release. Triton kernels are such calls.
 TRITON = [export.DisabledSafetyCheck.custom_call(name) for name in ("__gpu$xla.gpu.triton", "triton_kernel_call")]
 
 
 @pytest.mark.parametrize(("backend", "checks"), [("auto", TRITON), ("xla", [])])
 def test_one_artifact_for_two_platforms(backend, checks):
-    """Exported for cpu and cuda together, serialised, read back, and called here."""
+    """One artifact is exported for cpu and cuda, serialised, read back, and called here."""
     arrays, _ = draw(CASE)
     jitted = jax.jit(functools.partial(function, backend=backend))
     exported = export.export(jitted, platforms=("cpu", "cuda"), disabled_checks=checks)(**shapes(arrays))

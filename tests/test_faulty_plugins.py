@@ -1,4 +1,5 @@
-"""A plug-in that raises when it is asked: the others go on, and who named it hears of it. And which backends are equal."""
+"""A plug-in that raises when it is asked: other backends do the call, and a caller who named the plug-in gets the error. And
+which backends are equal."""
 
 import contextlib
 import dataclasses
@@ -27,7 +28,7 @@ def cannot_be_entered(self, target):
     yield
 
 
-# What it raises in: what the message calls it, and the member of the class.
+# The place in which the plug-in raises: its name in the message, and the member of the class.
 FAULTS = {
     "supports": ("supports", fails),
     "unavailable": ("unavailable", fails),
@@ -54,7 +55,7 @@ def raised_in(kind, direction):
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_passed_over(kind, direction):
-    """With one warning, and with its reason."""
+    """The plug-in is passed over with one warning. `explain` has the reason."""
     made = Registry([faulty(kind), *entries(backend("good"))])
     what = raised_in(kind, direction)
     with pytest.warns(RuntimeWarning, match=f"^The backend 'faulty' of faulty-dist {what}: .*It is passed over") as caught:
@@ -70,7 +71,7 @@ def test_passed_over(kind, direction):
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_named(kind, direction):
-    """It raises, chained to what the plug-in raised."""
+    """A call that names the plug-in raises an error, chained to what the plug-in raised."""
     made = Registry([faulty(kind), *entries(backend("good"))])
     what = raised_in(kind, direction)
     with pytest.raises(BackendFailed, match=f"^The backend 'faulty' of faulty-dist {what}: ") as caught:
@@ -90,7 +91,7 @@ PRIORITIES = {
 
 @pytest.mark.parametrize("kind", PRIORITIES)
 def test_priorities_that_are_none(kind):
-    """One warning; the general priority counts, and the backend is asked in its turn."""
+    """One warning is given. The general priority counts, and the backend is asked in its turn."""
     member, says = PRIORITIES[kind]
     entry: Any = Entry("faulty", backend("faulty", 5, priority_for=member), "faulty-dist")
     given = [entry, *entries(backend("first", 9, why="no"))]
@@ -108,7 +109,7 @@ def test_priorities_that_are_none(kind):
 
 @pytest.mark.filterwarnings("ignore:The backend 'faulty'")
 def test_everybody_else_is_served():
-    """Where it is asked for other reasons than to do a call."""
+    """The plug-in fails where it is asked for other reasons than to do a call."""
     for kind in ("supports", "unavailable", "platforms"):
         made = Registry([faulty(kind), *entries(backend("good"), backend("picky", why="it is picky"))])
         with pytest.raises(ValueError, match=r"backend 'picky' cannot do this call .*: it is picky\. Backends that can: good\."):
@@ -123,7 +124,7 @@ def test_everybody_else_is_served():
 
 
 def test_one_platform_is_enough():
-    """A named one that raises for some platforms is kept for the others."""
+    """A named plug-in that raises for some platforms is kept for the others."""
     picky = backend("picky", supports=lambda self, problem, target: {"cpu": None, "cuda": "no"}[target.platform])
     made = Registry(entries(picky))
     made.check_named(made.get("picky"), PROBLEM)
@@ -132,7 +133,7 @@ def test_one_platform_is_enough():
 
 
 def test_gradients_of_the_next():
-    """The named one raises where it is asked for gradients; where another is asked, it is passed over."""
+    """A named plug-in that fails for gradients raises. If another backend is named, the plug-in is passed over."""
     made = Registry(
         entries(backend("half", 9, backward=Backend.backward), backend("faulty", 5, supports_backward=fails), backend("good"))
     )
@@ -144,7 +145,7 @@ def test_gradients_of_the_next():
 
 
 def test_hints_that_cannot_work_are_the_callers():
-    """No fault of the plug-in."""
+    """The caller's hints are at fault, not the plug-in."""
 
     def fwd_params(self, problem, target):
         if problem.fwd_params.num_warps == 3:
@@ -164,9 +165,9 @@ def test_a_priority_that_is_no_number():
 
 
 def test_through_a_call(install):
-    """Output and gradients are those of the next; named, the call raises."""
+    """Output and gradients come from the next backend. A call that names the plug-in raises."""
     install(backend("faulty", 9, lowering=fails), backend("good"))
-    arrays, _ = draw(Case("", 2, 14, 4, 2, 8))  # a shape that nobody else has compiled
+    arrays, _ = draw(Case("", 2, 14, 4, 2, 8))  # a shape that no other test has compiled
     loss = lambda query, name=None: jnp.sum(ragged_decode_attention(**arrays | {"query": query}, backend=name))
     with pytest.warns(
         RuntimeWarning, match="^The backend 'faulty' of made-up raised in `lowering`: .* It is passed over"
@@ -188,7 +189,7 @@ def test_through_a_call(install):
 
 
 def test_an_instance_that_nobody_registered():
-    """What it is called then."""
+    """What the message calls such an instance."""
     instance = backend("alone", supports=fails)()
     with pytest.raises(BackendFailed, match=r"^The backend 'alone' of \w+\.Alone raised in `supports`: KeyError"):
         registry.select("cpu", PROBLEM, instance)
@@ -199,7 +200,7 @@ def test_an_instance_that_nobody_registered():
 
 
 class Plain(TextbookBackend):
-    """A class as people write them, without a word on equality."""
+    """A class as users write it, without a definition of equality."""
 
     def __init__(self, tile=3, sizes=()):
         self.tile = tile
@@ -217,11 +218,11 @@ def test_equal_by_class_and_fields():
     instance = Plain()
     held = {instance: "compiled"}
     instance.seen = True  # pyright: ignore[reportAttributeAccessIssue]
-    assert held[instance] == "compiled"  # what it notes later does not lose it
+    assert held[instance] == "compiled"  # an attribute that is set later does not change the key
 
 
 def test_fresh_instances_share_what_is_compiled():
-    """One that is equal, and no other."""
+    """An equal instance shares it, and no other instance does."""
     traced = []
 
     class Counted(Plain):

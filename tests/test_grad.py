@@ -1,4 +1,4 @@
-"""Reverse differentiation: in all its forms, and no more of it than is asked for."""
+"""Reverse differentiation in all its forms. Only the gradients that are asked for are computed."""
 
 import dataclasses
 import functools
@@ -18,11 +18,11 @@ TOKENS = dataclasses.replace(CASE, num_tokens=3, query_lengths=(3, 2, 1), cache_
 NAMES = ("query", "key", "value", "softmax_aux")
 
 
-call = functools.partial(ragged_decode_attention, backend=TextbookBackend())  # the waist is under test, and this compiles quickly
+call = functools.partial(ragged_decode_attention, backend=TextbookBackend())  # the waist is under test; this compiles quickly
 
 
 def setting(call, case=CASE):
-    """The call as a function of its differentiable arrays, four or two, and these."""
+    """The call as a function of its differentiable arrays, two or four of them, and these arrays."""
     arrays, settings = draw(case)
     names = floats_of(arrays)
     floats = [arrays.pop(name) for name in names]
@@ -30,7 +30,7 @@ def setting(call, case=CASE):
 
 
 def total(x):
-    """A scalar of a result, with another weight for each element."""
+    """A scalar from a result, with a different weight per element."""
     return jnp.sum(x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape))
 
 
@@ -81,7 +81,7 @@ def test_vmap_of_grad_and_grad_of_vmap(subject):
 
 
 def test_vmap_of_grad_of_tokens():
-    """Each map's queries are tokens of one call, on one quantised cache."""
+    """The queries of the maps become tokens of one call, on one quantised cache."""
     function, (query, sinks) = setting(call, TOKENS)
     grad = jax.grad(lambda *args: total(function(*args)), (0, 1))
     queries = jnp.stack([query, 2 * query])
@@ -90,7 +90,7 @@ def test_vmap_of_grad_of_tokens():
 
 
 def test_jacobian():
-    """jacrev maps the pullback alone: cotangents with an axis that nothing else has."""
+    """jacrev maps only the pullback: cotangents have an axis that nothing else has."""
     function, floats = setting(call)
     few = lambda query, value: function(query, floats[1], value, floats[3])[0, 1]
     d_query, d_value = jax.jacrev(few, (0, 1))(floats[0], floats[2])
@@ -106,7 +106,7 @@ def test_lengths_have_no_gradients():
 
 
 class Recorder(TextbookBackend):
-    """Notes which gradients it is asked for."""
+    """A backend that notes which gradients it is asked for."""
 
     def __init__(self):
         super().__init__()
@@ -129,7 +129,7 @@ class Recorder(TextbookBackend):
     ],
 )
 def test_only_what_is_wanted(argnums, wanted):
-    """The cache's gradients are as large as the cache: they are not computed for a query's sake."""
+    """The cache's gradients are as large as the cache. They are not computed for the query's gradient."""
     recorder = Recorder()
     function, floats = setting(functools.partial(ragged_decode_attention, backend=recorder))
     got = jax.jit(jax.grad(lambda *args: total(function(*args)), argnums))(*floats)
@@ -147,9 +147,9 @@ def test_some_gradients(subject, argnums):
 
 
 def test_partial_results_merge():
-    """Two halves of a range, merged by their lse, give the whole, and so do the gradients through them."""
+    """Two halves of a range, merged by their lse, give the result of the whole range and its gradients."""
     arrays, _ = draw(Case("", 2, 30, 4, 2, 16))
-    middle, end = jnp.array([11, 20], jnp.int32), jnp.array([30, 20], jnp.int32)  # the second half of the second is empty
+    middle, end = jnp.array([11, 20], jnp.int32), jnp.array([30, 20], jnp.int32)  # the second sequence has an empty second half
 
     def merged(query, key, value):
         first, lse_1 = ragged_decode_attention(query, key, value, None, middle, return_lse=True)
@@ -163,7 +163,7 @@ def test_partial_results_merge():
 
 
 def test_debug_nans():
-    """No NaN on the way either: those who look for theirs with `jax_debug_nans` are not stopped here."""
+    """No NaN occurs on the way: a user who looks for NaN with `jax_debug_nans` is not stopped in this package."""
     arrays, _ = draw(Case("", 2, 30, 4, 2, 16, lengths=("ranges", (5, 5), (3, 20))))
     lengths = arrays.pop("sequence_start"), arrays.pop("sequence_end")
     with jax.debug_nans(True):
@@ -184,7 +184,7 @@ def test_once_and_in_reverse(transform):
 
 
 def test_no_forward_mode():
-    """As JAX has it for whatever has a reverse mode of its own."""
+    """JAX refuses forward mode of every function with a reverse mode of its own."""
     function, (query, *rest) = setting(call)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jacfwd(lambda query: function(query, *rest))(query)

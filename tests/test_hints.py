@@ -1,4 +1,4 @@
-"""Tuned hints: how they are kept and picked up, and what happens when what was kept is of no use."""
+"""Tuned hints: how they are kept and found, and what happens if the kept hints are of no use."""
 
 import concurrent.futures
 import contextvars
@@ -60,7 +60,7 @@ def test_calls_pick_up(backend, file):
     with tuned_hints(file):
         ragged_decode_attention(**arguments(backend=backend))
         ragged_decode_attention(**arguments(backend=backend))
-        assert backend.traced == (1, 8)  # compiled for what the file says, and once
+        assert backend.traced == (1, 8)  # compiled once, with the hints of the file
         save(file, backend, num_warps=16)
         jax.jit(lambda arrays: ragged_decode_attention(**arrays, backend=backend))(arguments())
         with tuned_hints(None):
@@ -83,7 +83,8 @@ def test_explain_says_where_hints_come_from(backend, file):
 
 
 def test_hints_of_a_backend_alone(backend, file):
-    """`others` reach the backend, from the caller and from a file, and another program is compiled for them."""
+    """A backend's own hints, `others`, reach the backend from the caller and from a file. A program of their own is compiled for
+    them."""
     save(file, backend, num_warps=8, others={"depth": 3})
     with tuned_hints(file):
         tuned = explain(**arguments(backend=backend))
@@ -97,7 +98,8 @@ def test_hints_of_a_backend_alone(backend, file):
 
 
 def test_splits_that_are_given_stand_alone(backend, file):
-    """What a sequence gives with `num_key_splits` must not depend on the batch, so nothing that depends on it joins in."""
+    """With `num_key_splits` given, a sequence's result must not depend on the batch. So hints from a file, which depend on the
+    batch, are not merged in."""
     save(file, backend, num_warps=8)
     with tuned_hints(file):
         choice = chosen(backend=backend, fwd_params=FwdParams(num_key_splits=3))
@@ -112,7 +114,7 @@ def test_gradients_keep_the_defaults(backend, file):
 
 
 class Forward(Notes):
-    """Its hints mean nothing to `Gradients`, and it leaves the gradients to others."""
+    """A backend without gradients. Its hints mean nothing to `Gradients`."""
 
     name = "forward_only"
     priority = 9
@@ -125,7 +127,7 @@ class Forward(Notes):
 
 
 class Gradients(TextbookBackend):
-    """It takes powers of two, and notes what it gets."""
+    """A backend that takes powers of two, and notes the hints that it gets."""
 
     name = "gradients"
     asked: tuple = ()
@@ -143,10 +145,10 @@ class Gradients(TextbookBackend):
 @pytest.mark.parametrize("named", [None, "forward_only", Forward()], ids=["automatic", "by name", "an instance"])
 @pytest.mark.parametrize("splits", [None, 3])
 def test_hints_are_for_the_backend_of_the_forward(install, monkeypatch, named, splits):
-    """Another one that has the gradients resolves its own, with the batch invariance that was asked for."""
+    """Another backend has the gradients. It resolves its own hints, and keeps the batch invariance that was asked for."""
     install(Forward, Gradients)
     monkeypatch.setattr(Gradients, "asked", ())
-    jax.clear_caches()  # an equal instance may have been here before
+    jax.clear_caches()  # an equal instance may have been used before
     given = FwdParams(num_warps=6, block_size_keys=16, num_key_splits=splits)
     call = arguments(backend=named, fwd_params=given)
     jax.grad(lambda query: jnp.sum(ragged_decode_attention(**call | {"query": query})))(call["query"])
@@ -192,7 +194,7 @@ def test_other_classes(backend, change):
 
 
 def test_one_class(backend):
-    """Sizes up to the next power of two, and whatever the scale and the cap are."""
+    """Sizes count up to the next power of two. The scale and the cap do not count."""
     same = dataclasses.replace(PROBLEM, batch=4, seq_len=33, softmax_scale=1.0)
     assert _hints.key_of(backend, same, TARGET) == _hints.key_of(backend, PROBLEM, TARGET)
     caps = [dataclasses.replace(PROBLEM, logits_soft_cap=cap) for cap in (3.0, 4.0)]
@@ -200,7 +202,7 @@ def test_one_class(backend):
 
 
 def test_no_class(backend):
-    assert _hints.key_of(backend, PROBLEM, Target("cuda")) is None  # lowered for a device that is not here
+    assert _hints.key_of(backend, PROBLEM, Target("cuda")) is None  # a target without a device on this machine
     (symbolic,) = jax.export.symbolic_shape("b")
     assert _hints.key_of(backend, dataclasses.replace(PROBLEM, batch=symbolic), TARGET) is None
 
@@ -216,7 +218,7 @@ def test_the_users_own_file(backend, tmp_path, monkeypatch):
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name, appauthor: tmp_path / name)  # on any system
     _hints.default_file.cache_clear()
 
-    def outside():  # of what the tests' own fixture gives
+    def outside():  # outside of the tests' own fixture
         before = chosen(backend=backend).hints_from
         save(_hints.default_file(), backend, num_warps=8)
         return before, chosen(backend=backend).hints_from
@@ -229,7 +231,7 @@ def test_the_users_own_file(backend, tmp_path, monkeypatch):
 
 
 def test_without_platformdirs(backend, monkeypatch):
-    """Calls go on with defaults; nothing can have been tuned there."""
+    """Calls use the defaults. Nothing can have been tuned on such a machine."""
     _hints.default_file.cache_clear()
     monkeypatch.setitem(sys.modules, "platformdirs", None)
     try:
@@ -262,7 +264,7 @@ def test_without_platformdirs(backend, monkeypatch):
     ],
 )
 def test_damaged(backend, file, text):
-    """One warning, and then as if there were no file; saving repairs it."""
+    """One warning is given, and calls go on as if there were no file. Saving repairs the file."""
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with tuned_hints(file):
         with pytest.warns(RuntimeWarning, match=r"tuned hints in .*tuned.json are ignored: "):
@@ -274,7 +276,7 @@ def test_damaged(backend, file, text):
 
 
 def test_stale(backend, file):
-    """Hints that the backend refuses by now: one warning, and its defaults."""
+    """The backend now refuses the kept hints: one warning is given, and the defaults are used."""
     save(file, backend, num_warps=3)
     with tuned_hints(file):
         with pytest.warns(RuntimeWarning, match="Tuned hints are ignored: FwdParams.num_warps must not be 3"):
@@ -306,7 +308,7 @@ def test_saving_at_once(file, backend):
 
 
 def test_lock_of_the_dead(file, backend):
-    """A file that nobody holds is no lock, however old or new."""
+    """A file that no process holds is no lock, however old or new it is."""
     lock = file.with_suffix(".lock")
     for age in (0, 1000):
         lock.touch()
@@ -317,7 +319,7 @@ def test_lock_of_the_dead(file, backend):
 
 
 def test_an_old_lock_is_held_by_one(file):
-    """However long ago it was taken."""
+    """A held lock counts however long ago it was taken."""
     lock, inside = file.with_suffix(".lock"), threading.Event()
     saving = threading.Thread(target=lambda: (_hints.save(file, {"a": {"fwd_params": {}}}), inside.set()))
     with _hints._lock(lock):
@@ -340,7 +342,7 @@ for i in range(40):
 
 
 def test_processes_saving_at_once(file):
-    """They begin together beside a lock that was left behind; nothing is lost."""
+    """Several processes save at the same time, and a lock was left behind. Nothing is lost."""
     lock = file.with_suffix(".lock")
     lock.touch()
     os.utime(lock, (0, 0))
@@ -376,7 +378,7 @@ def test_a_lock_dies_with_its_process(file):
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no umask, and no modes for a file's group and for others")
 def test_mode(file, backend):
-    """What the umask gives a new file, and what the user gave an old one."""
+    """A new file has the mode that the umask gives. An old file keeps the mode that the user gave it."""
     for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
         before = os.umask(mask)
         try:

@@ -1,4 +1,4 @@
-"""Ctrl-C in a command: one line that says what is kept and where, status 130, and no traceback."""
+"""Ctrl-C in a command: one line says what is kept and where, the status is 130, and there is no traceback."""
 
 import signal
 import subprocess
@@ -12,12 +12,12 @@ pytestmark = pytest.mark.skipif(
     reason="Windows sends Ctrl-C to a whole console, not to one process, so the test would interrupt its own runner",
 )
 
-# Where the tests run in the background, SIGINT is ignored, and a process inherits that.
+# If the tests run in the background, SIGINT is ignored, and processes inherit this.
 HEARD = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 """
-# A part that has begun waits for the signal, so that the test has not to be quick.
+# A part that has begun waits for the signal, so that the test need not be quick.
 BEFORE = """
 import itertools, sys, time
 from ejk_ragged import __main__
@@ -50,7 +50,7 @@ from ejk_ragged import __main__
 
 
 def interrupted(script, *arguments, until, on="stderr"):
-    """What a command leaves on both streams, if Ctrl-C comes after a line that begins with `until`; and its status."""
+    """Both output streams and the status of a command that gets Ctrl-C after a line that begins with `until`."""
     command = [sys.executable, "-c", HEARD + script + RUN, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -106,5 +106,5 @@ def test_report():
 
 
 def test_while_it_begins():
-    """What the commands need is imported when the handler is there."""
+    """The handler is installed before the commands' modules are imported."""
     assert interrupted(IMPORTING, "bench", until="importing") == ("", "Interrupted. Nothing is kept.\n")

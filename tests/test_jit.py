@@ -1,4 +1,4 @@
-"""Under `jax.jit`, and without it."""
+"""Calls under `jax.jit`, and without it."""
 
 import dataclasses
 import functools
@@ -63,7 +63,7 @@ def test_closed_over_constants(constant):
 
 
 def test_no_jit(subject):
-    """`jax.disable_jit` runs the backend operation by operation."""
+    """With `jax.disable_jit` the backend runs operation by operation."""
     arrays, _ = draw(Case("", 2, 20, 2, 1, 8, lengths=("uniform", 0, 20)))
     want = subject.call(**arrays, return_lse=True)
     with jax.disable_jit():
@@ -85,7 +85,8 @@ def test_no_jit_with_gradients():
 
 @pytest.mark.parametrize("field", ["start", "sink", "key_scale"])
 def test_shapes_are_checked_inside(field):
-    """pytest's import hook (`--jaxtyping-packages` in pyproject.toml) holds the waist to its annotations, the operands together."""
+    """pytest's import hook (`--jaxtyping-packages` in pyproject.toml) checks the annotations of the waist, with all operands
+    together."""
     arrays, _ = draw(CASE)
     lengths, sink = jnp.zeros((3, 1), jnp.int32), jnp.zeros((1, 1, 4))
     operands = {"query": arrays["query"][:, None], "start": lengths, "end": lengths, "sink": sink}

@@ -1,7 +1,8 @@
-"""Programs that JAX keeps on disk, of calls with automatic axes: each request has its own, and the next process finds it again.
+"""Programs of calls with automatic axes that JAX keeps on disk. Each request has a program of its own, and the next process finds
+it again.
 
-What XLA's partitioner puts into such a program it learns from a callback into Python, of which the program holds an address. The
-key under which a program is kept leaves that address out, where JAX is told to.
+XLA's partitioner learns what to put into such a program from a callback into Python. The program holds the callback's address.
+If JAX is told to, it leaves the address out of the key under which the program is kept.
 """
 
 import dataclasses
@@ -82,7 +83,7 @@ print(json.dumps(report))
 
 
 def run(folder, *calls):
-    """In a process of its own: by call, the error against one device, and whether the program was on disk."""
+    """Runs this file in a new process. Returns, per call, the error against one device, and whether the program was on disk."""
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(folder),
         "JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY": "1",
@@ -99,13 +100,14 @@ NAMED = ["plain", "scale", "cap", "window", "wide window", "hints", "backend"]
 
 
 def test_each_request_has_its_own(tmp_path):
-    """One process after another, with the same shapes: right numbers, and what was compiled before is found."""
+    """Processes run one after another with the same shapes. The numbers are right, and each process finds what was compiled
+    before."""
     first = run(tmp_path, *NAMED, "double")
     assert {name: error for name, (error, _) in first.items() if error > 1e-4} == {}
     assert not any(found for _, found in first.values())
     second = run(tmp_path, "double", *reversed(NAMED))
     assert {name: error for name, (error, _) in second.items() if error > 1e-4} == {}
-    # A class of a script may be another one the next time.
+    # In the next process, a class of a script may be another class.
     assert {name for name, (_, found) in second.items() if not found} == {"double"}
 
 
@@ -135,9 +137,9 @@ def test_names_differ_where_requests_do():
     requests = [REQUEST, *(dataclasses.replace(REQUEST, **changes) for changes in OTHERS.values())]
     named = {registry.fingerprint(request) for request in requests}
     assert len(named) == len(requests)
-    for field in dataclasses.fields(Settings):  # none is left out above
+    for field in dataclasses.fields(Settings):  # no field is missing above
         assert any(getattr(request.settings, field.name) != getattr(SETTINGS, field.name) for request in requests)
-    alike = dataclasses.replace(REQUEST, tuned=Tuned("some bytes", {"a": FwdParams()}))  # as they compare
+    alike = dataclasses.replace(REQUEST, tuned=Tuned("some bytes", {"a": FwdParams()}))  # alike, because they are equal
     assert registry.fingerprint(alike) in named
 
 
@@ -168,7 +170,7 @@ def test_names_differ_where_a_backends_fields_do():
 
 
 def test_names_are_alike_in_every_process():
-    """Whatever the order in which sets are walked through."""
+    """The names do not depend on the order in which sets are walked through."""
     script = (
         "from ejk_ragged._registry import registry, Request\n"
         "from ejk_ragged._problem import Settings\n"
@@ -191,7 +193,7 @@ def test_what_cannot_be_named_is_never_alike(value):
 
 
 def test_classes_that_cannot_be_imported_are_those_of_this_process():
-    """Two of one name are not one."""
+    """Two such classes of the same name differ."""
     one, other = backend("one"), backend("one")
     assert fingerprint(one) == fingerprint(one) != fingerprint(other)
     assert Registry(entries(one)).fingerprint(REQUEST) != Registry(entries(other)).fingerprint(REQUEST)

@@ -1,4 +1,4 @@
-"""Inside `lax.scan` and `while_loop`, with a cache that grows and is donated."""
+"""Calls inside `lax.scan` and `while_loop`, with a cache that grows and is donated."""
 
 import functools
 
@@ -17,7 +17,7 @@ START = jnp.array([0, 5], jnp.int32)
 
 
 def tokens():
-    """Queries and new keys and values of every step, and a cache that already holds something."""
+    """Queries, new keys and new values of every step, and a cache that already holds rows."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     steps = normal(STEPS, BATCH, HEADS, DIM), normal(STEPS, BATCH, KV_HEADS, DIM), normal(STEPS, BATCH, KV_HEADS, DIM)
@@ -51,7 +51,7 @@ def test_scan(subject):
 
 
 def test_while_loop():
-    """As a generation that stops at a condition; each output becomes part of the next query."""
+    """A generation that stops at a condition. Each output becomes part of the next query."""
     steps, cache = tokens()
 
     def body(state):
@@ -68,7 +68,7 @@ def test_while_loop():
 
 
 def test_gradients_through_a_scan():
-    """What comes earlier learns from what comes later, through the cache."""
+    """Earlier steps get gradients from later steps, through the cache."""
     steps, cache = tokens()
 
     def loss(looped, steps):
@@ -87,7 +87,7 @@ def test_gradients_through_a_scan():
 
 
 def test_donated_caches():
-    """The step updates the caches in place: nothing is warned about, and the buffers are the same."""
+    """The step updates the caches in place: there is no warning, and the buffers stay the same."""
     steps, cache = tokens()
     want = by_hand()
     jitted = jax.jit(lambda carry, token: step(ragged_decode_attention, carry, token), donate_argnums=0)
@@ -106,7 +106,7 @@ def test_donated_caches():
 
 
 def quantised(carry, tokens, call):
-    """Steps that quantise a row of each sequence, write it and its scales at that sequence's end, and attend."""
+    """Steps that each quantise one row per sequence, write the row and its scales at the sequence's end, and attend."""
 
     def one(carry, token):
         cache, end = carry
@@ -125,7 +125,7 @@ def quantised(carry, tokens, call):
 
 
 def empty(seq_len):
-    """Scales of NaN: whoever reads a row that was not written will know."""
+    """An empty cache with scales of NaN: reading a row that was not written shows."""
     rows = lambda: jnp.full((BATCH, seq_len, KV_HEADS, DIM), 99, jnp.int8)
     scales = lambda: jnp.full((BATCH, KV_HEADS, seq_len), jnp.nan, jnp.float32)
     return {"key": rows(), "value": rows(), "key_scale": scales(), "value_scale": scales()}
@@ -153,7 +153,7 @@ def test_quantised_cache_written_while_it_decodes(subject):
 
 
 def test_quantised_cache_is_not_copied():
-    """The program's own memory is less than one of the four arrays, and all four are updated where they lie."""
+    """All four arrays are updated in place, and the program's own memory is less than one of them."""
     steps, _ = tokens()
     run = jax.jit(functools.partial(quantised, call=ragged_decode_attention), donate_argnums=0)
     cache = jax.eval_shape(functools.partial(empty, 32768))
@@ -165,7 +165,7 @@ def test_quantised_cache_is_not_copied():
 
 
 def test_eager_calls_transfer_nothing():
-    """Also with a window, which travels with the arrays."""
+    """Also with a window, which is passed with the arrays."""
     query, rows, ends = jnp.ones((1, 2, 8)), jnp.ones((1, 9, 1, 8)), jnp.array([5])
     call = functools.partial(ragged_decode_attention, query, rows, rows, None, ends, backend=TextbookBackend())
     call(sliding_window=(3, 0))

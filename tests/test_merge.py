@@ -1,4 +1,4 @@
-"""`merge`: attention over parts of the keys becomes attention over all of them, in any grouping, with gradients and without NaN."""
+"""`merge`: attention over parts of the keys becomes attention over all keys, in any grouping, with gradients and without NaN."""
 
 import itertools
 from typing import Any
@@ -19,7 +19,7 @@ CASE = Case("merge", 3, 24, 4, 2, 8, lengths=("ranges", (0, 24), (3, 9), (5, 5))
 
 
 def parts(arrays, cuts):
-    """The calls on the ranges between `cuts`; the sinks go to the first."""
+    """The calls on the ranges between `cuts`. The first call gets the sinks."""
     arrays = dict(arrays)
     start, end, aux = (arrays.pop(name) for name in ("sequence_start", "sequence_end", "softmax_aux"))
     edges = [0, *sorted(cuts), CASE.seq_len]
@@ -49,7 +49,8 @@ def test_any_cuts_in_any_order(cuts, random):
 
 @pytest.mark.parametrize("cuts", [[], [12], [0, 6, 6, 24]], ids=str)
 def test_gradients(cuts):
-    """To query, both caches and sinks, through output and lse; 0 and not NaN where a range is empty, or all are."""
+    """Gradients of query, both caches and sinks, through output and lse. They are 0, not NaN, if one range or all ranges are
+    empty."""
     arrays, _ = draw(CASE)
     assert_close(pullback(lambda arrays: merge(parts(arrays, cuts)), arrays), pullback(whole, arrays))
 
@@ -63,7 +64,7 @@ def test_any_grouping():
 
 
 def test_two_caches():
-    """A prefix that all sequences share, in a cache of batch 1, and the rest of each in a cache of its own."""
+    """A prefix that all sequences share, in a cache of batch 1, and the rest of each sequence in another cache."""
     arrays, _ = draw(CASE)
     query, key, value, *_ = arrays.values()
     prefix_key, prefix_value = key[:1, :10], value[:1, :10]
@@ -76,7 +77,7 @@ def test_two_caches():
 
 
 def test_by_hand():
-    """Two keys of equal logits weigh the same; the lse of both is log 2 more."""
+    """Two keys of equal logits weigh the same, so the lse of both is log 2 larger than the lse of one."""
     out, lse = merge([(jnp.array([1.0, 0.0]), jnp.array(0.5)), (jnp.array([0.0, 3.0]), jnp.array(0.5))])
     np.testing.assert_allclose(out, [0.5, 1.5], rtol=1e-6)
     np.testing.assert_allclose(lse, 0.5 + np.log(2), rtol=1e-6)
@@ -97,7 +98,7 @@ def test_empty_parts_count_for_nothing(junk):
 
 
 def test_a_part_of_weight_zero_is_not_an_empty_one():
-    """exp underflows, but what is there is finite: the sum is the larger part's."""
+    """exp underflows, but the part is finite, so the result is that of the larger part."""
     large, small = (jnp.array([1.0]), jnp.array(0.0)), (jnp.array([7.0]), jnp.array(-1e4))
     assert_close(merge([large, small]), large)
 

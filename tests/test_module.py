@@ -1,4 +1,4 @@
-"""`RaggedDecodeAttention` as a layer: through JAX's and Equinox's transformations, onto a disk and back."""
+"""`RaggedDecodeAttention` as a layer: it passes through JAX's and Equinox's transformations, and to a disk and back."""
 
 import dataclasses
 import io
@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def layer(**changes):
-    """A layer with everything set, and arguments for it."""
+    """A layer with every field set, and arguments for it."""
     arrays, _ = draw(CASE)
     return RaggedDecodeAttention(**{"sinks": arrays.pop("softmax_aux")} | SETTINGS | changes), list(arrays.values())
 
@@ -81,7 +81,7 @@ def test_settings_are_part_of_what_is_compiled():
 
 
 def test_sinks_learn():
-    """Gradient steps on the sinks alone bring the output to that of other sinks."""
+    """Gradient steps on the sinks alone make the output that of other sinks."""
     module, args = layer()
     assert module.sinks is not None
     target = eqx.tree_at(lambda module: module.sinks, module, module.sinks + 1.0)(*args)
@@ -149,14 +149,14 @@ def test_checked_on_construction(settings, error, message):
 
 
 def test_sinks_of_other_heads():
-    """(Hkv, N) means another thing to the function; a layer's sinks are its query heads'."""
+    """For the function, (Hkv, N) are sinks per kv head. The sinks of a layer are per query head."""
     module, args = layer(sinks=jnp.zeros((2, 1)))
     with pytest.raises(ValueError, match=r"query must have the sinks' 2 heads, got shape \(2, 4, 8\)"):
         module(*args)
 
 
 def test_unknown_backend_is_said_by_the_call():
-    """Not on construction: a layer may be made where its backend is not installed."""
+    """The call raises, not the construction: a layer may be made where its backend is not installed."""
     module, args = layer(backend="cudnn")
     with pytest.raises(ValueError, match="got 'cudnn'"):
         module(*args)

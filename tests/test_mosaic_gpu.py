@@ -1,8 +1,6 @@
-"""What is the Mosaic GPU backend's own: how its kernels read the cache, in the interpreter, which also looks for races; their
-lowering for cuda on any machine, export, hints and refusals.
-
-The shared suite has the rest, in the dtypes that it takes. Before JAX 0.11 the backend says that it cannot run, and that is all.
-"""
+"""What only the Mosaic GPU backend has: how its kernels read the cache, in the interpreter, which also looks for races; lowering
+for cuda on any machine; export, hints and refusals. The shared suite tests the rest, in the dtypes that the backend takes.
+Before JAX 0.11 the backend only says that it cannot run."""
 
 import dataclasses
 import functools
@@ -45,7 +43,8 @@ def problem(**changes):
 
 @has_mosaic_gpu
 def test_tiles_as_they_are_multiplied(interpreted):
-    """Rows and dimensions that copies lay out: ranges begin and end within tiles, and one program has more of them than stages."""
+    """Ranges begin and end within tiles, and one program has more tiles than stages. Copies can lay out the rows and dimensions
+    of this case."""
     ranges = ("ranges", (3, 256), (7, 7), (60, 70))
     case = Case("", 3, 256, 4, 1, 128, "float16", ranges, 0.2, (250, 0), 1.5, ("query", 1))
     assert_right(interpreted(FwdParams(num_stages=2), programs=1), case.draw(poison=True), gradients=False)
@@ -53,14 +52,14 @@ def test_tiles_as_they_are_multiplied(interpreted):
 
 @has_mosaic_gpu
 def test_rows_with_bounds_of_their_own_in_two_blocks(interpreted):
-    """15 rows a kv head, in blocks of 8, of which the second has one that is not there."""
+    """15 query rows per kv head are two blocks of 8. The second block has one row that does not exist."""
     case = Case("", 2, 128, 6, 2, 64, "bfloat16", ("ranges", (2, 100), (0, 3)), num_tokens=5, query_lengths=(5, 4))
     assert_right(interpreted(FwdParams(block_size_heads=8)), case.draw(poison=True), gradients=False)
 
 
 @has_mosaic_gpu
 def test_gaps_between_tokens(interpreted):
-    """Three maps of one cache see ranges far from each other; what stands between them is junk."""
+    """Three maps of one cache see ranges far from each other. The rows between the ranges are junk."""
     rows = np.arange(208)
     arguments = Case("", 1, len(rows), 2, 1, 64, "bfloat16").draw()
     starts, ends = np.array([[0], [100], [150]], np.int32), np.array([[9], [101], [208]], np.int32)
@@ -78,14 +77,14 @@ def test_gaps_between_tokens(interpreted):
 
 @has_mosaic_gpu
 def test_a_last_round_of_which_some_have_no_keys(interpreted):
-    """Two programs share each of four stretches; the last round ends within the tile of the first."""
+    """Two programs share each of four stretches. The last round ends within the tile of the first program."""
     case = Case("", 1, 640, 2, 1, 64, "bfloat16", ("ranges", (5, 5 * 128 - 100)))
     assert_right(interpreted(programs=8), case.draw(poison=True), gradients=False)
 
 
 @has_mosaic_gpu
 def test_more_sequences_than_are_summed_up_at_once(interpreted):
-    """Of 64, then 8, then 2 there are keys in five, the last one too."""
+    """Sums are over 64, 8 and 2 sequences. Five of the sequences have keys, the last one among them."""
     lengths = [(0, 0)] * 74
     lengths[3], lengths[40], lengths[64], lengths[70], lengths[73] = (1, 30), (0, 64), (60, 64), (2, 7), (0, 9)
     case = Case("", len(lengths), 64, 1, 1, 64, "bfloat16", ("ranges", *lengths))
@@ -97,14 +96,14 @@ def test_more_sequences_than_are_summed_up_at_once(interpreted):
 
 
 def arrays(dtype="bfloat16", head_dim=128, group=7, seq_len=1000, tokens=(), value_dim=None, held=None, rows=None):
-    """A query, key and value, and lengths; the cache in dtype `held`, and in a shape other than [4, seq_len] if `rows` says so."""
+    """A query, key and value, and lengths. The cache has the dtype `held`. Its shape is [4, seq_len], unless `rows` is given."""
     shape = jax.ShapeDtypeStruct
     key, value = (shape((*(rows or (4, seq_len)), 4, dim), held or dtype) for dim in (head_dim, value_dim or head_dim))
     return shape((4, *tokens, 4 * group, head_dim), dtype), key, value, shape((4,), "int32"), shape((4,), "int32")
 
 
 def paged(page_size, scales=(), **options):
-    """Likewise in pages, and keyword arguments."""
+    """Like `arrays`, but in pages. Also returns keyword arguments."""
     shape = jax.ShapeDtypeStruct
     named = {"page_table": shape((4, 70), "int32")} | {
         f"{name}_scale": shape(scales, "float32") for name in ("key", "value") if scales
@@ -124,7 +123,7 @@ def lowered(args, **options):
 
 
 def kernels(args, options):
-    """The kernels of a call, as Mosaic GPU is given them."""
+    """The kernels of a call, as Mosaic GPU gets them."""
     module: Any = lowering(args, options).compiler_ir()
     found = []
 
@@ -188,8 +187,8 @@ def test_lowers_for_cuda_anywhere(name):
 @has_mosaic_gpu
 @pytest.mark.parametrize("name", CALLS)
 def test_numbers_have_signs(name):
-    """Lengths may be negative. What JAX selects from a single number is compared as if it had no sign, of which the interpreter
-    knows nothing."""
+    """Lengths may be negative. If JAX selects a single number, it compares the number as if it had no sign. The interpreter does
+    not show this mistake."""
     unsigned = re.compile(r"arith\.(maxui|minui|cmpi\W.*predicate = [6-9]).*i32")
     text = kernels(*CALLS[name])
     assert len(text) == 2
@@ -199,7 +198,7 @@ def test_numbers_have_signs(name):
 @has_mosaic_gpu
 @pytest.mark.parametrize("name", ["plain", "head_dim 256, many rows"])
 def test_lowers_where_gradients_are_asked_for(name):
-    """Its output is not rounded then, and weights have two terms, for which there is room."""
+    """With gradients the output is not rounded, and weights have two terms. There is room for both."""
     (query, *rest), options = CALLS[name]
     call = functools.partial(ragged_decode_attention, backend="mosaic_gpu", **options)
     grad = lambda query, *rest: jax.vjp(lambda query: call(query, *rest), query)[1](query)
@@ -214,13 +213,14 @@ def test_lowers_with_64_bit_types(x64):
 
 @has_mosaic_gpu
 def test_nothing_is_made_around_the_kernels():
-    """A short call would wait for it: lengths are clipped in the kernel, and what the caller left out is not even filled in."""
+    """A short call would wait for any other kernel. So the kernel clips lengths, and arguments that the caller left out are not
+    filled in."""
     query, key, value, _, end = arrays()
     call = lambda query, key, value, end: ragged_decode_attention(query, key, value, None, end, backend="mosaic_gpu")
     text = jax.jit(call).trace(query, key, value, end).lower(lowering_platforms=("cuda",)).as_text()
     entry = [line for line in text.splitlines() if CUSTOM_CALL in line]
     split, combine = (line.split("(", 1)[1].split(")", 1)[0].split(",") for line in entry)
-    assert (len(split), len(combine)) == (4, 3)  # query, key, value, end; partial results, their lse, where sequences stop
+    assert (len(split), len(combine)) == (4, 3)  # query, key, value, end; and partial results, their lse, where sequences stop
     assert "clamp" not in text
     assert "stablehlo.pad" not in text
 
@@ -228,7 +228,8 @@ def test_nothing_is_made_around_the_kernels():
 @has_mosaic_gpu
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (256, 64), (80, 64)])
 def test_what_fits_by_our_count_fits(head_dim, group):
-    """With as many stages as our count of shared memory allows, JAX does not refuse the kernel, and with one more we do."""
+    """With as many stages as our count of shared memory allows, JAX accepts the kernel. With one more stage our count refuses
+    it."""
     one = problem(head_dim=head_dim, num_q_heads=4 * group)
 
     def fits(stages):
@@ -251,7 +252,7 @@ def test_export_needs_no_disabled_checks():
     assert again.mlir_module().count(CUSTOM_CALL) == 2
 
 
-# In a process of its own: what JAX has imported cannot be taken away.
+# Runs in a new process, because a module that JAX has imported cannot be taken away.
 WITHOUT_TRITON = """
 import sys
 sys.modules["jax.experimental.pallas.triton"] = None
@@ -280,7 +281,7 @@ if jax.default_backend() == "cpu":
 
 @has_mosaic_gpu
 def test_a_jax_without_triton():
-    """This backend takes over, in an artifact for cpu and cuda with no check disabled."""
+    """This backend does the call, in an artifact for cpu and cuda, with all checks enabled."""
     done = subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT_TRITON], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -379,7 +380,7 @@ HOPPER = types.SimpleNamespace(compute_capability="9.0")
     ids=str,
 )
 def test_leads_where_it_is_the_fastest(changes, device, why):
-    """By priority, before pallas_triton; for other problems it is asked after that."""
+    """By priority the backend comes before pallas_triton. For other problems it is asked after pallas_triton."""
     priority, reason = MosaicGpuBackend().priority_for(problem(**{"num_q_heads": 256} | changes), Target("cuda", device))
     assert reason == why
     assert (priority > PallasTritonBackend.priority) == bool(why)
@@ -405,6 +406,6 @@ def test_a_jax_without_mosaic_gpu(monkeypatch):
 
 
 def test_instances_are_values():
-    """So that calls with equal ones share what JAX compiled."""
+    """Calls with equal instances share what JAX compiled."""
     assert MosaicGpuBackend(interpret=True) == MosaicGpuBackend(interpret=True)
     assert hash(dataclasses.replace(MosaicGpuBackend())) == hash(MosaicGpuBackend())

@@ -29,7 +29,7 @@ TWO = ("ranges", (3, 119), (60, 70))
 
 
 def plan(case, programs, hints=None) -> Tiles:
-    """The shape of the work for a case."""
+    """The shape of the work of a case."""
     problem = explain(**case.draw(), backend=MosaicGpuBackend(interpret=True), fwd_params=hints).problem
     target = Target("cpu", types.SimpleNamespace(core_count=programs))
     return tiles(dataclasses.replace(problem, fwd_params=resolve(problem, target)), target)
@@ -75,8 +75,8 @@ def test_many_query_rows(interpreted, name):
 
 
 def test_output_that_is_not_rounded(capfd):
-    """Weights have two terms. With one term, the error is a few thousandths. Scales differ by page, which no call has but a mapped
-    one."""
+    """Weights have two terms. With one term, the error is a few thousandths. Scales differ by page, which only a mapped call
+    has."""
     rng = np.random.default_rng(0)
     make = lambda *shape, dtype="bfloat16": jnp.asarray(rng.standard_normal(shape), dtype)
     table, end = jnp.asarray(rng.permutation(12)[:10].reshape(2, 5), jnp.int32), jnp.array([[157], [9]], jnp.int32)
@@ -118,7 +118,7 @@ WIDTHS = {
         2,
     ),
     "a narrower value, in no tiles": (Case("", 2, 70, 4, 1, 80, "bfloat16", ("ranges", (3, 67), (60, 70)), value_dim=40), 2),
-    # Two programs share each of four stretches; the last round ends within the tile of the first.
+    # Two programs share each of four stretches. The last round ends within the tile of the first program.
     "many query rows, a narrower value": (
         Case("", 1, 640, 40, 1, 192, "bfloat16", ("ranges", (5, 5 * 128 - 100)), value_dim=128),
         8,
@@ -137,8 +137,8 @@ def test_pages_and_widths(interpreted, name):
 
 
 def test_the_bits_of_a_sequence(interpreted):
-    """With splits, they depend neither on the pages that hold its rows nor on other sequences. Tiles begin where 16 rows begin.
-    Entries outside the pool are the first and the last page."""
+    """With splits, the bits do not depend on the pages that hold the sequence's rows, nor on other sequences. Tiles begin at
+    multiples of 16 rows. Entries outside the pool count as the first and the last page."""
     arguments = Case("", 2, 256, 40, 1, 64, "bfloat16", ("ranges", (16, 240), (0, 48)), sinks=("query", 1)).draw()
     call = functools.partial(interpreted(FwdParams(num_key_splits=3), programs=2), return_lse=True)
     assert_right(call, arguments, gradients=False)

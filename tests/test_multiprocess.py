@@ -38,7 +38,7 @@ CASES = {PLAIN: ROWS, TOKENS: ROWS, PAGES: HEADS, LATENT: dict.fromkeys(("query"
 
 
 def evaluate(arguments):
-    """Output, lse, and the gradients that there are, by name."""
+    """Output, lse, and the gradients that exist, by name."""
     arrays = {name: x for name, x in arguments.items() if hasattr(x, "shape")}
     static = {name: x for name, x in arguments.items() if name not in arrays}
     return jax.jit(lambda arrays: _evaluate(arrays | static))(arrays)
@@ -56,13 +56,13 @@ def _evaluate(arguments):
 
 
 def half(split, x, rank):
-    """What process `rank` has of an argument or a result; of most all."""
+    """The part of an argument or a result that process `rank` has. Most arrays are whole in both processes."""
     axis = next((axis for axis, name in enumerate(split) if name), None)
     return x if axis is None else np.split(np.asarray(x), 2, axis)[rank]
 
 
 def one_of_two(rank, port, files):
-    """Joins the other process, holds its half of each case's cache, and writes what it has of the results."""
+    """Joins the other process, holds this process's half of each case's cache, and writes its part of the results."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -82,7 +82,7 @@ def one_of_two(rank, port, files):
         results = evaluate(arguments)
         for name in placing.keys() & results.keys():
             assert results[name].sharding.is_equivalent_to(placing[name], results[name].ndim)
-        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))  # the partitioner may have split the others too
+        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))  # the partitioner may have split the other results too
         results = {name: x if name in placing else whole(x) for name, x in results.items()}
         np.savez(file, **{name: x.addressable_shards[0].data for name, x in results.items()})
     jax.distributed.shutdown()
@@ -118,7 +118,7 @@ def test_two_processes(tmp_path):
 
 
 def wait(processes):
-    """Until all have ended, or one has failed, or the time is over."""
+    """Waits until all processes have ended, one has failed, or the time is over."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         codes = [process.poll() for process in processes]

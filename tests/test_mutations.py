@@ -1,8 +1,8 @@
 """A test of the tests: each rule of the semantics is broken in turn, and the suite's own assertions must notice.
 
-A mutation is a faulty call: the right one on changed arguments, with changed results, or on a textbook with one method broken. It
-is held against one of the named cases, which thereby prove that they are enough; without junk around the live rows, unless that is
-what leaks.
+A mutation is a faulty call: the right call on changed arguments, the right call with changed results, or a call on a textbook
+with one method broken. Each mutation is compared on one of the named cases. This proves that the named cases are enough. The
+cases have no junk around the live rows, unless the mutation leaks junk.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ right: Callable = functools.partial(ragged_decode_attention, backend=TextbookBac
 
 @pytest.mark.parametrize("case", CHECKS, ids=lambda case: case.name)
 def test_the_textbook_is_right(case):
-    """Without a fault, another implementation than any that is shipped passes everything."""
+    """Without a fault, the textbook passes every case. It is an implementation independent of the backends that are shipped."""
     assert_right(right, case.draw(poison=True))
 
 
@@ -34,12 +34,12 @@ def test_the_textbook_is_right(case):
 
 
 def arguments_changed(**changes):
-    """The right call, with arguments replaced by functions of all arguments."""
+    """The right call, in which functions of all arguments replace some arguments."""
     return lambda **kw: right(**kw | {name: change(kw) for name, change in changes.items()})
 
 
 def results_changed(change):
-    """The right call, with `change(out, lse, arguments)` for its results."""
+    """The right call, with `change(out, lse, arguments)` in place of its results."""
     return lambda **kw: change(*right(**kw), kw)
 
 
@@ -52,7 +52,7 @@ def start(by):
 
 
 def end(by):
-    """The end moved, by a number or by a function of the arguments."""
+    """The end, moved by a number or by a function of the arguments."""
     return lambda kw: kw["sequence_end"] + (by(kw) if callable(by) else jnp.int32(by))
 
 
@@ -63,7 +63,7 @@ def num_tokens(kw):
 def heads_modulo(**kw):
     """Query head h reads kv head h % Hkv."""
     kv_heads = kw["key"].shape[2]
-    order = np.arange(kw["query"].shape[1]).reshape(-1, kv_heads).T.reshape(-1)  # those of kv head 0, then of 1...
+    order = np.arange(kw["query"].shape[1]).reshape(-1, kv_heads).T.reshape(-1)  # heads of kv head 0, then of kv head 1...
     out, lse = right(**kw | {"query": kw["query"][:, order]})
     back = np.argsort(order)
     return out[:, back], lse[:, back]
@@ -82,7 +82,8 @@ def rounded(name):
 
 
 def value_scale_in_the_denominator(**kw):
-    """The mean of the value's scales, by the weights, is the output for values of 1."""
+    """For values of 1, the output is the weighted mean of the value's scales. Dividing by it puts the scales into the
+    denominator."""
     out, lse = right(**kw)
     scale, _ = right(**kw | {"value": jnp.ones_like(kw["value"])})
     return out / jnp.where(scale == 0, 1, scale), lse
@@ -99,7 +100,7 @@ def value_scale_on_the_output(**kw):
 
 
 def fault(**methods):
-    """A call on the textbook with these methods in the place of its own."""
+    """A call on the textbook with these methods in place of its own."""
     return functools.partial(ragged_decode_attention, backend=type("Faulty", (TextbookBackend,), methods)())
 
 
@@ -121,7 +122,7 @@ def key_scale_after_the_cap(self, problem, queries, cache):
 
 
 def slope(change):
-    """The slope of the logits, changed."""
+    """A changed slope of the logits."""
 
     def bent(self, problem, products):
         x, slope = TextbookBackend.bent(self, problem, products)
@@ -131,14 +132,14 @@ def slope(change):
 
 
 def live_rows_times_1(self, problem, queries, rows, scale):
-    """And the others times 0, whatever they hold."""
+    """The other rows are multiplied by 0, whatever they hold."""
     seen = jnp.any(self.live(problem, queries), axis=1)[..., None, None]
     rows = rows.astype(problem.accum_dtype) * seen.astype(problem.accum_dtype)
     return rows if scale is None else rows * scale.swapaxes(1, 2)[..., None]
 
 
 def only_rows_are_masked(self, problem, queries, rows, scale):
-    """And not their scales."""
+    """The scales of the rows are not masked."""
     rows = TextbookBackend.seen(self, problem, queries, rows, None)
     return rows if scale is None else rows * scale.swapaxes(1, 2)[..., None]
 
@@ -156,7 +157,7 @@ def one_head_of_the_group(self, problem, target, queries, cache, lse, d_out, del
 
 
 def bounds(change):
-    """Tokens with the bounds that `change(start, end)` makes of all those of a sequence, [B, T]; what was empty stays so."""
+    """All tokens of a sequence get bounds from `change(start, end)` of their bounds, [B, T]. Empty ranges stay empty."""
 
     def live(self, problem, queries):
         start, end = jnp.broadcast_arrays(*queries.bounds(problem.seq_len))
@@ -169,7 +170,7 @@ def bounds(change):
 
 
 def padding_attends(self, problem, queries):
-    """As the sequence's last token does."""
+    """Padding tokens attend to the rows that the sequence's last token sees."""
     starts, ends = queries.bounds(problem.seq_len)
     last = jnp.argmax(ends, axis=1, keepdims=True)
     start, end = (jnp.take_along_axis(jnp.broadcast_to(x, ends.shape), last, axis=1) for x in (starts, ends))
@@ -194,7 +195,7 @@ def row_of_the_page_off_by_one(self, problem, cache, x):
 
 
 def scales_by_sequence(self, problem, cache, x):
-    """As if page b were sequence b."""
+    """The scales of page b are used for sequence b."""
     if x is None or x.ndim == 4:
         return TextbookBackend.gathered(self, problem, cache, x)
     return jnp.broadcast_to(x[: problem.batch, :, :1], (problem.batch, x.shape[1], problem.seq_len))
@@ -207,7 +208,7 @@ def value_at_the_start_of_the_rows(self, problem, queries, cache):
 
 
 def value_as_wide_as_the_key(self, problem, queries, cache):
-    """Read as far as the key goes, and cut."""
+    """The value is read with the key's width, and then cut."""
     flat = cache.value.reshape(*cache.value.shape[:2], -1)
     wide = jnp.pad(flat, ((0, 0), (0, 0), (0, problem.num_kv_heads * problem.head_dim - flat.shape[-1])))
     wide = wide.reshape(*cache.value.shape[:3], problem.head_dim)[..., : problem.value_dim]
@@ -396,7 +397,7 @@ def test_neighbours_are_caught():
 
 
 def test_a_backend_is_verified_whole():
-    """On every case, and on rows between the ranges of tokens; one that refuses says why."""
+    """On every case, and with junk in the rows between the ranges of tokens. A backend that refuses says why."""
 
     class Plain(TextbookBackend):
         def supports(self, problem, target):
@@ -411,7 +412,7 @@ def test_a_backend_is_verified_whole():
 
 
 def test_junk_between_tokens_is_noticed():
-    """By a backend that clears what lies before the first range and after the last only."""
+    """The backend clears only the rows before the first range and after the last range."""
 
     def seen(self, problem, queries, rows, scale):
         problem = dataclasses.replace(problem, junk_between_tokens=False)

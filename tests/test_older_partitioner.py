@@ -34,7 +34,7 @@ def test_one_device():
 
 
 def test_constrained_inside_jit(auto):
-    """A cache whose sharding the partitioner learns as it goes; and its gradients, which are split as it is."""
+    """The partitioner learns the cache's sharding inside jit. The gradients are split as the cache is."""
     arrays, _ = draw(CASE)
 
     def function(arrays):
@@ -62,7 +62,7 @@ def test_mapped(auto):
 
 
 def test_what_cannot_work_is_an_error(auto):
-    """Of Python, as with Shardy."""
+    """Python raises the error, as with Shardy."""
     with pytest.raises(jax.errors.JaxRuntimeError, match="must not be split along head_dim"):
         call(**placed(CASE, auto, P("x", None, None, "y")))
 

@@ -1,4 +1,4 @@
-"""The oracle itself: against values worked out by hand, and its gradients against finite differences."""
+"""The oracle itself: its results against values worked out by hand, and its gradients against finite differences."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ REALISTIC = [case for group in GROUPS.values() for case in group]
 
 
 def test_worked_by_hand():
-    """Two query heads on one kv head, D 1; keys 0 and ln 2 with scale 1 weigh 1 and 2; a sink of 0 weighs 1."""
+    """Two query heads on one kv head, with D 1. Keys 0 and ln 2 with scale 1 weigh 1 and 2, and a sink of 0 weighs 1."""
     query = np.array([[[1.0], [2.0]]])
     key = np.array([[[[9.0]], [[0.0]], [[np.log(2)]], [[9.0]]]])
     value = np.array([[[[9.0]], [[4.0]], [[8.0]], [[9.0]]]])
@@ -39,7 +39,8 @@ def test_empty_by_hand():
 
 
 def test_tokens_by_hand():
-    """The same keys for two tokens: the first sees the first key alone, and with one token there the second is padding."""
+    """The same keys for two tokens. The first token sees the first key only. With a query length of 1 the second token is
+    padding."""
     query = np.array([[[[1.0], [2.0]], [[1.0], [2.0]]]])
     key = np.array([[[[9.0]], [[0.0]], [[np.log(2)]], [[9.0]]]])
     value = np.array([[[[9.0]], [[4.0]], [[8.0]], [[9.0]]]])
@@ -52,12 +53,12 @@ def test_tokens_by_hand():
     assert np.all(lse[0, 1] == -np.inf)
     out, _ = oracle(query, key, value, [0], [3], softmax_scale=1.0, sliding_window=(0, 5))
     np.testing.assert_allclose(out, [[one, [[8.0], [8.0]]]])
-    out, _ = oracle(query, key, value, [2], [3], softmax_scale=1.0)  # the first token stands before the start
+    out, _ = oracle(query, key, value, [2], [3], softmax_scale=1.0)  # the first token has a position before the start
     np.testing.assert_allclose(out, [[[[0], [0]], [[8.0], [8.0]]]])
 
 
 def live(token, **lengths):
-    """The rows that a token of three sees, of ten."""
+    """The rows, of ten, that each of three tokens sees."""
     names = ("sequence_start", "sequence_end", "sliding_window", "query_lengths")
     return live_rows(0, 10, *(lengths.get(name) for name in names), token=token, num_tokens=3).tolist()
 
@@ -67,7 +68,7 @@ def live(token, **lengths):
     [
         ({}, [range(8), range(9), range(10)]),
         ({"sequence_end": [6]}, [range(4), range(5), range(6)]),
-        ({"sequence_start": [4], "sequence_end": [6]}, [[], [4], [4, 5]]),  # the first stands before the start
+        ({"sequence_start": [4], "sequence_end": [6]}, [[], [4], [4, 5]]),  # the first token has a position before the start
         ({"sequence_end": [2]}, [[], [0], [0, 1]]),  # more tokens than rows
         ({"sequence_end": [99], "sequence_start": [-5]}, [range(10), range(10), range(10)]),  # far beyond the cache
         ({"sequence_end": [11], "sequence_start": [-5]}, [range(9), range(10), range(10)]),
@@ -88,7 +89,7 @@ def test_rows_of_tokens_by_hand(lengths, wants):
 
 @pytest.mark.parametrize("shape", [(), (2,), (2, 2), (2, 2, 3)], ids=str)
 def test_scales_by_hand(shape):
-    """The cache stands for key times scale: multiplied beforehand, it is the same."""
+    """The cache stands for key times scale, so the result is the same as for a multiplied key."""
     rng = np.random.default_rng(0)
     query, key, value = rng.standard_normal((2, 4, 5)), rng.integers(-9, 9, (2, 3, 2, 5)), rng.integers(-9, 9, (2, 3, 2, 5))
     key_scale, value_scale = rng.standard_normal((2, *shape))
@@ -145,12 +146,12 @@ def test_tolerance():
 
 @pytest.mark.parametrize("case", [*CHECKS, *REALISTIC, CPU_STEP], ids=lambda case: case.name)
 def test_cases_are_sound(case):
-    """Heads divide, the live part is neither nothing nor more than there is, and a name stands for one problem."""
+    """Heads divide, the live part is neither empty nor larger than the cache, and each name is of one problem."""
     assert case.num_q_heads % case.num_kv_heads == 0
     assert 0 < case.live_tokens() <= case.batch * case.seq_len
     itemsize = 1 if case.cache_dtype else 4 if case.dtype == "float32" else 2
     key, value = case.head_dim, case.head_dim if case.value_dim is None else case.value_dim
-    if case.value_columns is not None:  # read with the key, but for what lies beyond
+    if case.value_columns is not None:  # the value is read with the key, except for columns beyond the key
         value = max(case.value_columns[1] - max(case.value_columns[0], key), 0)
     scales = 4 * (case.scales == "row") * (1 if case.value_columns else 2)
     assert case.live_bytes() == case.live_tokens() * case.num_kv_heads * ((key + value) * itemsize + scales)
@@ -160,7 +161,8 @@ def test_cases_are_sound(case):
 
 
 def test_pages_by_hand():
-    """Two sequences of three rows in pages of two; the second page of one is the first page of the other, and one entry is junk."""
+    """Two sequences of three rows in pages of two. The second page of one sequence is the first page of the other, and one entry
+    is junk."""
     rng = np.random.default_rng(0)
     key, value, query = rng.standard_normal((3, 2, 1, 4)), rng.standard_normal((3, 2, 1, 3)), rng.standard_normal((2, 2, 4))
     want = oracle(query, *(np.stack([[x[2, 0], x[2, 1], x[0, 0]], [x[0, 0], x[0, 1], x[1, 0]]]) for x in (key, value)))
@@ -181,7 +183,7 @@ def test_value_in_the_rows_by_hand():
 
 @pytest.mark.parametrize("name", ["edges", "tokens-padded", "int8"])
 def test_poison_is_outside(name):
-    """At every row that no token sees, and nowhere else; in scales too."""
+    """Junk is in every row that no token sees, and in no other row. The same holds for scales."""
     (case,) = [case for case in CHECKS if case.name == name]
     arguments = case.draw(poison=True)
     held = arguments["key"][:, :, 0, 0] if case.cache_dtype is None else arguments["key_scale"][:, 0]

@@ -1,4 +1,5 @@
-"""Pages, values of another width and values in the key's rows on many devices: the answer of one, and no pool is moved."""
+"""Pages, values of another width and values in the key's rows on many devices. The answer is that of one device, and no pool is
+moved."""
 
 import dataclasses
 import functools
@@ -29,7 +30,7 @@ WIDE = dataclasses.replace(PAGES, name="dense", page_size=None)
 named = functools.partial(pytest.mark.parametrize, ids=lambda case: case.name)
 
 HEADS = P(None, None, "x")
-SPLITS = {  # of a pool of several kv heads, and where there is one kv head
+SPLITS = {  # splits of a pool of several kv heads, and of a pool of one kv head
     "heads": {"key": HEADS, "value": HEADS, "key_scale": P(None, "x"), "value_scale": P(None, "x")},
     "batch": {"query": P("y"), "page_table": P("y"), "sequence_end": P("y")},
     "table alone": {"page_table": P("y")},
@@ -44,7 +45,7 @@ LATENT_SPLITS = {
 
 
 def spread(mesh, splits, arrays):
-    """The arrays, those that `splits` names split so and the others on every device."""
+    """The arrays. Those that `splits` names are split so, and the others are whole on every device."""
     token = [None] * (arrays["query"].ndim == 4 or 0)
     query = {"heads": P(None, *token, "x"), "both": P("y", *token, "x")}
     specs = {name: query.get(spec, spec) if isinstance(spec, str) else spec for name, spec in splits.items()}
@@ -52,7 +53,7 @@ def spread(mesh, splits, arrays):
 
 
 def jitted(call):
-    """A call of arrays and settings, jitted over the arrays."""
+    """A call with arrays and settings, jitted over the arrays."""
 
     def function(**arguments):
         traced = {name: x for name, x in arguments.items() if hasattr(x, "shape")}
@@ -68,7 +69,7 @@ CASES += [(case, name) for case in (LATENT_PAGES, LATENT_TOKENS) for name in LAT
 
 @pytest.mark.parametrize(("case", "name"), CASES, ids=[f"{case.name}, {name}" for case, name in CASES])
 def test_right(mesh, case, name):
-    """Output, lse and gradients are the oracle's, whatever dead rows and pages hold."""
+    """Output, lse and gradients are the oracle's, whatever dead rows and dead pages hold."""
     splits = (LATENT_SPLITS if case.num_kv_heads == 1 else SPLITS)[name]
     assert_right(jitted(lambda **arrays: call(**arrays)), spread(mesh, splits, as_arrays(case)))
 
@@ -80,7 +81,7 @@ def as_arrays(case):
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P(None, ("y", "x")), P("x", "y")], ids=str)
 @named("case", [LATENT, WIDE])
 def test_dense_rows_and_widths(mesh, case, spec):
-    """Split by batch and rows like any padded cache; the query heads that share one kv head may be split too."""
+    """Such a cache is split by batch and rows like any padded cache. The query heads that share one kv head may be split too."""
     splits = {"key": spec, "value": spec} | ({"query": P(None, "z")} if case is LATENT and spec != P("x") else {})
     assert_right(jitted(lambda **arrays: call(**arrays)), spread(mesh, splits, as_arrays(case)))
 
@@ -91,7 +92,7 @@ def test_dense_rows_and_widths(mesh, case, spec):
 
 @pytest.mark.parametrize(("case", "name"), CASES, ids=[f"{case.name}, {name}" for case, name in CASES])
 def test_pools_are_not_moved(mesh, case, name):
-    """Forward, nothing moves but a split table; backward, no more than queries and what is summed over heads or batch."""
+    """Forward, only a split table moves. Backward, only queries move, and sums over heads or batch."""
     case = dataclasses.replace(case, seq_len=512)
     splits = (LATENT_SPLITS if case.num_kv_heads == 1 else SPLITS)[name]
     arrays, settings = draw(case)
@@ -113,7 +114,8 @@ def test_pools_are_not_moved(mesh, case, name):
 
 @pytest.mark.parametrize("spec", [P(), P("y"), P(None, "y")], ids=str)
 def test_dense_rows_are_not_moved(mesh, spec):
-    """Where query heads are split and the key's gradient is asked for, a device has all of them rather than to sum gradients."""
+    """If query heads are split and the key's gradient is asked for, each device gets all query heads, so that no gradient of the
+    cache is summed."""
     arrays, settings = draw(dataclasses.replace(LATENT, seq_len=512))
     arrays = spread(mesh, {"key": spec, "query": P(None, "x")}, arrays)
     moved, _ = collectives(functools.partial(gradients, call=functools.partial(call, **settings)), arrays)
@@ -121,7 +123,7 @@ def test_dense_rows_are_not_moved(mesh, spec):
 
 
 def test_it_would_be_seen(mesh):
-    """A pool that is gathered on purpose."""
+    """The check finds a pool that is gathered on purpose."""
     arrays = spread(mesh, SPLITS["heads"], draw(PAGES)[0])
 
     explicit = mesh.axis_types[0] == AxisType.Explicit
@@ -137,7 +139,7 @@ def test_it_would_be_seen(mesh):
 
 @pytest.mark.parametrize("mapped", [("page_table",), ("query",), ("query", "page_table"), ("key", "value")], ids=str)
 def test_vmap(mesh, mapped):
-    """Maps join a batch that is split, the tokens, or the pages: each device has its own, and none is moved."""
+    """Maps join a batch that is split, the tokens, or the pages. Each device has its own part, and nothing is moved."""
     case = dataclasses.replace(PAGES, seq_len=512)
     arrays, _ = draw(case)
     arrays |= {name: jnp.stack([arrays[name], arrays[name][::-1], arrays[name]]) for name in mapped}
@@ -156,7 +158,7 @@ def test_vmap(mesh, mapped):
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_mapped_tables_that_are_split(kind):
-    """By maps, each device having some of them, over a pool that all of them have."""
+    """The tables are split by maps: each device has some of them, and the whole pool."""
     mesh = make_mesh(kind, kind, kind)
     arrays, _ = draw(PAGES)
     mapped = ("query", "page_table", "sequence_start", "sequence_end")
@@ -184,15 +186,15 @@ def test_split_by_pages_is_an_error(mesh, case, spec):
 
 @named("case", [PAGES, TOKENS, LATENT_PAGES, LATENT_TOKENS])
 def test_local_tables_inside_shard_map(mesh, case):
-    """Each device has half of the pool, and a table of the pages that it has: for each of its pages one sequence more."""
+    """Each device has half of the pool, and a table of its own pages. Each of its pages becomes a sequence of one page."""
     arrays, settings = draw(dataclasses.replace(case, sinks=None, sliding_window=None, num_tokens=None, query_lengths=None))
     table, page_size = np.asarray(arrays["page_table"]), case.page_size
     own = arrays["key"].shape[0] // 2
     pool = [name for name in ("key", "value", "key_scale", "value_scale") if name in arrays]
     start, end = (np.clip(arrays[name], 0, table.shape[1] * page_size) for name in ("sequence_start", "sequence_end"))
 
-    # By device: the entries of its pages, packed to the left, cannot be told from the whole table by one range of rows. So the rows
-    # of each page of a sequence are a call's sequence of one page, and its own part of the range.
+    # A device's pages of a sequence need not follow each other, so one range of rows cannot describe them. So each page becomes a
+    # sequence of one page, with its own part of the range.
     first = np.arange(table.shape[1]) * page_size
     starts, ends = (np.clip(x[:, None] - first, 0, page_size).astype(np.int32) for x in (start, end))
 

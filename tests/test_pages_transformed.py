@@ -25,11 +25,11 @@ LATENT_PAGES = dataclasses.replace(
 CASES = (PAGES, DENSE, LATENT, LATENT_PAGES)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
-call = functools.partial(ragged_decode_attention, backend=TextbookBackend())  # the waist is under test, and this compiles quickly
+call = functools.partial(ragged_decode_attention, backend=TextbookBackend())  # the waist is under test; this compiles quickly
 
 
 def setting(case, call: Any = call):
-    """The call with what is static, and the arrays."""
+    """The call with its static arguments, and the arrays."""
     arrays, settings = draw(case)
     return functools.partial(call, **settings), arrays
 
@@ -50,7 +50,7 @@ def test_without_jit(case):
 
 @pytest.mark.parametrize("integers", ["int8", "uint16", "uint32"])
 def test_tables_of_any_integers(integers):
-    """Junk beyond the type becomes other junk."""
+    """Junk beyond the integer type becomes other junk."""
     function, arrays = setting(PAGES)
     table = jnp.asarray(np.asarray(arrays["page_table"]).astype(integers))
     assert_close(function(**arrays | {"page_table": table}), function(**arrays))
@@ -62,7 +62,8 @@ def test_tables_of_any_integers(integers):
 
 @each_case
 def test_gradients(case):
-    """To query and sinks always, to a dense key and value, and to a dense key that is also the value; under checkpoint too."""
+    """Gradients of query and sinks always, of a dense key and value, and of a dense key that is also the value; also under
+    checkpoint."""
     function, arrays = setting(case)
     assert_right(function, case.draw(poison=True))
 
@@ -76,7 +77,7 @@ def test_gradients(case):
 
 
 def test_both_uses_of_a_key():
-    """The gradient of a key that is also the value is that of both, and 0 in columns that neither uses."""
+    """The gradient of a key that is also the value is the sum over both uses, and 0 in columns that neither uses."""
     case = dataclasses.replace(LATENT, value_columns=(2, 14), row_dim=20)
     function, arrays = setting(case)
     names = {name: arrays[name] for name in ("sequence_start", "sequence_end")}
@@ -116,7 +117,7 @@ def tokens(heads, kv_heads, width, row_dim):
 
 
 def decode(call, table, carry, tokens):
-    """Steps that each write a row of every sequence, and its scales, and attend."""
+    """Steps that each write a row per sequence and its scales, and attend."""
 
     def one(carry, token):
         cache, end = carry
@@ -148,7 +149,7 @@ POOLS = pytest.mark.parametrize(("kv_heads", "kind"), [(2, "float32"), (2, "int8
 
 @POOLS
 def test_scan_that_writes_its_pool(kv_heads, kind):
-    """Junk where nothing was written yet; what each step gives is the oracle's."""
+    """Rows that are not written yet are junk. Each step's result is the oracle's."""
     steps = tokens(4, kv_heads, 12, 12)
     cache = pools(7, kv_heads, 12, kind)
     run = jax.jit(functools.partial(decode, call, TABLE), donate_argnums=0)
@@ -166,7 +167,7 @@ def test_scan_that_writes_its_pool(kv_heads, kind):
 @pytest.mark.optimised
 @POOLS
 def test_a_pool_that_is_written_is_not_copied(kv_heads, kind):
-    """The program updates every array where it lies, and its own memory is 2 % of the pool."""
+    """The program updates every array in place, and its own memory is 2 % of the pool."""
     num_pages = 100_000
     steps = tokens(4, kv_heads, 64, 64)
     cache = jax.eval_shape(functools.partial(pools, num_pages, kv_heads, 64, kind))
@@ -219,7 +220,7 @@ def test_symbolic_gradients():
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# The module, and what is said of a call
+# The module, and `explain`
 
 
 @each_case

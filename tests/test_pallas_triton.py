@@ -1,7 +1,5 @@
-"""What is the Pallas-Triton backend's own: its tiles, its lowering for cuda on any machine, its hints and its refusals.
-
-What it computes is the shared suite's matter, in the interpreter here and compiled where there is a GPU.
-"""
+"""What only the Pallas-Triton backend has: its tiles, its lowering for cuda on any machine, its hints and its refusals. The
+shared suite tests its results, in the interpreter here and compiled where there is a GPU."""
 
 import dataclasses
 import functools
@@ -52,7 +50,7 @@ def arrays(dtype="bfloat16", head_dim=128, group=7, tokens=()):
     [(8, 8, None, 16, 2), (8, 4, None, 32, 4), (1, 8, None, 16, 4), (32, 8, None, 16, 1), (64, 1, None, 132, 2), (1, 8, 6, 6, 1)],
 )
 def test_few_sequences_share_stretches(batch, kv_heads, splits, workers, deal):
-    """Of 132 multiprocessors; never with splits, whose results must not depend on the batch."""
+    """The device has 132 multiprocessors. With splits given no stretch is shared, because results must not depend on the batch."""
     hints = FwdParams(num_key_splits=splits)
     one = problem(batch=batch, num_q_heads=4 * kv_heads, num_kv_heads=kv_heads, fwd_params=hints)
     target = Target("cuda", None)
@@ -62,7 +60,7 @@ def test_few_sequences_share_stretches(batch, kv_heads, splits, workers, deal):
 
 @pytest.mark.pallas_triton
 def test_a_last_round_of_which_some_have_no_keys():
-    """Four programs share a stretch, whose second round, the sixth of the sequence, ends within the first one's tile."""
+    """Four programs share a stretch. Its second round is the sixth of the sequence, and ends within the first program's tile."""
     case = Case("", 1, 1320, 8, 8, 64, lengths=("ranges", (3, 3 + 5 * 4 * 64 + 30)))
     assert_right(functools.partial(ragged_decode_attention, backend=pallas_triton()), case.draw(poison=True))
 
@@ -70,7 +68,7 @@ def test_a_last_round_of_which_some_have_no_keys():
 @pytest.mark.pallas_triton
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_rows_beyond_one_block(cache_dtype):
-    """Tokens and heads of two blocks: d_query apart from d_key and d_value, and a range that ends within the first tokens."""
+    """Tokens and heads are two blocks. d_query has a kernel of its own, and one range ends within the first tokens."""
     ranges = ("ranges", (0, 90), (3, 17))
     case = Case("", 2, 90, 14, 2, 16, lengths=ranges, num_tokens=12, cache_dtype=cache_dtype, scales=cache_dtype and "row")
     assert_right(functools.partial(ragged_decode_attention, backend=pallas_triton()), case.draw(poison=True))
@@ -79,7 +77,8 @@ def test_rows_beyond_one_block(cache_dtype):
 @pytest.mark.pallas_triton
 @pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn"])
 def test_rows_between_the_tokens_ranges(cache_dtype):
-    """Mapped lengths on a shared cache are tokens with ranges of their own: what lies between may be NaN, scales too."""
+    """Mapped lengths on a shared cache become tokens with ranges of their own. The rows between the ranges may be NaN, and their
+    scales too."""
     case = Case("", 1, 80, 4, 2, 16, cache_dtype=cache_dtype, scales=cache_dtype and "row")
     arguments = case.draw()
     seen = np.zeros(80, bool)
@@ -122,7 +121,8 @@ FEATURES = {
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_lowers_for_cuda_anywhere(dtype, feature):
-    """Chosen for cuda by itself; two kernels forward, two more backward, and no warning of JAX's reaches the user."""
+    """The backend is chosen for cuda. There are two kernels forward and two more backward, and the user sees no warning of
+    JAX's."""
 
     def loss(query, key, value, start, end):
         out = ragged_decode_attention(query, key, value, start, end, **FEATURES[feature])
@@ -133,8 +133,8 @@ def test_lowers_for_cuda_anywhere(dtype, feature):
 
 
 def test_nothing_is_made_around_the_kernels():
-    """A short call would wait for it: lengths are clipped in the kernel, what the caller left out is not even filled in, and one
-    sink a head is a logit as it is."""
+    """A short call would wait for any other kernel. So the kernels clip lengths, arguments that the caller left out are not
+    filled in, and one sink per head is used as it is, as a logit."""
 
     def call(query, key, value, end, sinks=None):
         return ragged_decode_attention(query, key, value, None, end, softmax_aux=sinks)
@@ -145,13 +145,13 @@ def test_nothing_is_made_around_the_kernels():
         assert len(entry) == 2
         assert not any(f"stablehlo.{name}" in compiled for name in ("clamp", "exponential", "select"))
         split, combine = (line.split("(", 1)[1].split(")", 1)[0].split(",") for line in entry)
-        # query, key, value, end; partial results, their lse, their places
+        # query, key, value, end; and partial results, their lse, their places
         assert (len(split), len(combine)) == (4, 3 + len(sinks))
 
 
 @pytest.mark.parametrize(("shape", "held"), [((), "1x1x1"), ((4,), "1x4x1"), ((4, 4), "4x4x1"), ((4, 4, 1000), "4x4x1000")])
 def test_scales_are_given_to_the_kernels_as_they_are(shape, held):
-    """Spreading a number over the heads would be a kernel more for keys, and another for values."""
+    """Spreading a number over the heads would need one more kernel for keys, and one for values."""
     query, key, value, *_ = arrays()
     key, value = (jax.ShapeDtypeStruct(x.shape, "int8") for x in (key, value))
     scale = jax.ShapeDtypeStruct(shape, "float32")
@@ -171,7 +171,7 @@ def test_lowers_for_cuda_in_any_shape(head_dim, group):
 @pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_lowers_with_quantised_caches(dtype, cache_dtype):
-    """With several tokens and a scale a row: two kernels forward, two more for d_query."""
+    """With several tokens and a scale per row: two kernels forward, and two more for d_query."""
     query, key, value, *lengths = arrays(dtype, tokens=(3,))
     key, value = (jax.ShapeDtypeStruct(x.shape, cache_dtype) for x in (key, value))
     scales = [jax.ShapeDtypeStruct((4, 4, 1000), "float32")] * 2
@@ -184,11 +184,11 @@ def test_lowers_with_quantised_caches(dtype, cache_dtype):
     assert lowered(loss, arguments).count(CUSTOM_CALL) == 2
     text = lowered(jax.grad(loss), arguments)
     assert text.count(CUSTOM_CALL) == 4
-    assert not re.search(r"tensor<4x1000x4x128x(f32|bf16|f16)>", text)  # the cache is widened nowhere but in the kernels
+    assert not re.search(r"tensor<4x1000x4x128x(f32|bf16|f16)>", text)  # only the kernels widen the cache
 
 
 def test_gradients_of_rows_beyond_one_block_are_done_apart():
-    """d_query needs its sums in registers, d_key and d_value all rows of a tile: a kernel each."""
+    """d_query needs its sums in registers. d_key and d_value need all query rows of a tile. So there are two kernels."""
     loss = lambda *args: ragged_decode_attention(*args).astype(jnp.float32).sum()
     for tokens, kernels in (((9,), 4), ((10,), 5)):  # 63 and 70 rows
         assert lowered(jax.grad(loss, (0, 1, 2)), arrays(tokens=tokens)).count(CUSTOM_CALL) == kernels
@@ -201,7 +201,7 @@ def test_lowers_with_64_bit_types(x64):
 
 
 def test_unwanted_gradients_are_not_computed():
-    """Without d_key and d_value nothing of the cache's size is written; the sinks' gradient takes no kernel at all."""
+    """Without d_key and d_value nothing of the cache's size is written. The sinks' gradient needs no kernel."""
     query, *rest = arrays()
     cache = "tensor<4x1000x4x128xbf16>"
     loss = lambda *args, **more: ragged_decode_attention(*args, **more).astype(jnp.float32).sum()
@@ -209,7 +209,7 @@ def test_unwanted_gradients_are_not_computed():
     assert not [line for line in text.splitlines() if CUSTOM_CALL in line and cache in line.split("->")[-1]]
     sinks = jax.ShapeDtypeStruct((28, 1), jnp.float32)
     text = lowered(jax.grad(lambda sinks, *args: loss(*args, softmax_aux=sinks)), (sinks, query, *rest))
-    assert text.count(CUSTOM_CALL) == 2  # those of the forward operation
+    assert text.count(CUSTOM_CALL) == 2  # the kernels of the forward operation
 
 
 def test_one_artifact_for_cpu_and_cuda():
@@ -244,7 +244,7 @@ def test_hints_that_cannot_work(hints, message):
         PallasTritonBackend().fwd_params(problem(fwd_params=hints), Target("cuda"))
 
 
-# Bytes of shared memory that the compiler took on an H100 for the split kernels, JAX 0.11.2.
+# Bytes of shared memory of the split kernels on an H100, as the compiler of JAX 0.11.2 reported them.
 TAKEN = [
     ("float32", 8, 64, 3, 0, 280576),
     ("bfloat16", 64, 4, 3, 73728, 86528),
@@ -276,7 +276,8 @@ def test_estimates_of_shared_memory_cover_what_is_taken(dtype, head_dim, group, 
     [("9.0", 128, 4, (3, 3)), ("9.0", 256, 2, (3, 3)), ("9.0", 256, 64, (2, 1)), ("8.6", 128, 4, (3, 3)), ("8.6", 256, 64, (1, 1))],
 )
 def test_as_many_stages_as_fit(capability, head_dim, group, stages):
-    """Forward and backward. One stage alone waits for every tile, so a device with little shared memory has more where they fit."""
+    """Forward and backward. One stage waits for every tile. So a device with little shared memory still has more stages where
+    they fit."""
     target = Target("cuda", types.SimpleNamespace(compute_capability=capability, core_count=84))
     shape = problem(head_dim=head_dim, num_q_heads=group, num_kv_heads=1)
     shape = dataclasses.replace(shape, fwd_params=resolve(shape, target))
@@ -298,7 +299,7 @@ def test_the_device_says_what_memory_it_has():
 
 @pytest.mark.parametrize("tiles", [forward_tiles, backward_tiles])
 def test_with_splits_nothing_but_the_schedule_knows_the_batch(tiles):
-    """Not the merging of pieces either: another shape of it would be another order of sums."""
+    """The merging of pieces does not know the batch either, because another shape of the merging is another order of sums."""
 
     def shape(batch):
         given = problem(batch=batch, fwd_params=FwdParams(num_key_splits=7))
@@ -322,7 +323,7 @@ def test_with_splits_nothing_but_the_schedule_knows_the_batch(tiles):
             types.SimpleNamespace(compute_capability="8.6"),
             "8.9 or newer for float8_e4m3fn, not 8.6",
         ),
-        # JAX goes by bytes where it has to go by elements.
+        # JAX decides by the number of bytes, where the number of elements matters.
         ({"cache_dtype": "int8", "batch": 5, "seq_len": 2**20}, None, "with 32 bits"),
     ],
 )
@@ -334,11 +335,11 @@ def test_says_what_it_cannot_do(changes, device, reason):
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("rows", [2**20, 2**21, 2**22])
 def test_addresses_have_room(cache_dtype, rows):
-    """A cache of 2**30, 2**31 and 2**32 times 1.25 elements: offsets beyond 31 bits are refused or have 64."""
+    """The cache has 2**30, 2**31 and 2**32 times 1.25 elements. Offsets beyond 31 bits are refused or have 64 bits."""
     large = problem(batch=5, seq_len=rows // 4, num_kv_heads=8, head_dim=128, cache_dtype=cache_dtype, dtype="bfloat16")
     reason = PallasTritonBackend().supports(large, Target("cuda"))
     elements = large.batch * large.seq_len * large.num_kv_heads * large.head_dim
-    wide = elements * large.cache_dtype.itemsize > 2**32  # when JAX takes 64 bits
+    wide = elements * large.cache_dtype.itemsize > 2**32  # JAX then takes 64 bits
     assert (reason is None) == (wide or elements <= 2**31)
 
 
@@ -348,7 +349,7 @@ def test_addresses_have_room(cache_dtype, rows):
 )
 @pytest.mark.parametrize("capability", ["9.0", "8.0", "8.6"])
 def test_defaults_fit(capability, dtype, cache_dtype, head_dim):
-    """Whatever the rows of queries, by the estimate, forward and backward: what is not refused must compile."""
+    """For any number of query rows, forward and backward, by the estimate. A call that is not refused must compile."""
     target = Target("cuda", types.SimpleNamespace(compute_capability=capability, core_count=84))
     room = {"9.0": 227, "8.0": 163, "8.6": 99}[capability] * 1024
     for rows in (1, 17, 33, 64, 200):
@@ -360,7 +361,7 @@ def test_defaults_fit(capability, dtype, cache_dtype, head_dim):
 
 
 def test_two_programs_a_multiprocessor_for_quantised_caches():
-    """As long as both fit."""
+    """There are two programs as long as both fit."""
     target = Target("cuda")
 
     def workers(**changes):
@@ -373,8 +374,8 @@ def test_two_programs_a_multiprocessor_for_quantised_caches():
 
 
 def test_tiles_of_quantised_caches():
-    """Fewer keys beside more rows, and where there are few tiles; of float8, no more than dimensions. With splits given the batch
-    has no say in it."""
+    """Tiles have fewer keys if there are more query rows or few tiles. float8 tiles have no more keys than dimensions. With
+    splits given the batch has no influence."""
     target = Target("cuda")
     one = functools.partial(problem, cache_dtype="int8", num_q_heads=32, num_kv_heads=8)
     keys = lambda **changes: resolve(one(**changes), target).block_size_keys
@@ -391,7 +392,7 @@ def test_tiles_of_quantised_caches():
 
 
 def test_a_jax_without_triton(monkeypatch):
-    """The day JAX drops it, this backend says so and the others go on."""
+    """If JAX drops Triton, this backend says so, and the other backends work."""
     find_spec = importlib.util.find_spec
     gone = lambda name, *args: None if name == "jax.experimental.pallas.triton" else find_spec(name, *args)
     monkeypatch.setattr(ejk_ragged_pallas_triton.importlib.util, "find_spec", gone)
@@ -402,13 +403,13 @@ def test_a_jax_without_triton(monkeypatch):
 
 
 def test_instances_are_values():
-    """So that calls with equal ones share what JAX compiled."""
+    """Calls with equal instances share what JAX compiled."""
     assert PallasTritonBackend(interpret=True) == PallasTritonBackend(interpret=True)
     assert hash(dataclasses.replace(PallasTritonBackend())) == hash(PallasTritonBackend())
 
 
 def pages(page_size, held, dtype="bfloat16", tokens=(), row_dim=128):
-    """A query, a pool of pages, a page table, lengths, and one scale per row where the pool is quantised."""
+    """A query, a pool of pages, a page table, lengths, and one scale per row if the pool is quantised."""
     shape = jax.ShapeDtypeStruct
     pool = shape((300, page_size, 4, row_dim), held)
     scale = [] if held == dtype else [shape((300, 4, page_size), "float32")] * 2
@@ -419,7 +420,7 @@ def pages(page_size, held, dtype="bfloat16", tokens=(), row_dim=128):
 @pytest.mark.parametrize("held", ["bfloat16", "int8"])
 @pytest.mark.parametrize("page_size", [1, 16, 24, 64, 256])
 def test_lowers_with_pages(page_size, held, splits):
-    """Every kind of look-up, with starts, several tokens and one scale per row: two kernels forward, two more for d_query."""
+    """Every kind of look-up, with starts, several tokens and one scale per row: two kernels forward, and two more for d_query."""
 
     def loss(query, pool, table, start, end, *scales):
         scale = dict(zip(("key_scale", "value_scale"), scales, strict=False))
@@ -434,7 +435,7 @@ def test_lowers_with_pages(page_size, held, splits):
 
 @pytest.mark.parametrize(("columns", "row_dim"), [((0, 96), 128), ((128, 256), 256), ((40, 128), 192)])
 def test_lowers_with_the_value_in_the_keys_rows(columns, row_dim):
-    """The value is a part of the key, beside the key, and across parts of the key."""
+    """The value is a part of the key, next to the key, or across parts of the key."""
 
     def call(query, pool, table, start, end):
         settings = {"softmax_scale": 0.1, "value_columns": columns, "page_table": table}

@@ -1,4 +1,4 @@
-"""The peers that the benchmark holds beside ours: what each is asked, and what it says that it cannot be asked."""
+"""The peers that the benchmark compares with this package: what each is asked, and what each says that it cannot do."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from ejk_ragged.testing import Case, live_rows, TextbookBackend
 
 pytestmark = pytest.mark.usefixtures("promoted_ranks")
 
-TEXTBOOK = TextbookBackend()  # quickly compiled
+TEXTBOOK = TextbookBackend()  # compiles quickly
 TINY = Case("tiny", 3, 48, 4, 2, 64, lengths=("uniform", 3, 40))
 FEATURES = Case("features", 3, 48, 4, 2, 64, "bfloat16", ("skew", 3, 9), 0.2, (20, 0), 1.5, ("query", 1))
 
@@ -31,16 +31,16 @@ def peer(name):
 
 
 def verdict(call, case):
-    """What the benchmark's check says of a peer's call."""
+    """The verdict of the benchmark's check on a peer's call."""
     drawn = inputs.draw(case, 5, 1, on_device=False)
     return inputs.Sample(case, drawn, gradients=False).compare({"out": call(**drawn.arguments())}, strict=False)
 
 
 @pytest.mark.parametrize("name", [p.name for p in peers.PEERS])
 def test_peers_say_what_they_lack(name):
-    """Each either is absent, or makes a call, or says what it cannot express; none takes a soft cap and drops it."""
+    """Each peer is absent, makes a call, or says what it cannot express. No peer takes a soft cap and drops it."""
     if name.startswith("ejkernel") and importlib.util.find_spec("ejkernel"):
-        peer(name).call(FEATURES)  # it takes all of it; the oracle decides
+        peer(name).call(FEATURES)  # the peer takes all features, and the oracle decides
         return
     with pytest.raises((peers.CannotExpress, ImportError)):
         peer(name).call(FEATURES)
@@ -72,7 +72,7 @@ def test_peers_for_pages_are_not_held_beside_padded_caches(name):
 
 
 def test_abilities_are_features():
-    """A misspelt ability would be none."""
+    """A misspelt ability would count for nothing."""
     assert {able for p in peers.PEERS for able in p.able} <= set(peers.FEATURES)
 
 
@@ -86,10 +86,10 @@ def test_ejkernel_cannot_express(kind):
 @pytest.mark.parametrize("lengths", [("full",), ("uniform", 1, 9)], ids=str)
 @pytest.mark.parametrize("tokens", [None, 1, 4])
 def test_jax_nn_is_asked_the_right_question(lengths, tokens):
-    """Also where a sequence has fewer rows than tokens."""
+    """Also if a sequence has fewer rows than tokens."""
     case = dataclasses.replace(TINY, lengths=lengths, num_tokens=tokens)
     found = verdict(peers.jax_nn(case, "xla"), case)
-    if lengths != ("full",) and tokens == 4:  # a token that sees nothing has a mean there, and 0 here
+    if lengths != ("full",) and tokens == 4:  # a token that sees nothing gives a mean in jax.nn, and 0 here
         assert not found["ok"]
         case = dataclasses.replace(case, lengths=("uniform", 4, 9))
         found = verdict(peers.jax_nn(case, "xla"), case)
@@ -98,7 +98,7 @@ def test_jax_nn_is_asked_the_right_question(lengths, tokens):
 
 @pytest.mark.parametrize("window", [None, (2, 0)], ids=str)
 def test_the_mask(window):
-    """Which keys each token sees, as the oracle has it."""
+    """The mask has the keys that each token sees, by the oracle."""
     case = dataclasses.replace(TINY, num_tokens=3, lengths=("ranges", (0, 9), (4, 6), (8, 8)), sliding_window=window)
     start, end = case.ranges()
     seen = np.asarray(peers._seen(case, jnp.asarray(start), jnp.asarray(end)))
@@ -109,7 +109,7 @@ def test_the_mask(window):
 
 
 def _theirs(**given):
-    """Stands in for a peer's function: whatever they call their arguments, it does what ours does."""
+    """Stands in for a peer's function. Its arguments have the peer's names, and it computes what this package does."""
     given = {name: value for name, value in given.items() if value is not None}
     return ragged_decode_attention(**given, backend=TEXTBOOK)
 
@@ -142,7 +142,7 @@ def fake_ejkernel(query, key, value, sequence_start, sequence_end, **options):
 
 
 def fake_torch():
-    """As much of PyTorch as the peers need, with NumPy's arrays for tensors."""
+    """The part of PyTorch that the peers need, with NumPy's arrays as tensors."""
     torch = types.ModuleType("torch")
     float8 = {name: np.dtype(getattr(jnp, name)) for name in ("float8_e4m3fn", "float8_e5m2")}
     numbers = {name: np.dtype(name) for name in ("uint8", "uint16", "uint32")}
@@ -152,7 +152,7 @@ def fake_torch():
 
 
 def fake_fa3(q, k_cache, v_cache, k=None, v=None, qv=None, cache_seqlens=None, softmax_scale=None, causal=False, softcap=0.0):
-    """Its signature, as far as it is used. Logits of `qv` with the value come on top."""
+    """The part of FlashAttention-3's signature that is used. The logits of `qv` with the value are added."""
     assert causal == (q.shape[1] > 1)
     rows = {"key": k_cache, "value": v_cache}
     if qv is not None:
@@ -209,7 +209,7 @@ def _table_of(indptr, indices):
 
 
 class FakeLatentWrapper:
-    """FlashInfer's wrapper for MLA, likewise."""
+    """FlashInfer's wrapper for MLA, like `FakeWrapper`."""
 
     def __init__(self, float_workspace_buffer, use_cuda_graph=False):
         pass
@@ -258,7 +258,7 @@ def fake_xqa(
     q_len_per_req=1,
     mask=None,
 ):
-    """Its signature. The output is scaled at last, and the mask has a bit for each token that a token sees."""
+    """The signature of xqa. The output is scaled at the end, and the mask has a bit for each token that a token sees."""
     (key, value), tokens = kv_cache, q_len_per_req
     assert (kv_layout, backend, seq_lens.dtype) == ("NHD", "xqa", np.uint32)
     assert max_seq_len == block_tables.shape[1] * key.shape[1]
@@ -288,7 +288,7 @@ def fake_jax_paged(
     k_splits=16,
     attn_logits_soft_cap=None,
 ):
-    """Its query is scaled before."""
+    """Its query is already scaled."""
     assert block_tables.shape[1] % k_splits == 0
     assert block_tables.shape[1] // k_splits % pages_per_compute_block == 0
     scales = [None if scale is None else scale.swapaxes(0, 1) for scale in (k_scales_pages, v_scales_pages)]
@@ -373,7 +373,7 @@ def install_fake(name, monkeypatch):
 
 @pytest.mark.parametrize("name", FAKES)
 def test_peers_are_asked_the_right_question(name, monkeypatch):
-    """With the peer's signature and our meaning behind it, every case that it takes is answered right."""
+    """A stand-in has the peer's signature and our computation. Every case that the peer takes must be right."""
     install_fake(name, monkeypatch)
     taken = set()
     for what, case in CASES.items():
@@ -385,7 +385,7 @@ def test_peers_are_asked_the_right_question(name, monkeypatch):
 
 
 def _called(made):
-    """A call on JAX arrays of the two functions that a peer of PyTorch has."""
+    """A call with JAX arrays of the two functions of a PyTorch peer."""
     prepare, call = made
     return lambda **arguments: call(*prepare(**arguments))
 
@@ -415,7 +415,7 @@ def test_what_only_some_cases_ask(name, case, lacks, monkeypatch):
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # by JAX 0.11
 @pytest.mark.parametrize("dtypes", [{}, {"cache_dtype": "int8", "scales": "row"}], ids=["bfloat16", "int8"])
 def test_jax_lowers_its_own_peer_for_pages(dtypes):
-    """The operation is there, takes these arguments, and becomes a kernel of a GPU; none is needed to see that."""
+    """The operation exists, takes these arguments, and lowers to a GPU kernel. No GPU is needed for this."""
     case = Case("", 2, 256, 8, 2, 64, "bfloat16", ("uniform", 1, 256), page_size=16, **dtypes)
     drawn = inputs.draw(case, 5, 1, on_device=False)
     gpu = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100", None, "gpu"))

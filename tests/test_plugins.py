@@ -1,4 +1,5 @@
-"""Backends as users install them, in a process of its own: importing loads none, and somebody else's distribution is found."""
+"""Backends as users install them, in a new process: importing the package loads none, and a distribution of somebody else is
+found."""
 
 import json
 import os
@@ -48,7 +49,7 @@ MISSING = {
 
 @pytest.mark.parametrize(("kind", "how"), [*((kind, "not found") for kind in MISSING), ("no Pallas", "None")])
 def test_a_jax_without_kernel_languages(kind, how):
-    """Of JAX's modules some are missing: the backends that need them say so, and everything else works."""
+    """Some of JAX's modules are missing. The backends that need them say so, and everything else works."""
     script = f"""
 import json, sys, warnings
 import jax, jax.numpy as jnp
@@ -104,7 +105,7 @@ print(json.dumps([float(value), infos, explanation["cuda"].forward, explanation[
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
-    """Folders for the path that make the distribution of docs/plugin look installed."""
+    """Folders that make the distribution of docs/plugin look installed when they are on the path."""
     source = pathlib.Path(__file__).parents[1] / "docs" / "plugin"
     project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
     site = tmp_path_factory.mktemp("site")
@@ -120,7 +121,8 @@ def plugin(tmp_path_factory):
 
 
 def test_somebody_elses_backend(plugin):
-    """A distribution that this one has never heard of is listed, chosen where it can, and passed over with its reason."""
+    """A distribution that this package does not know is listed, chosen where it can do the call, and otherwise passed over with
+    its reason."""
     script = """
 import json
 import jax, jax.numpy as jnp
@@ -157,7 +159,7 @@ print(json.dumps({
 
 
 def test_the_plug_in_is_gone_without_its_distribution(plugin):
-    """The control of the test above."""
+    """The control experiment of the test above."""
     _, source = plugin
     script = "import json, ejk_ragged; print(json.dumps([info.name for info in ejk_ragged.backends()]))"
     assert "dense" not in python(script, source)

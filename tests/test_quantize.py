@@ -1,4 +1,5 @@
-"""`quantize`: how far what is stored is from what came, and what cannot be stored; and that a quantised cache has no gradient."""
+"""`quantize`: how far the stored numbers are from the given ones, and which numbers cannot be stored; and that a quantised cache
+has no gradient."""
 
 import functools
 import re
@@ -13,8 +14,8 @@ from ejk_ragged import quantize, ragged_decode_attention
 from ejk_ragged.testing import Case, TextbookBackend
 
 
-# Half a step, of the row's largest value: an int8's is 1 of 127; floats have 4 and 3 bits with the one that is not stored, and
-# the small ones have steps of their own.
+# Half a step, relative to the row's largest value. A step of int8 is 1 of 127. The floats have 4 and 3 significant bits, the bit
+# that is not stored included. Small floats have other steps.
 HALF_STEPS = {"int8": 0.5 / 127, "float8_e4m3fn": 2.0**-4, "float8_e5m2": 2.0**-3}
 
 each_dtype = pytest.mark.parametrize("dtype", HALF_STEPS)
@@ -27,7 +28,7 @@ def rows(*shape, dtype="float32"):
 @each_dtype
 @pytest.mark.parametrize("given", ["float32", "bfloat16", "float16"])
 def test_round_trip(dtype, given):
-    """Of rows of any size; each largest value is stored as the largest there is."""
+    """Rows of any size. The largest value of a row is stored as the largest number of the dtype."""
     sizes = jnp.array([1e-3, 1.0, 300.0], given)[:, None, None]
     x = rows(3, 5, 32, dtype=given) * sizes
     stored, scale = quantize(x, dtype)
@@ -42,7 +43,7 @@ def test_round_trip(dtype, given):
 
 @each_dtype
 def test_scales_lie_as_a_call_takes_them(dtype):
-    """Of a whole cache sequence last; of one step's rows, to be written into them."""
+    """The scales of a whole cache have the rows last. The scales of one step's rows can be written into them."""
     cache = rows(2, 7, 3, 8)
     stored, scale = quantize(cache, dtype)
     assert scale.shape == (2, 3, 7)
@@ -55,11 +56,11 @@ def test_scales_lie_as_a_call_takes_them(dtype):
 @each_dtype
 @pytest.mark.parametrize("value", [0.0, 1e-44, 2.5, -3e38])
 def test_constants(dtype, value):
-    """Zeros are zeros, and nothing is NaN or infinite, however small or large it is."""
+    """Zeros stay zeros, and nothing becomes NaN or infinite, however small or large a constant is."""
     stored, scale = quantize(jnp.full((2, 16), value, jnp.float32), dtype)
     assert np.all(np.asarray(scale) > 0)
     assert np.isfinite(np.asarray(stored, np.float32)).all()
-    want = 0.0 if abs(value) < 1e-38 else value  # what is smaller than floats' normal range is nothing here
+    want = 0.0 if abs(value) < 1e-38 else value  # below the normal range of floats the result is 0
     np.testing.assert_allclose(np.asarray(stored, np.float32) * np.asarray(scale)[:, None], np.full((2, 16), want), rtol=1e-5)
 
 
@@ -88,7 +89,7 @@ def test_errors(x, dtype, message):
     ],
 )
 def test_a_quantised_cache_has_no_gradient(cache_dtype, name):
-    """It is an error that says what to write instead, and with that it works."""
+    """The error says what to write instead, and that works."""
     arrays, _ = draw(Case("", 2, 12, 4, 2, 8, cache_dtype=cache_dtype, scales="row"))
     call = functools.partial(ragged_decode_attention, backend=TextbookBackend())
     loss = lambda x, query: jnp.sum(call(**arrays | {name: x, "query": query}))

@@ -1,4 +1,4 @@
-"""Backends as plug-ins: found without importing, loaded when needed, chosen in order, refused with a reason."""
+"""Backends as plug-ins: found without importing them, loaded when needed, chosen in order, and refused with a reason."""
 
 import dataclasses
 import importlib.metadata
@@ -42,7 +42,7 @@ def test_loaded_when_needed_and_once():
 def test_an_instance_will_do_too():
     instance = backend("a")()
     assert Registry(entries(instance)).get("a") is instance
-    assert Registry([]).resolve(instance) is instance  # nor need it be registered
+    assert Registry([]).resolve(instance) is instance  # an instance need not be registered
 
 
 def test_clear_looks_again():
@@ -57,7 +57,7 @@ def test_clear_looks_again():
 
 
 def test_real_entry_points():
-    """importlib.metadata's own class, without a distribution."""
+    """The class of importlib.metadata itself, without a distribution."""
     made = Registry([importlib.metadata.EntryPoint("textbook", "ejk_ragged.testing:TextbookBackend", "ejk_ragged.backends")])
     assert isinstance(made.get("textbook"), TextbookBackend)
     (info,) = made.backends()
@@ -73,7 +73,7 @@ def test_duplicates_name_both_distributions():
 
 
 def test_the_same_entry_twice_is_no_duplicate():
-    """Metadata that is found on the path twice."""
+    """The same metadata is found twice on the path."""
     one = backend("a")
     assert Registry(entries(one, one)).names() == ("a",)
 
@@ -92,14 +92,15 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_plug_in(kind):
-    """Passed over with one warning when nobody asked for it; raised, with its cause, when named; listed with why."""
+    """A broken plug-in is passed over with one warning if nobody named it, raised with its cause if a call names it, and listed
+    with its reason."""
     entry, reason = BROKEN[kind]
     made = Registry([entry, *entries(backend("good", priority=-5))])
     with pytest.warns(RuntimeWarning, match=f"The backend 'bad' of bad-dist cannot be loaded and is passed over: {reason}"):
         assert made.select("cpu", PROBLEM).backend.name == "good"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        made.select("cpu", PROBLEM)  # once is enough
+        made.select("cpu", PROBLEM)  # the warning is given once
     with pytest.raises(RuntimeError, match=f"The backend 'bad' of bad-dist cannot be loaded: {reason}") as caught:
         made.select("cpu", PROBLEM, "bad")
     assert isinstance(caught.value.__cause__, Exception)
@@ -114,14 +115,15 @@ def test_broken_plug_in(kind):
 
 
 def test_order():
-    """By priority, then by name."""
+    """Backends are asked by priority, then by name."""
     made = Registry(entries(backend("last", -100), backend("b"), backend("a"), backend("first", 7)))
     assert [one.name for one in made.automatic()] == ["first", "a", "b", "last"]
     assert made.select("cpu", PROBLEM).backend.name == "first"
 
 
 def test_order_by_problem():
-    """A backend may come earlier or later for some problems on some targets, in the forward direction, unless one is named."""
+    """A backend may come earlier or later for some problems on some targets. This holds for the forward direction, if no backend
+    is named."""
 
     def priority_for(self, problem, target):
         if target.platform == "tpu" or problem.batch == 1:
@@ -146,7 +148,8 @@ def test_order_by_problem():
 
 
 def test_order_of_equal_priorities_by_problem():
-    """By name, as in general; who does not run on the platform is not asked."""
+    """Equal priorities are ordered by name, as in general. A backend that does not run on the platform is not asked for its
+    priority."""
     never = backend("elsewhere", 9, frozenset({"tpu"}), priority_for=lambda self, problem, target: 1 / 0)
     made = Registry(entries(backend("b", 5), backend("a", 1, priority_for=lambda self, problem, target: (5, "as b")), never))
     assert made.select("cpu", PROBLEM).preferred == "as b"
@@ -171,7 +174,7 @@ def test_reasons():
 
 
 def test_named_is_used_or_refused():
-    """Never replaced; the message says who could."""
+    """A named backend is never replaced. The message says which backends could do the call."""
     made = Registry(entries(backend("picky", why="it is picky"), backend("any", -1), backend("tpu", 5, frozenset({"tpu"}))))
     assert made.select("cpu", PROBLEM, "any").backend.name == "any"
     with pytest.raises(
@@ -182,7 +185,7 @@ def test_named_is_used_or_refused():
         made.select("cpu", PROBLEM, "tpu")
     with pytest.raises(ValueError, match=r"one of any, picky, tpu; got 'none'"):
         made.select("cpu", PROBLEM, "none")
-    made.check_named(made.get("tpu"), PROBLEM)  # somewhere it can
+    made.check_named(made.get("tpu"), PROBLEM)  # it can do the call on one of its platforms
     made.check_named(None, PROBLEM)
     with pytest.raises(ValueError, match="it is picky"):
         made.check_named(made.get("picky"), PROBLEM)
@@ -196,7 +199,7 @@ def test_nobody_can():
 
 
 def test_gradients_of_another_backend():
-    """One without a backward operation leaves the gradients to the next, named or not."""
+    """A backend without a backward operation leaves the gradients to the next backend, named or not."""
     made = Registry(entries(backend("half", 5, backward=Backend.backward), backend("whole")))
     for named in (None, "half"):
         assert made.select("cpu", PROBLEM, named).backend.name == "half"
@@ -258,7 +261,7 @@ def test_call_and_explanation(install):
         backend("picky", 9, frozenset({"cpu", "tpu"}), "it is picky", forward=forward),
         backend("any", -100, forward=forward),
     )
-    arrays, _ = draw(Case("", 2, 13, 3, 1, 8))  # a shape that nobody else has compiled
+    arrays, _ = draw(Case("", 2, 13, 3, 1, 8))  # a shape that no other test has compiled
     with jax.default_device(jax.devices("cpu")[0]):
         ragged_decode_attention(**{name: jax.device_put(x, jax.devices("cpu")[0]) for name, x in arrays.items()})
     assert ran == ["fast"]
@@ -309,7 +312,7 @@ def test_explain_computes_nothing():
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_what_a_backend_returns_is_checked(compiled):
-    """Compiled, and operation by operation."""
+    """The check runs compiled, and operation by operation."""
 
     class Careless(TextbookBackend):
         def forward(self, *args, **kwargs):
@@ -333,7 +336,7 @@ def test_what_a_backend_returns_is_checked(compiled):
 
 
 def test_what_a_window_says_of_the_problem():
-    """A bound on what a token sees, coarse enough that calls share programs."""
+    """A window bounds the number of rows that a token sees. The bound is coarse, so that calls share programs."""
     arrays, _ = draw(Case("", 2, 12, 4, 2, 8))
 
     def most_keys(left):
@@ -354,7 +357,7 @@ def test_an_instance_wherever_a_name_is():
 
 
 def test_ours_are_installed():
-    """What pyproject.toml announces is found, whole, and one of them is total."""
+    """The backends that pyproject.toml announces are found, they are complete, and one of them can do everything."""
     infos = {info.name: info for info in ejk_ragged.backends()}
     assert infos["xla"].platforms is None
     assert infos["xla"].broken is None
@@ -372,7 +375,7 @@ def test_ours_are_installed():
     ids=str,
 )
 def test_matmul_precisions(names, level):
-    """Never a lower level than the name says; what takes several passes is the highest, or high."""
+    """The level is never lower than the name says. A precision of several passes is the highest, or high."""
     query, cache = jnp.ones((1, 2, 8)), jnp.ones((1, 4, 1, 8))
     for name in names:
         with jax.default_matmul_precision(name):

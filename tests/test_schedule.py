@@ -1,4 +1,4 @@
-"""Which tiles of the live ranges each program works through, and where its results go: what the kernels for GPUs share."""
+"""The schedule of the GPU kernels: which tiles of the live ranges each program works through, and where its results go."""
 
 import functools
 
@@ -14,12 +14,12 @@ from ejk_ragged_pallas_triton._blocks import line_of, store_pieces
 from ejk_ragged_schedule import Schedule
 
 
-BATCH, SEQ_LEN = 5, 200  # of most tests
+BATCH, SEQ_LEN = 5, 200  # the sizes of most tests
 
 
 @functools.cache
 def walk(schedule):
-    """A function of start and end: every program counts its tiles and their rows, and notes in which slots it ends a piece."""
+    """A function of start and end. Every program counts its tiles and their rows, and notes the slots in which it ends a piece."""
 
     def kernel(start_ref, end_ref, tiles_ref, rows_ref, slots_ref, pieces_ref):
         program = pl.program_id(0)
@@ -66,7 +66,7 @@ def test_schedule_covers_every_live_row_once(by_sequence, workers, deal, ranges)
     covers_every_live_row_once(Schedule(BATCH, SEQ_LEN, workers * deal, 32, by_sequence, deal=deal), *np.array(ranges, np.int32).T)
 
 
-@pytest.mark.parametrize("batch", [32, 33, 300])  # one strip, two, and three longer ones
+@pytest.mark.parametrize("batch", [32, 33, 300])  # one strip, two strips, and three longer strips
 def test_many_sequences(batch):
     ends = np.random.default_rng(batch).integers(0, SEQ_LEN, (2, batch), np.int32)
     covers_every_live_row_once(Schedule(batch, SEQ_LEN, 6, 32, by_sequence=False, deal=2), *ends)
@@ -76,13 +76,13 @@ def covers_every_live_row_once(schedule, start, end):
     tiles, rows, slots, (first, count) = map(np.asarray, walk(schedule)(start, end))
     index = np.arange(SEQ_LEN)
     np.testing.assert_array_equal(rows, (index >= start[:, None]) & (index < end[:, None]))
-    # The slots that were filled are those in which the pieces are looked for, each by one piece.
+    # Each piece fills the slot in which it is looked for, and no other slot is filled.
     expected = np.full_like(slots, -1)
     for b in range(schedule.batch):
         assert np.all(expected[first[b] : first[b] + count[b]] == -1)
         expected[first[b] : first[b] + count[b]] = b
     np.testing.assert_array_equal(slots, expected)
-    # No tile is cut in two, and no program has more than its share of them.
+    # No tile is cut in two, and no program has more than its share of the tiles.
     rounds = -(-np.maximum(end - start, 0) // schedule.stride)
     rounds = rounds if schedule.by_sequence else rounds.sum(keepdims=True)
     shares = -(-rounds // (schedule.workers // schedule.deal))
@@ -92,7 +92,8 @@ def covers_every_live_row_once(schedule, start, end):
 
 
 def test_a_long_sequence_is_shared_out():
-    """13 tiles of 16 keys and four of fewer: three programs for the first, whose last one begins with the others."""
+    """The first sequence has 13 tiles of 16 keys, and four others have fewer. Three programs do the first sequence. The last of
+    the three begins with the others."""
     start, end = np.zeros(BATCH, np.int32), np.array([SEQ_LEN, 3, 1, 2, 5], np.int32)
     schedule = Schedule(BATCH, SEQ_LEN, 4, 16, by_sequence=False)
     *_, (_, count) = map(np.asarray, walk(schedule)(start, end))
@@ -100,7 +101,7 @@ def test_a_long_sequence_is_shared_out():
 
 
 def test_a_line_longer_than_int32():
-    """Of 5 * 2**30 keys; each of eight programs finds the sequence in which its stretch begins, and the key."""
+    """The line has 5 * 2**30 keys. Each of eight programs finds the sequence and the key at which its stretch begins."""
     rows, workers = 2**30, 8
     schedule = Schedule(BATCH, rows, workers, 32, by_sequence=False)
 

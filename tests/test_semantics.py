@@ -1,4 +1,4 @@
-"""The meaning of a call, rule by rule, for every backend: by hand where that is possible, against the oracle for the rest."""
+"""The meaning of a call, rule by rule, for every backend: by hand where that is possible, and otherwise against the oracle."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from ejk_ragged.testing import Case, CHECKS, oracle, TextbookBackend
 
 
 CASES = {case.name: case for case in CHECKS}
-# 64 divides the head dimensions here. Some backends take no others in pages or in 8 bits.
+# 64 divides the head dimensions of these cases. Some backends take no other head dimensions in pages or in 8 bits.
 TILED = (
     Case("tiled-pages", 3, 72, 4, 2, 64, "bfloat16", ("ranges", (3, 70), (9, 9), (0, 20)), page_size=16, value_dim=128),
     Case(
@@ -46,12 +46,12 @@ def test_named_cases(subject, case):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# By hand, in a backend's first dtype. With a query of zeros every key weighs 1: out is the mean of the valid values, lse the log
-# of their number.
+# By hand, in a backend's first dtype. With a query of zeros every key weighs 1. So out is the mean of the valid values, and lse is
+# the log of their number.
 
 
 def counting(subject, batch, heads=2, kv_heads=1, seq_len=40, dim=16, num_tokens=None, dtype=None):
-    """A query of zeros, and values that say which row they are of, which any dtype holds."""
+    """A query of zeros, and values that hold the number of their row. Any dtype can hold these numbers."""
     dtype = jnp.dtype(dtype or subject.dtypes[0])
     rows = jnp.broadcast_to(jnp.arange(seq_len, dtype=dtype)[None, :, None, None], (batch, seq_len, kv_heads, dim))
     tokens = () if num_tokens is None else (num_tokens,)
@@ -59,7 +59,7 @@ def counting(subject, batch, heads=2, kv_heads=1, seq_len=40, dim=16, num_tokens
 
 
 def valid_rows(subject, start, end, num_tokens=None, query_lengths=None, **options):
-    """What a call says of the ranges: number of valid keys and mean of their indices, one a sequence, or [B, T]."""
+    """The number of valid keys and the mean of their indices, per sequence or [B, T], from the results of a call."""
     lengths = {"sequence_start": start, "sequence_end": end, "query_lengths": query_lengths}
     lengths = {name: jnp.asarray(x, jnp.int32) for name, x in lengths.items() if x is not None}
     batch = next((len(x) for x in lengths.values()), 1)
@@ -70,11 +70,11 @@ def valid_rows(subject, start, end, num_tokens=None, query_lengths=None, **optio
 def assert_rows(got, want):
     count, mean = (x.ravel() for x in got)
     np.testing.assert_allclose(count, [len(rows) for rows in want], rtol=1e-5)
-    np.testing.assert_allclose(mean, [np.mean(rows) if len(rows) else 0 for rows in want], rtol=1e-5)  # halves, in any dtype
+    np.testing.assert_allclose(mean, [np.mean(rows) if len(rows) else 0 for rows in want], rtol=1e-5)  # any dtype can hold halves
 
 
 def rounding(subject):
-    """How far an output may lie from what it should be, relatively."""
+    """The largest relative error of an output."""
     return max(1e-5, float(jnp.finfo(subject.dtypes[0]).eps))
 
 
@@ -109,7 +109,7 @@ def test_no_lengths_means_all(subject):
     ],
 )
 def test_window(subject, window, wants):
-    """The query stands at end - 1, whatever lies behind it in the cache, and be it beyond the cache."""
+    """The query has position end - 1, whatever the rows behind it hold, and also if end - 1 is beyond the cache."""
     assert_rows(valid_rows(subject, [0, 3, 25, 9], [40, 9, 42, 4], sliding_window=window), wants)
 
 
@@ -127,21 +127,22 @@ def test_window(subject, window, wants):
     ids=str,
 )
 def test_tokens(subject, options, wants):
-    """Each sees no key after its own, and looks back from there; the last stands at end - 1. The first sequence's last token does
-    not fit into the cache. The third sequence has fewer keys than tokens."""
+    """Each token sees no key after its own, and its window goes back from its own key. The last token has position end - 1. The
+    first sequence's last token does not fit into the cache. The third sequence has fewer keys than tokens."""
     assert_rows(valid_rows(subject, [0, 3, 0], [41, 9, 2], num_tokens=3, **options), wants)
 
 
 @pytest.mark.parametrize("end", [90, 2**31 - 1])
 def test_tokens_far_beyond_the_cache(subject, end):
-    """Every token sees the whole cache, and through a window nothing."""
+    """Every token sees the whole cache, and with a window it sees nothing."""
     assert_rows(valid_rows(subject, [0], [end], num_tokens=2), [range(40)] * 2)
     assert_rows(valid_rows(subject, [0], [end], num_tokens=2, sliding_window=(3, 0)), [()] * 2)
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (3, 2), (3, 2, 40)], ids=["number", "head", "sequence", "row"])
 def test_scales(subject, shape):
-    """A key is worth its scale before the cap, a value its own beside the softmax, whose denominator knows nothing of it."""
+    """A key's scale multiplies the logit before the cap. A value's scale multiplies the value, and does not change the
+    denominator of the softmax."""
     key_scale, value_scale = np.random.default_rng(0).uniform(0.5, 1.5, (2, *shape)).astype(np.float32)
     dtype, dim = subject.dtypes[0], subject.dim
     rows = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int8)[None, :, None, None], (3, 40, 2, dim))
@@ -175,7 +176,7 @@ def test_heads_read_their_group(subject):
     ids=["shared", "query", "kv", "none by -inf"],
 )
 def test_sinks(subject, sinks, weights):
-    """exp(sink) is added to the denominator, once, neither scaled nor capped, without a value; lse knows it."""
+    """exp(sink) is added to the denominator once. A sink is neither scaled nor capped, and has no value. lse includes it."""
     arguments = counting(subject, 2, heads=4, kv_heads=2) | {"softmax_aux": jnp.asarray(sinks, jnp.float32)}
     end = jnp.array([9, 0], jnp.int32)
     out, lse = subject.call(**arguments, sequence_end=end, softmax_scale=0.1, logits_soft_cap=1.5, return_lse=True)
@@ -185,7 +186,7 @@ def test_sinks(subject, sinks, weights):
 
 
 def test_scale_then_cap(subject):
-    """One key, whose logit is the lse: cap * tanh(scale * q . k / cap)."""
+    """With one key the lse is its logit: cap * tanh(scale * q . k / cap)."""
     query, key = jnp.full((1, 1, 16), 0.5, subject.dtypes[0]), jnp.full((1, 1, 1, 16), 2.0, subject.dtypes[0])
     for scale, cap, want in (
         (None, None, 4.0),
@@ -198,7 +199,7 @@ def test_scale_then_cap(subject):
 
 
 def test_cap_far_above_the_logits(subject):
-    """Nothing cancels there: one key a sequence, whose logit is the lse."""
+    """Nothing cancels in such a cap. Each sequence has one key, whose logit is the lse."""
     logits = np.arange(1, 33) / 16
     query = jnp.broadcast_to(jnp.asarray(logits, subject.dtypes[0])[:, None, None], (32, 2, 16))
     key = jnp.ones((32, 1, 1, 16), subject.dtypes[0])
@@ -214,7 +215,7 @@ def test_scale_need_not_be_positive(subject, scale):
 
 
 def test_large_logits(subject):
-    """Nothing overflows: one key outweighs all by e^1000 and more."""
+    """Nothing overflows, although one key outweighs all others by e^1000 and more."""
     arguments = counting(subject, 1) | {"query": jnp.ones((1, 2, 16), subject.dtypes[0])}
     arguments["key"] = arguments["value"] * 16
     out, lse = subject.call(**arguments, return_lse=True)
@@ -226,7 +227,7 @@ def test_large_logits(subject):
 
 
 def test_empty_range(subject):
-    """Output 0, lse -inf; every gradient 0, though the cache holds nothing but NaN."""
+    """The output is 0, lse is -inf and every gradient is 0, although the cache holds only NaN."""
     arguments = counting(subject, 2)
     arguments |= {name: jnp.full_like(arguments[name], jnp.nan) for name in ("key", "value")}
     lengths = {"sequence_start": jnp.array([5, 9], jnp.int32), "sequence_end": jnp.array([5, 2], jnp.int32)}
@@ -242,7 +243,7 @@ def test_empty_range(subject):
 
 
 def test_empty_range_with_sinks(subject):
-    """lse is that of the sinks, and so is its gradient; through the output there is none."""
+    """lse and its gradient are those of the sinks. The output has no gradient."""
     arguments = counting(subject, 1) | {"sequence_end": jnp.zeros(1, jnp.int32)}
     sinks = jnp.array([[0.0, 1.0], [2.0, 2.0]])
     (out, lse), pullback = jax.vjp(lambda aux: subject.call(**arguments, softmax_aux=aux, return_lse=True), sinks)
@@ -254,7 +255,7 @@ def test_empty_range_with_sinks(subject):
 
 @pytest.mark.parametrize("name", ["sinks-shared", "sinks-query", "sinks-kv"])
 def test_sinks_that_weigh_nothing(subject, name):
-    """Of a head, or a kv head, or all, every sink is -inf: there is none, and each one's gradient is 0, not NaN."""
+    """Sinks of -inf, for one head, one kv head or all heads, count as no sinks. Their gradient is 0, not NaN."""
     arguments = dataclasses.replace(CASES[name], dtype=subject.dtypes[0]).draw(poison=True)
     sinks = np.atleast_2d(arguments["softmax_aux"].copy())
     sinks[0] = -np.inf
@@ -275,7 +276,7 @@ INTEGERS = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uin
 
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_dtypes_of_lengths(subject, dtype):
-    """Any integers, NumPy's too; 300 rows are more than int8 holds, and unsigned ones must not wrap."""
+    """Lengths have any integer dtype, also of NumPy. 300 rows are more than int8 holds, and unsigned integers must not wrap."""
     with jax.enable_x64(dtype.endswith("64")):
         arguments = counting(subject, 2, seq_len=300)
         start, end = np.array([3, 0], dtype), np.array([100, np.iinfo(dtype).max], dtype)
@@ -285,7 +286,8 @@ def test_dtypes_of_lengths(subject, dtype):
 
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_dtypes_of_query_lengths(subject, dtype):
-    """130 and 260 tokens are more than int8 and uint8 hold. The least and the largest number of the dtype mean none and all."""
+    """130 and 260 tokens are more than int8 and uint8 hold. The smallest number of the dtype means no tokens, and the largest
+    means all."""
     num_tokens = 260 if dtype == "uint8" else 130
     ends, lengths = np.array([300, 300, 200], np.int32), np.array([np.iinfo(dtype).max, np.iinfo(dtype).min, 100], dtype)
     with jax.enable_x64(dtype.endswith("64")):
@@ -301,7 +303,8 @@ def test_dtypes_of_query_lengths(subject, dtype):
 @pytest.mark.parametrize("left", [0, 5, 2**31 - 1, 2**31 + 5, 2**32 - 1, 2**63, 2**70])
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_dtypes_of_ends_and_windows(dtype, left):
-    """The window around the last position that a dtype holds, and around others beyond the cache, keeps what exact integers say."""
+    """A window around the last position that a dtype holds, and around other positions beyond the cache, keeps the keys that
+    exact integers give."""
     ends = np.array([np.iinfo(dtype).max, np.iinfo(dtype).min, np.iinfo(dtype).max - 7, 20], dtype)
     with jax.enable_x64(dtype.endswith("64")):
         query, rows = jnp.zeros((4, 2, 1, 8)), jnp.zeros((4, 40, 1, 8))
@@ -317,7 +320,7 @@ def test_one_dimensional_sinks_of_query_heads_warn(subject):
     arguments = counting(subject, 1, heads=4, kv_heads=2)
     with pytest.warns(UserWarning, match=r"softmax_aux\[:, None\]") as caught:
         subject.call(**arguments, softmax_aux=jnp.zeros(4))
-    assert caught[0].filename == support.__file__  # it points at the caller, which is `subject.call`
+    assert caught[0].filename == support.__file__  # the warning points at the caller, which is `subject.call`
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         subject.call(**arguments, softmax_aux=jnp.zeros(3))
@@ -373,7 +376,7 @@ def test_repeatable(subject, name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_batch_invariant(subject, dtype):
-    """One sequence of 200 keys and more, beside others and alone."""
+    """One sequence of 200 keys and more, in a batch and alone."""
     case = Case("", 4, 300, 8, 2, 32, dtype, lengths=("skew", 1, 300), sinks=("query", 1))
     for seed in range(2):
         assert_batch_invariant(subject.call, case.draw(seed))
@@ -383,7 +386,7 @@ def test_batch_invariant(subject, dtype):
 # Everything together
 
 
-SHAPES = [  # few, since each is compiled: B, S, Hq, Hkv, D
+SHAPES = [  # B, S, Hq, Hkv, D; few shapes, because each is compiled
     (1, 1, 1, 1, 8),
     (2, 33, 4, 4, 32),
     (3, 64, 6, 2, 16),
@@ -391,17 +394,17 @@ SHAPES = [  # few, since each is compiled: B, S, Hq, Hkv, D
     (5, 37, 10, 2, 24),
     (2, 300, 16, 1, 128),
 ]
-# For backends that take pages and 8 bits in tiles; of the first, query rows are few, and more of the others.
+# For backends that take pages and 8 bits in tiles. The first shape has few query rows, and the others have more.
 TILED_SHAPES = [*SHAPES, (3, 64, 6, 2, 64), (2, 72, 40, 1, 128), (2, 64, 80, 1, 64)]
 
 
 @hypothesis.settings(max_examples=hypothesis.settings().max_examples // 2)
 @hypothesis.given(data=st.data())
 def test_any_problem(subject, data):
-    """Forward and gradients of anything that may be asked, with poison around the live ranges; other ranges share its programs."""
+    """Forward and gradients of any problem, with poison around the live ranges. Other ranges then use the same programs."""
     drawn = cases(TILED_SHAPES, subject.dtypes, tiled_operands) if subject.picky else cases(SHAPES, subject.dtypes)
     case = data.draw(drawn.filter(subject.takes), "case")
-    gradients = not subject.picky or data.draw(st.booleans(), "gradients")  # without, the output is rounded where it is made
+    gradients = not subject.picky or data.draw(st.booleans(), "gradients")  # without gradients the output is rounded in the kernel
     hints = data.draw(st.sampled_from([None, FwdParams(block_size_keys=16), FwdParams(num_key_splits=3)]), "hints")
     lengths = [case.lengths] if case.lengths == ("full",) else [case.lengths, data.draw(ranges(case.batch, case.seq_len), "others")]
     seed = data.draw(st.integers(0, 99), "seed")
@@ -414,12 +417,12 @@ def test_any_problem(subject, data):
 
 @pytest.mark.parametrize("name", ["cap", "window", "sinks-shared", "sinks-kv"])
 def test_finite_differences(subject, name, x64):
-    """An oracle of no one's making: the slope of the call's own output, in float64."""
+    """A check that is independent of the oracle: the slope of the call's own output, in float64."""
     arguments = {
         k: jnp.asarray(v) if isinstance(v, np.ndarray) else v
         for k, v in dataclasses.replace(CASES[name], dtype="float64").draw().items()
     }
-    if "float64" not in subject.dtypes:  # then it says so, and does not round in silence
+    if "float64" not in subject.dtypes:  # such a backend refuses float64, and does not round silently
         with pytest.raises(ValueError, match=f"backend '{subject.name}' cannot do this call .*float64"):
             subject.call(**arguments)
         return

@@ -1,4 +1,4 @@
-"""`docs/examples/serve.py`, with a small model of random weights: what is written for a request is what is written for it alone."""
+"""`docs/examples/serve.py`, with a small model of random weights. The text of each request is the text that it gets alone."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @pytest.fixture(autouse=True, scope="module")
 def _precision():
-    """The program's own, so that what it compiles is there for all."""
+    """The precision of the example, so that the tests share what is compiled."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -54,7 +54,7 @@ def finish(engine):
 
 
 def run(engine, *requests):
-    """What is written for requests (prompt, tokens) that come at once."""
+    """The tokens of requests (prompt, tokens) that arrive together."""
     taken = [engine.submit(*request) for request in requests]
     finish(engine)
     assert_all_free(engine)
@@ -84,7 +84,7 @@ def test_alone_is_full_attention():
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Whatever comes, and when
+# Any requests at any times
 
 tails = st.lists(st.integers(1, 63), max_size=6)
 prompts = st.builds(lambda known, tail: BEGINNING[:known] + tail, st.integers(0, 24), tails).filter(len)
@@ -92,7 +92,7 @@ prompts = st.builds(lambda known, tail: BEGINNING[:known] + tail, st.integers(0,
 
 @st.composite
 def traffic(draw):
-    """Requests (prompt, tokens) with the step at which each comes, and of some the step at which its stream is closed."""
+    """Requests (prompt, tokens) with the step at which each arrives, and for some the step at which its stream is closed."""
     requests = draw(st.lists(st.tuples(prompts, st.integers(1, 16)), min_size=1, max_size=6))
     come = [draw(st.integers(0, 12)) for _ in requests]
     close = [draw(st.none() | st.integers(0, 30)) for _ in requests]
@@ -101,8 +101,8 @@ def traffic(draw):
 
 
 def guesses(requests, period):
-    """A function for the place of `look_up`. It guesses what will be written, also beyond what is asked for, and gets every
-    `period`-th token wrong."""
+    """A function in place of `look_up`. It guesses the tokens that will be written, also beyond the tokens that are asked for,
+    and gets every `period`-th token wrong."""
     texts = [prompt + alone(tuple(prompt), tokens + 4) for prompt, tokens in requests]
 
     def look_up(text, count):
@@ -117,7 +117,7 @@ def guesses(requests, period):
 def test_whatever_comes(drawn):
     requests, come, close, num_pages, drafts, period = drawn
     served = make(drafts=drafts)
-    served.pages = Pages(num_pages, 4)  # fewer than the pool has, so that the programs are the same
+    served.pages = Pages(num_pages, 4)  # fewer pages than the pool has, so that the programs are the same
     with mock.patch.object(engine, "look_up", guesses(requests, period)):
         taken, closed = go_on(served, requests, come, close)
     assert_all_free(served)
@@ -127,7 +127,7 @@ def test_whatever_comes(drawn):
 
 
 def go_on(engine, requests, come, close):
-    """The requests as the engine took them, and of those that were closed the tokens that they had then."""
+    """The requests as the engine took them, and the tokens that closed requests had when they were closed."""
     taken, closed = {}, {}
     for step in range(300):
         for i in range(len(requests)):
@@ -140,7 +140,7 @@ def go_on(engine, requests, come, close):
             return taken, closed
         engine.step()
         ages = [request.number for request in (*engine.running, *engine.waiting)]
-        assert ages == sorted(set(ages))  # the newest waits
+        assert ages == sorted(set(ages))  # the newest request waits
     raise AssertionError("it goes on and on")
 
 
@@ -148,11 +148,11 @@ def test_right_drafts_save_steps():
     served, request = make(drafts=3), (BEGINNING[:9], 12)
     with mock.patch.object(engine, "look_up", guesses([request], 1000)):
         assert run(served, request) == as_alone([request])
-    assert served.counts.steps == 1 + 3  # 8 tokens are read, and each further step writes four
+    assert served.counts.steps == 1 + 3  # one step reads 8 tokens, and each further step writes four tokens
 
 
 def crowd():
-    """Requests of which each thing happens to some: pages are shared, copied and short, and drafts are right and wrong."""
+    """Requests that meet everything: pages are shared, copied and short, and drafts are right and wrong."""
     engine = make(drafts=3)
     engine.pages = Pages(10, 4)
     requests = [
@@ -171,10 +171,10 @@ def test_everything_happens_and_changes_nothing(monkeypatch):
     monkeypatch.setattr(engine, "_copy", lambda *pages: copied.append(pages) or copy(*pages))
     assert run(engine, *requests) == as_alone(requests)
     assert copied
-    assert 1 < engine.counts.put_back < 8  # 8 without a spare page for each that runs
+    assert 1 < engine.counts.put_back < 8  # without a spare page for each running request there would be 8
     assert engine.counts.shared_rows > 20
     assert engine.counts.most_pages == 10
-    assert engine.counts.steps < sum(tokens for _, tokens in requests) + 12  # drafts are right at times
+    assert engine.counts.steps < sum(tokens for _, tokens in requests) + 12  # some drafts are right
 
 
 def not_copied(self, held, first, end, copy, spare=0):
@@ -213,16 +213,17 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_noticed(monkeypatch, mistake):
     served, requests = crowd()
+    wanted = as_alone(requests)  # before the mistake is there
     monkeypatch.setattr(*MISTAKES[mistake])
     taken = [served.submit(*request) for request in requests]
     for _ in range(300):
         served.step()
-    right = [request.new for request in taken] == as_alone(requests)
+    right = [request.new for request in taken] == wanted
     assert not (right and len(served.pages.free) == served.pages.count)
 
 
 def test_the_bits_are_those_of_a_request_alone():
-    """Without drafts, shared pages and requests that are put back, all of which round differently."""
+    """Without drafts, shared pages and requests that are put back. All of these round differently."""
     pools = []
     for others in ([], [([9, 9, 3], 12), (BEGINNING[5:25], 6)]):
         engine = make()
@@ -280,7 +281,7 @@ def test_streams_that_are_closed():
     want = [alone(tuple(BEGINNING[:n]), 8) for n in (9, 14, 7)]
     assert [next(second) for _ in range(3)] == want[1][:3]
     second.close()
-    third.close()  # nobody has asked for its tokens
+    third.close()  # nobody has asked for the tokens of this stream
     assert list(first) == want[0]
     assert not engine.busy
     assert_all_free(engine)
@@ -345,14 +346,14 @@ def test_pages_without_an_engine():
     assert pool.provide(one, 0, 7, copy)
     two = pool.share(one, 5)
     assert two == one
-    assert not pool.provide(two, 5, 17, copy)  # a copy and three more are four, and three are free
+    assert not pool.provide(two, 5, 17, copy)  # a copy and three more pages are four, and three are free
     assert two == one
     assert not pool.provide(two, 5, 9, copy, spare=2)
     assert pool.provide(two, 5, 9, copy, spare=1)
     assert copied == [(one[1], two[1])]
     assert two[0] == one[0]
     assert len({*one, *two}) == 4
-    assert pool.provide(one, 7, 8, copy)  # its own again
+    assert pool.provide(one, 7, 8, copy)  # the request gets its own page again
     assert len(copied) == 1
     pool.release(one)
     assert len(pool.free) == 2

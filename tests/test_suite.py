@@ -1,4 +1,5 @@
-"""The benchmark as a command: which cases run in which variants, what fails alone, the tables, and the files that are left."""
+"""The benchmark as a command: which cases run in which variants, failures that end nothing else, the tables, and the files that
+are written."""
 
 import dataclasses
 import importlib.util
@@ -33,7 +34,7 @@ def _small(monkeypatch):
 
 @pytest.fixture
 def textbook(monkeypatch):
-    """The name of a backend that is quickly compiled."""
+    """The name of a backend that compiles quickly."""
     backend = TextbookBackend()
     monkeypatch.setattr(registry, "get", lambda name: backend)
     return "textbook"
@@ -41,8 +42,7 @@ def textbook(monkeypatch):
 
 @pytest.fixture
 def instant(monkeypatch):
-    """Times that are made up, and nobody but us takes part: 100 us, 10 more per token, half of it with 8 bits, a quarter more in
-    pages."""
+    """Made-up times, and no peers: 100 us, 10 us more per token, half of the time with 8 bits, and a quarter more in pages."""
 
     def measure(case, machine, entrants, seed, runs, gradients=False):
         seconds = (100e-6 + 10e-6 * (case.num_tokens or 0)) * (0.5 if case.cache_dtype else 1)
@@ -60,11 +60,11 @@ def results_of(data):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# What is run
+# What runs
 
 
 def test_command(capsys, tmp_path, textbook):
-    """All of it, measured."""
+    """All cases are measured."""
     options = ["--backends", textbook, "--peers", "--tokens", "2", "--cache-dtype", "int8", "--runs", "1"]
     assert main(["bench", "--cases", "tiny", *options, "--out", str(tmp_path), "--seed", "7"]) == 0
     out = capsys.readouterr().out
@@ -80,7 +80,7 @@ def test_command(capsys, tmp_path, textbook):
 
 
 def test_scaling(instant):
-    """By default, and over the sizes that it speaks of."""
+    """Scaling is measured by default, over the sizes that the scaling lists."""
     data = suite.run()
     assert [case["case"] for case in data["cases"]] == ["tiny", "features"]
     assert [point["seq_len"] for point in data["scaling"]["size"]] == [6, 12, 24, 48, 96]
@@ -90,7 +90,8 @@ def test_scaling(instant):
 
 
 def test_cases_of_a_group(instant, monkeypatch):
-    """Tokens and gradients are for some of a group, and for all that are named; quantised caches are for all."""
+    """In a group, tokens and gradients are measured for some cases. Cases that are named get both. Quantised caches are measured
+    for all cases."""
     monkeypatch.setattr(cases, "TOKEN_CASES", {"features"})
     monkeypatch.setattr(cases, "GRADIENT_CASES", {"tiny"})
     options = {"tokens": [2, 3, 2], "cache_dtypes": ["int8"], "grad": "also", "scaling": False}
@@ -135,7 +136,8 @@ def test_beside_plain(instant):
 
 
 def test_pages(instant):
-    """All that is asked for is measured in pages too, and each case in pages stands beside the padded one of the same variant."""
+    """Every variant that is asked for is measured in pages too. Each case in pages is compared with the padded case of the same
+    variant."""
     data = suite.run(names=["tiny"], tokens=[4], cache_dtypes=["int8"], page_sizes=[0, 16, 16, 20], grad="also")
     found = {(case["variant"], case["direction"]): case for case in data["cases"]}
     variants = ["", "T 4", "int8", "int8, T 4"]
@@ -159,7 +161,8 @@ def test_pages(instant):
 
 
 def test_pages_from_the_command_line(capsys, textbook):
-    """Ours is measured, and a peer that has no pages, is not installed or fails is named with its reason, and ends nothing."""
+    """Ours is measured. A peer that has no pages, is not installed or fails is listed with its reason, and the benchmark goes
+    on."""
 
     def fails(case):
         raise ArithmeticError("not today")
@@ -222,7 +225,7 @@ def test_split(monkeypatch, capsys, tmp_path, textbook):
 
 @pytest.mark.parametrize("part", ["tiny", "scaling"])
 def test_a_part_that_fails_loses_nothing_else(part, instant, monkeypatch, tmp_path, capsys):
-    """Whatever it is: the rest is measured, kept, and the status says that something failed."""
+    """Whatever fails, the rest is measured and kept, and the status says that something failed."""
 
     def fails(measure):
         def call(case_or_machine, *args, **options):
@@ -289,7 +292,7 @@ def test_wrong_backend_is_an_exit_status(monkeypatch, capsys):
     ("arguments", "says"),
     [
         (["--cases", "nonsense"], "nonsense"),
-        (["--rows", "nonsense"], "nonsense"),  # as it was called before
+        (["--rows", "nonsense"], "nonsense"),  # the old name of the option
         (["--runs", "0"], "argument --runs: must be a whole number of at least 1, got '0'"),
         (["--runs", "-1"], "argument --runs: must be a whole number of at least 1, got '-1'"),
         (["--page-size", "-16"], "argument --page-size: must be a whole number of at least 0, got '-16'"),
@@ -310,7 +313,7 @@ def test_wrong_arguments(arguments, says, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# What is left
+# The files that are written
 
 
 @pytest.fixture
@@ -326,7 +329,7 @@ def test_pictures(measured, tmp_path):
 
 
 def test_pictures_of_less(instant, tmp_path):
-    """Nothing is drawn of what was not measured, and points may be missing."""
+    """What was not measured is not drawn, and points may be missing."""
     pytest.importorskip("matplotlib")
     assert suite.draw(suite.run(names=["cpu"], grad="only"), tmp_path) == []  # none of these cases has gradients
     data = suite.run(names=["tiny"], grad="only")
@@ -346,7 +349,7 @@ def test_json_is_all_that_stdout_has(before, instant, tmp_path, capsys):
 
 
 def test_the_option_of_before(instant, capsys):
-    """`--rows` is `--cases`."""
+    """`--rows` is the old name of `--cases`."""
     assert main(["bench", "--rows", "tiny", "--json"]) == 0
     assert results_of(json.loads(capsys.readouterr().out)) == [("tiny", "", "forward")]
     with pytest.raises(SystemExit):
@@ -363,7 +366,7 @@ def test_names_of_files(instant, capsys, tmp_path):
 
 
 def test_page_of_results(measured, tmp_path):
-    """The documentation shows the same tables, and the pictures that are there."""
+    """The documentation shows the same tables, and the pictures that exist."""
     file = pathlib.Path(__file__).parents[1] / "docs/hooks/results.py"
     spec = importlib.util.spec_from_file_location("results", file)
     assert spec is not None
@@ -416,6 +419,6 @@ def test_help_names_the_cases(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
     words = capsys.readouterr().out.split()
-    listed = {name: group for name, group in cases.GROUPS.items() if name != "cpu"}  # which is another one in these tests
+    listed = {name: group for name, group in cases.GROUPS.items() if name != "cpu"}  # which these tests replace
     assert {case.name for group in listed.values() for case in group} <= set(words)
     assert set(listed) <= set(words)

@@ -1,4 +1,4 @@
-"""Many threads at once, each of which makes its first call: nothing fails, and each warning is given once."""
+"""Many threads, each of which makes its first call at the same time. Nothing fails, and each warning is given once."""
 
 import concurrent.futures
 import json
@@ -61,7 +61,8 @@ print(json.dumps([sorted(told), failed]))
 
 @pytest.mark.parametrize("attempt", range(int(os.environ.get("EJK_RAGGED_ATTEMPTS", "3"))))
 def test_first_calls(attempt):
-    """The tests of a process: on the CPU, lowered for a GPU, and explained, beside two plug-ins that cannot be loaded."""
+    """The tests that run in a new process: calls on the CPU, lowered for a GPU, and explained, with two plug-ins that cannot be
+    loaded."""
     environment = os.environ | {"PYTHONHASHSEED": str(attempt)}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -74,7 +75,7 @@ def test_first_calls(attempt):
 
 
 def at_once(function):
-    """What the function returns in each of many threads."""
+    """The results of the function in many threads at once."""
     barrier = threading.Barrier(THREADS)
 
     def one():
@@ -86,7 +87,7 @@ def at_once(function):
 
 
 def test_the_registry_looks_and_loads_once():
-    """Slowly, so that all threads meet there."""
+    """Loading is slow here, so that all threads meet."""
     looked = []
 
     class Slow(Entry):
@@ -136,7 +137,7 @@ def test_a_plug_in_may_ask_the_registry_while_it_is_loaded():
 
 
 def test_a_warning_that_is_ignored():
-    """Filters of others stay, ours is there once, and in front of what would show the warning."""
+    """The filters of others stay. Our filter is there once, in front of any filter that would show the warning."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         ignore_warning("something (old)", DeprecationWarning)

@@ -1,4 +1,4 @@
-"""The clocks: what they make of what they see. How fast anything is, no test says."""
+"""The clocks: the times that they compute from events. No test is about how fast anything is."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from ejk_ragged._tools import machine, timing
 
 
 def test_kernel_times_of_events():
-    """Two runs of two kernels each, nanoseconds; the second kernel of the first run runs while the first one does."""
+    """Two runs of two kernels each, in nanoseconds. The second kernel of the first run runs while the first kernel does."""
     events = [(0, 3000, "a"), (1000, 1000, "b"), (5000, 2000, "a"), (7000, 2000, "b")]
     found = timing._of_events(events, 2)
     assert found.clock == "kernels"
@@ -27,7 +27,7 @@ def test_kernels_that_do_not_fit_the_runs(count):
 
 
 def test_trace_without_kernels():
-    """What runs on the CPU leaves none, on a GPU machine too."""
+    """Work on the CPU leaves no kernels in the trace, also on a machine with a GPU."""
     with jax.default_device(jax.devices("cpu")[0]), pytest.raises(timing.NotTimed, match="0 kernels in 2 runs"):
         timing.kernel_times(lambda run: jnp.ones(3) + run, 2)
 

@@ -1,4 +1,4 @@
-"""What moves between devices, as compiled programs say: nothing of the cache's size; and results are split as the cache is."""
+"""What moves between devices, by the compiled programs: nothing of the cache's size. Results are split as the cache is."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
 def collectives(function, *args):
-    """Of each collective in the compiled program: its name, and the elements of its result. And the program, to run it."""
+    """The collectives of the compiled program, each with its name and the elements of its result. And the program, to run it."""
     compiled = jax.jit(function).lower(*args).compile()
     text = compiled.as_text()
     assert text is not None
@@ -36,7 +36,7 @@ def collectives(function, *args):
 
 
 def shards(case, spec):
-    """Elements of a cache's shard, of the output's, and in how many shards the sequence is cut."""
+    """Elements of a cache's shard and of the output's shard, and the number of shards of the sequence."""
     batch, sequence, heads, _ = (
         2 ** len((axes,) if isinstance(axes, str) else axes or ()) for axes in (*spec, *[None] * (4 - len(spec)))
     )
@@ -55,7 +55,7 @@ def assert_split(x, mesh, spec):
 @each_spec
 @pytest.mark.parametrize("case", [LARGE, TOKENS], ids=["one token", "tokens, int8"])
 def test_forward(mesh, spec, case):
-    """Batch and heads need none. The sequence axis needs one collective, over (out, lse)."""
+    """Batch and heads need no collective. The sequence axis needs one, over (out, lse)."""
     _, out, sequence = shards(case, spec)
     moved, compiled = collectives(forward, arrays := placed(case, mesh, spec))
     assert moved == ([("all-gather", sequence * out * (case.head_dim + 1) // case.head_dim)] if sequence > 1 else [])
@@ -66,7 +66,7 @@ def test_forward(mesh, spec, case):
 
 @each_spec
 def test_backward(mesh, spec):
-    """One more over the sequence axis, for d_query; those of the sinks' gradient are as small."""
+    """The sequence axis needs one more collective, for d_query. The collectives for the sinks' gradient are as small."""
     cache, out, sequence = shards(LARGE, spec)
     moved, compiled = collectives(gradients, arrays := placed(LARGE, mesh, spec))
     assert all(size <= sequence * out * (LARGE.head_dim + 1) // LARGE.head_dim < cache / 4 for _, size in moved), moved
@@ -78,7 +78,7 @@ def test_backward(mesh, spec):
 
 @pytest.mark.parametrize("case", [LARGE, TOKENS], ids=["one token", "tokens, int8"])
 def test_each_backend(subject, auto, case):
-    """What a real one does on each device moves nothing either."""
+    """The work of a real backend on each device moves nothing either."""
     call = functools.partial(ragged_decode_attention, backend=subject.on_cpus())
     _, out, _ = shards(case, spec := P("x", "y", "z"))
     moved, _ = collectives(functools.partial(gradients, call=call), placed(case, auto, spec))
@@ -94,7 +94,7 @@ def test_it_would_be_seen(auto):
 @pytest.mark.parametrize("query", [P("x"), P(None, "y"), P(None, None, "x"), P("y", "x")], ids=str)
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x")], ids=str)
 def test_query_split_in_its_own_way(auto, query, spec):
-    """The partitioner moves the query; the cache and its gradients stay where they are."""
+    """The partitioner moves the query. The cache and its gradients stay where they are."""
     arrays = placed(LARGE, auto, spec)
     arrays["query"] = put(auto, query, arrays["query"])
     moved, compiled = collectives(gradients, arrays)
@@ -106,7 +106,7 @@ def test_query_split_in_its_own_way(auto, query, spec):
 
 @each_spec
 def test_decode_loop_owns_its_cache(auto, spec):
-    """Rows are written and read where they lie, in a loop under jit that keeps the cache's sharding."""
+    """Rows are written and read in place, in a loop under jit that keeps the cache's sharding."""
 
     def step(carry, row):
         key, value, ends, query = carry
@@ -131,12 +131,12 @@ def test_decode_loop_owns_its_cache(auto, spec):
 
 @pytest.mark.parametrize("mapped", [["query"], ["query", "key", "value"], ["sequence_end"]], ids=str)
 def test_vmap(mesh, mapped):
-    """A mapped axis stands beside those that are split, or joins the tokens: nothing is moved for it."""
+    """A mapped axis comes in front of the split axes, or joins the tokens. Nothing is moved for it."""
     arrays, _ = draw(LARGE)
     arrays |= {name: jnp.stack([arrays[name], arrays[name][::-1], arrays[name]]) for name in mapped}
     function = jax.vmap(gradients, ({name: 0 if name in mapped else None for name in arrays},))
     split = place(mesh, P(None, "x", "y", "z") if "key" in mapped else P("x", "y", "z"), arrays)
     moved, compiled = collectives(function, split)
     assert_close(compiled(split), function(arrays), 1e-4)
-    # Mapped lengths on a shared cache: one after another, and each has gradients like the cache of its own.
+    # Mapped lengths on a shared cache: the maps run one after another, and each map has gradients of the cache's size.
     assert max(size for _, size in moved) <= 3 * 2 * LARGE.batch * LARGE.num_q_heads * (LARGE.head_dim + 1)

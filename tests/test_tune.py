@@ -1,4 +1,4 @@
-"""The tuner: how the best hints are found among those that are right, for problems of every kind, and what is saved."""
+"""The tuner: how it finds the fastest hints among those with right results, for problems of every kind, and what it saves."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def backend():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Times by num_warps, in seconds, instead of measured ones."""
+    """Times in seconds by num_warps, in place of measured times."""
     seconds = {1: 1.0, 2: 0.5, 4: 0.25}
     spread = lambda s: Timing("wall", Spread(s, s, s, s))
 
@@ -78,7 +78,7 @@ def test_no_candidate_is_timed_from_a_cache_that_the_gpu_still_holds(backend, cl
     monkeypatch.setattr(_tune, "kernel_times", trace)
     monkeypatch.setattr(Machine, "counts_kernels", property(lambda self: True))
     tune(backend)
-    assert [len(results) for results in traced] == [15, 15, 15]  # as many copies of the cache as runs, for it is small
+    assert [len(results) for results in traced] == [15, 15, 15]  # as many copies of the cache as runs, because the cache is small
 
 
 def test_time_limit(backend, clock, monkeypatch):
@@ -90,7 +90,7 @@ def test_time_limit(backend, clock, monkeypatch):
 
 
 def test_command(backend, clock, file, monkeypatch, capsys):
-    """An entry for each problem, which the calls that it is of pick up, and no others."""
+    """The command saves an entry per problem. Calls of the same problem use the entry, and other calls do not."""
     monkeypatch.setattr(registry, "get", lambda name: backend)
     problems = ["3,48,4:2,64,float32", "3,48,4:2,64,bfloat16,cap", "3,48,4:2,64,bfloat16,int8,T3"]
     assert main(["tune", "--problem", *problems, "--backends", "notes", "--file", str(file)]) == 0
@@ -110,7 +110,7 @@ def test_command(backend, clock, file, monkeypatch, capsys):
 
 
 def test_problems():
-    """What is not written is what a row has by default."""
+    """A part that is left out has its default."""
     case = _tune.parse("64,16384, 32:8,128,bfloat16")
     assert case == Case(case.name, 64, 16384, 32, 8, 128, "bfloat16", ("uniform", 2048, 16384))
     more = _tune.parse("1,4,4:2,64,float32,float8_e5m2,T12,cap")
@@ -184,7 +184,7 @@ def test_hints_in_a_file():
 @pytest.mark.parametrize(("dtype", "cache_dtype"), [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "int8")], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 4])
 def test_candidates_of_the_pallas_triton_backend(head_dim, dtype, cache_dtype, num_tokens):
-    """All of them can be given."""
+    """Every candidate can be given as hints."""
     dtypes = {"dtype": np.dtype(jnp.dtype(dtype)), "cache_dtype": np.dtype(jnp.dtype(cache_dtype))}
     problem = dataclasses.replace(PROBLEM, head_dim=head_dim, num_tokens=num_tokens, **dtypes)
     hints = list(pallas_triton.candidates(problem, Target("cuda")))

@@ -1,4 +1,4 @@
-"""Under `jax.vmap`: any subset of the arguments mapped, nested, and never a copy of a cache that is shared."""
+"""Calls under `jax.vmap`: any subset of the arguments is mapped, maps are nested, and a shared cache is never copied."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from ejk_ragged import ragged_decode_attention
 from ejk_ragged.testing import Case, TextbookBackend
 
 
-call = functools.partial(ragged_decode_attention, backend=TextbookBackend())  # the waist is under test, and this compiles quickly
+call = functools.partial(ragged_decode_attention, backend=TextbookBackend())  # the waist is under test; this compiles quickly
 
 CASE = Case("vmap", 2, 12, 4, 2, 8, lengths=("ranges", (2, 9), (-1, 12)), sinks=("query", 2))
 TOKENS = dataclasses.replace(CASE, num_tokens=2, query_lengths=(2, 1), cache_dtype="int8", scales="row")
@@ -37,7 +37,7 @@ def names_of(subset, groups=GROUPS):
 
 
 def stacked(names, case=CASE, size=3):
-    """Arrays, those of `names` with a mapped axis in front and other values along it."""
+    """The arrays. Those in `names` have a mapped axis in front, with other values along it."""
     arrays, _ = draw(case)
     for name in names:
         if name in SHIFTS:
@@ -73,7 +73,7 @@ def assert_maps(call, names, case=CASE):
         out, pullback = jax.vjp(lambda floats: transform(call, names)(**floats, **arrays), floats)
         return out, pullback(jax.tree.map(weights, out))
 
-    # The loop's calls are compiled once for all subsets, having the same shapes.
+    # The calls of the loop have the same shapes for all subsets, so they are compiled once.
     assert_close(jax.jit(functools.partial(both, vmapped))(floats), both(looped, floats))
 
 
@@ -95,7 +95,7 @@ def test_tokens_and_quantised_caches(subset):
 
 
 def call_with_numbers(*, key_scale, value_scale, **arrays):
-    """One scale for the whole cache, in place of one for each head."""
+    """A call with one scale for the whole cache, in place of one per head."""
     return call(**arrays, key_scale=key_scale[0], value_scale=value_scale[0])
 
 
@@ -119,7 +119,7 @@ def test_features():
 @pytest.mark.parametrize("inner", ["query", "query+sinks", "lengths", "key+value"])
 @pytest.mark.parametrize("outer", ["query", "query+key+value+lengths+sinks"])
 def test_nested(outer, inner):
-    """A map of maps, each over arguments of its own."""
+    """A map of maps, each over other arguments."""
     assert_nested(names_of(outer), names_of(inner))
 
 
@@ -133,7 +133,7 @@ def assert_nested(outer, inner, case=CASE):
 
 
 def test_junk_between_mapped_ranges():
-    """Three maps of one cache see ranges far from each other; what stands between them may be anything."""
+    """Three maps of one cache see ranges far from each other. The rows between the ranges may hold anything."""
     arrays, _ = draw(Case("", 1, 30, 2, 1, 8))
     starts, ends = jnp.array([[0], [10], [20]]), jnp.array([[4], [11], [30]])
     rows = jnp.arange(30)[None]
@@ -148,7 +148,7 @@ def test_junk_between_mapped_ranges():
 
 @pytest.mark.parametrize("subset", ["query", "key", "query+key+value+lengths+sinks"])
 def test_a_map_over_nothing(subset):
-    """An axis of size 0, whether it would be folded into the tokens, looped over, or would join the batch."""
+    """An axis of size 0, which would be folded into the tokens, looped over, or joined with the batch."""
     names = names_of(subset)
     arrays = {name: x[:0] if name in names else x for name, x in stacked(names).items()}
     floats = {name: arrays.pop(name) for name in floats_of(arrays)}
@@ -171,7 +171,7 @@ def test_other_axes():
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# A shared cache is read where it lies
+# A shared cache is read in place
 
 
 LARGE = Case("", 2, 8192, 4, 2, 64, lengths=("ranges", (3, 8000), (0, 100)), sinks=("query", 1))
@@ -179,7 +179,7 @@ NUM_MAPPED = 8
 
 
 def sizes(jaxpr):
-    """Elements of everything that a jaxpr, with those inside it, computes."""
+    """The number of elements of every array that a jaxpr, and the jaxprs inside it, compute."""
     for eqn in jaxpr.eqns:
         for inner in jax.tree.leaves(eqn.params):
             if isinstance(inner, ClosedJaxpr | Jaxpr):
@@ -197,7 +197,7 @@ def mapped_call(mapped):
 
 @pytest.mark.parametrize("subset", ["query", "query+sinks", "sinks", "lengths", "key", "value+lengths"])
 def test_shared_cache_is_not_copied(subset):
-    """The transformation makes nothing as large as the cache, nor of half of it that is shared."""
+    """The transformation makes no array as large as the cache, or as half of the cache if half is shared."""
     function, arrays = mapped_call(names_of(subset))
     assert max(sizes(jax.make_jaxpr(function)(**arrays).jaxpr)) < min(arrays["key"].size, arrays["value"].size) / 2
 
@@ -211,14 +211,14 @@ def test_shared_cache_is_not_copied_by_xla(subset):
 
 
 def test_copies_would_be_seen():
-    """The measure of the test above finds the copy where one is made on purpose."""
+    """The measure of the test above finds a copy that is made on purpose."""
     function, arrays = mapped_call(["query"])
     copying = lambda key, **rest: function(key=jnp.stack([key, key])[1], **rest)
     assert max(sizes(jax.make_jaxpr(copying)(**arrays).jaxpr)) >= arrays["key"].size
 
 
 def test_mapped_queries_share_one_operation():
-    """Mapped queries become more heads of one operation on the cache as it is, not a loop over them."""
+    """Mapped queries become more heads of one operation on the cache as it is. There is no loop."""
     function, arrays = mapped_call(["query"])
     text = str(jax.make_jaxpr(function)(**arrays))
     assert text.count("= ragged_decode_forward[") == 1
@@ -243,7 +243,7 @@ SUBSETS_OF_PAGES = ["+".join(subset) for count in range(1, 6) for subset in iter
 
 @pytest.mark.parametrize("subset", [*SUBSETS_OF_PAGES, "key", "value+table", "key+query"])
 def test_pages(subset):
-    """Also junk in the table: an entry of another map's pool would be seen."""
+    """The table has junk too. An entry of another map's pool would be seen."""
     assert_maps(call, names_of(subset, GROUPS | POOL), PAGES)
 
 
@@ -264,7 +264,7 @@ def test_nested_maps_of_pages(outer, inner):
 
 
 def test_entries_stay_in_the_pool_of_their_map():
-    """An entry beyond the pool, which a caller got wrong, is clipped to the pool of its own map."""
+    """A wrong entry beyond the pool is clipped to the pool of its own map."""
     arrays = stacked(["key", "value"], PAGES)
     arrays["page_table"] = jnp.array([[99, -1, 8, 10], [7, 11, -5, 2**31 - 1]], jnp.int32)
     del arrays["sequence_start"], arrays["sequence_end"]
@@ -273,7 +273,7 @@ def test_entries_stay_in_the_pool_of_their_map():
 
 
 def test_pools_with_heads_first(subject):
-    """[Hkv, num_pages, page_size, D], as some projects have them, mapped over heads with one table."""
+    """[Hkv, num_pages, page_size, D], as some projects have pools, mapped over heads with one table."""
     arrays, _ = draw(PAGES)
     query, key, value, start, end, aux, table = arrays.values()
     groups = query.reshape(2, 2, 2, 8).swapaxes(0, 1), aux.reshape(2, 2, 2)
@@ -296,7 +296,7 @@ def shapes_of(arrays, mapped=()):
 
 
 def temporary_bytes(function, arrays):
-    """What the compiled program needs beside its arguments and results."""
+    """The bytes that the compiled program needs in addition to its arguments and results."""
     memory = jax.jit(function).lower(**arrays).compile().memory_analysis()
     assert memory is not None
     return memory.temp_size_in_bytes
@@ -305,7 +305,7 @@ def temporary_bytes(function, arrays):
 @pytest.mark.optimised
 @pytest.mark.parametrize("subset", MAPPED_PAGES)
 def test_pools_are_not_copied(subset):
-    """A mapped pool becomes one pool where it lies, and a shared pool stays as it is."""
+    """A mapped pool becomes one pool in place, and a shared pool stays as it is."""
     names = names_of(subset, GROUPS | POOL)
     arrays = draw(LARGE_PAGES)[0]
     function = vmapped(functools.partial(ragged_decode_attention, backend="xla"), names)
@@ -337,7 +337,8 @@ def test_copies_of_pools_would_be_seen():
 
 
 def test_tables_on_a_shared_pool_are_one_operation():
-    """Mapped tables become more sequences, mapped queries more tokens: not a loop over them, and nothing as large as the pool."""
+    """Mapped tables become more sequences, and mapped queries become more tokens. There is no loop, and nothing as large as the
+    pool."""
     arrays = draw(LARGE_PAGES)[0]
     for subset in ("table", "query", "query+table"):
         names = names_of(subset, GROUPS | POOL)

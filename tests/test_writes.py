@@ -1,4 +1,4 @@
-"""A donated cache that is written and read in one program is not copied, on a CPU, however it is written."""
+"""A donated cache that one program writes and reads is not copied on a CPU, however it is written."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def by_mask(cache, new, end):
 
 
 def step(write, query, key, value, end):
-    """Write one row of each sequence, then attend."""
+    """Writes one row per sequence, then attends."""
     new = query[:, :HEADS].astype(key.dtype)
     key, value = (write(x, new, end) for x in (key, value))
     scales: dict[str, Any] = {"key_scale": 0.1, "value_scale": 0.1} if key.dtype == jnp.int8 else {}
@@ -36,7 +36,7 @@ def step(write, query, key, value, end):
 
 
 def in_scan(write, query, key, value, end):
-    """Four steps, the cache in the carry."""
+    """Four steps, with the cache in the carry."""
 
     def one(carry, _):
         out, key, value = step(write, query, carry[0], carry[1], carry[2])
@@ -51,7 +51,7 @@ PROGRAMS = {"step": step, "scan": in_scan}
 
 
 def temporary(function, write, dtype):
-    """Temporary memory of the compiled program, as a part of one cache array."""
+    """Temporary memory of the compiled program, as a fraction of one cache array."""
     query = jnp.float32 if jnp.dtype(dtype).itemsize == 1 else jnp.dtype(dtype)
     aval = jax.ShapeDtypeStruct
     arrays = aval((BATCH, 8, DIM), query), aval(PADDED, dtype), aval(PADDED, dtype), aval((BATCH,), jnp.int32)

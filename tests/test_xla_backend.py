@@ -1,4 +1,4 @@
-"""What the XLA backend promises beyond the shared suite: its two forms, its chunks, its memory."""
+"""What the XLA backend promises beyond the shared suite: its two forms, its chunks and its memory."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ optimised = pytest.mark.optimised
 
 
 class Accelerator(XlaBackend):
-    """The form for accelerators, on whatever runs the tests."""
+    """The form for accelerators, on any device that runs the tests."""
 
     name = "xla-accelerator"
 
@@ -43,7 +43,8 @@ FORMS = {"cpu": XlaBackend(), "accelerator": Accelerator()}
 
 @pytest.fixture(autouse=True)
 def _on_a_cpu():
-    """Also where there is a GPU: one form is for CPUs only, and what compilers tell is held against a CPU's."""
+    """Runs the tests on a CPU, also where there is a GPU. One form is for CPUs only, and the compiler's figures are compared
+    with those for a CPU."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         yield
 
@@ -65,7 +66,7 @@ def problem_of(batch, seq_len, num_q_heads, num_kv_heads, head_dim, dtype="float
 
 
 def operands_of(problem, make, per_token=True):
-    """Operands of both directions, each made by `make(shape, dtype)`; scales a row where the cache is quantised."""
+    """Operands of both directions, each made by `make(shape, dtype)`. There is a scale per row if the cache is quantised."""
     batch, num_tokens, heads, accum = problem.batch, problem.num_tokens, problem.num_q_heads, problem.accum_dtype
     query = lambda: make((batch, num_tokens, heads, problem.head_dim), problem.dtype)
     cache = lambda: make((batch, problem.seq_len, problem.num_kv_heads, problem.head_dim), problem.cache_dtype)
@@ -77,7 +78,7 @@ def operands_of(problem, make, per_token=True):
 
 
 def operation(target, problem, direction="forward", **params):
-    """One direction of the backend, jitted, and its operands as shapes."""
+    """One direction of the backend, jitted, and the shapes of its operands."""
     function = functools.partial(getattr(XlaBackend(), direction), problem, target, **params)
     return jax.jit(function), operands_of(problem, jax.ShapeDtypeStruct, per_token=direction == "backward")
 
@@ -93,15 +94,21 @@ def test_accelerator_form(case):
     assert_right(call("accelerator"), case.draw(poison=True))
 
 
+def test_heads_of_any_width(form):
+    """The backend that does what the kernels refuse has no largest head dimension."""
+    case = Case("", 3, 37, 8, 2, 1024, lengths=("ranges", (0, 37), (5, 9), (4, 4)), num_tokens=2, value_dim=768)
+    assert_right(call(form), case.draw(poison=True))
+
+
 @optimised
 @pytest.mark.parametrize("name", ["edges", "cap", "bfloat16", "float16", "tokens-padded", "int8", "e4m3", "all", "all-int8"])
 def test_as_users_have_it(name):
-    """The shared suite has all cases, compiled in haste."""
+    """With XLA's optimisations. The shared suite tests all cases without them."""
     (case,) = (case for case in CHECKS if case.name == name)
     assert_right(call("cpu"), case.draw(poison=True))
 
 
-# A chunk of 8 rows in a cache of 37: ranges that begin and end beside, on and across its boundaries and at the cache's end.
+# Chunks of 8 rows in a cache of 37. Ranges begin and end next to, on and across the boundaries of chunks, and at the cache's end.
 BOUNDARIES = ("ranges", (0, 8), (0, 9), (0, 7), (7, 8), (8, 16), (3, 19), (29, 37), (30, 37), (31, 37), (0, 37), (36, 37), (5, 5))
 
 
@@ -151,14 +158,14 @@ def test_float64(form):
 
 @pytest.mark.parametrize("precision", list(jax.lax.Precision), ids=lambda precision: precision.name)
 def test_matmul_precision(form, precision):
-    """A CPU computes in full whatever is allowed."""
+    """A CPU computes in full precision, whatever precision is allowed."""
     with jax.default_matmul_precision(precision.name.lower()):
         assert_right(call(form), Case("precision", 2, 67, 4, 2, 16).draw())
 
 
 @pytest.mark.parametrize("name", ["tokens-padded", "tokens-window", "int8", "e4m3", "all-int8"])
 def test_tokens_and_quantised_caches(form, name):
-    """In chunks that cut the tokens' ranges."""
+    """Chunks cut the tokens' ranges."""
     (case,) = (case for case in CHECKS if case.name == name)
     assert_right(call(form, block_size_keys=16), case.draw(poison=True))
 
@@ -175,7 +182,7 @@ def test_batch_invariant():
 
 @optimised
 def test_neighbours_change_no_bit(form):
-    """Nor does their length; a batch of another size may be another program on an accelerator."""
+    """The lengths of other sequences change no bit. On an accelerator a batch of another size may be another program."""
     arguments = Case("batch", 3, 900, 4, 2, 32, lengths=("ranges", (13, 700), (0, 900), (50, 60))).draw()
     others = arguments | {"sequence_end": np.array([700, 51, 600], np.int32)}
     others["value"] = np.concatenate([arguments["value"][:1], -3 * arguments["value"][1:]])
@@ -187,7 +194,7 @@ def test_neighbours_change_no_bit(form):
 
 @optimised
 def test_cache_size_changes_no_bit(form):
-    """Where no chunk is moved back from the cache's end, the rows beyond the range are never looked at."""
+    """If no chunk is moved back from the cache's end, the rows beyond the range are never read."""
     arguments = Case("small", 3, 64, 4, 2, 16, lengths=("ranges", (0, 48), (5, 30), (17, 49))).draw()
     longer = {
         name: np.pad(arguments[name], ((0, 0), (0, 150), (0, 0), (0, 0)), constant_values=np.nan) for name in ("key", "value")
@@ -197,13 +204,13 @@ def test_cache_size_changes_no_bit(form):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# What is walked, and what is written
+# What is read, and what is written
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("wide", ["float32", "float64"])
 def test_widened_by_bits(dtype, wide, x64):
-    """Every number that 8 bits can be, NaN and infinities too."""
+    """Every number of 8 bits, NaN and infinities included."""
     x = np.arange(256).astype(np.uint8).view(jnp.dtype(dtype))
     got = jax.jit(lambda x: _bits.widen(x, jnp.dtype(wide)))(x)
     assert got.dtype == wide
@@ -214,7 +221,8 @@ HEADS = 4
 
 
 def count(form, seq_len, start, end, rows=16):
-    """Chunks done for each sequence, and the sum of the numbers of the rows that each one met as new; the same for every head."""
+    """The number of chunks done for each sequence, and the sum of the indices of the new rows in each. Both are the same for
+    every head."""
     batch = len(start)
     rows_of_heads = np.outer(np.arange(seq_len), np.arange(1, HEADS + 1)).astype(np.float32)
     numbers = jnp.broadcast_to(rows_of_heads[None, ..., None], (batch, seq_len, HEADS, 1))
@@ -279,13 +287,13 @@ def test_only_what_is_wanted(form):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# What it costs, as the compiler tells
+# Memory, by the compiler's figures
 
 LARGE = problem_of(8, 32768, 32, 8, 128)
 
 
 def temporary(target, dtype, direction, cache_dtype=None, **params):
-    """Temporary bytes of the large problem, relative to its cache."""
+    """Temporary bytes of the large problem, relative to the bytes of its cache."""
     dtypes = {"dtype": np.dtype(dtype), "cache_dtype": np.dtype(cache_dtype or dtype)}
     function, operands = operation(target, dataclasses.replace(LARGE, **dtypes), direction, **params)
     memory = function.lower(*operands).compile().memory_analysis()
@@ -304,7 +312,7 @@ def test_memory_forward(dtype):
 @pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_of_quantised_caches(dtype, cache_dtype):
-    """Of which a chunk is widened, never more."""
+    """Only one chunk is widened at a time."""
     assert temporary(TARGETS["cpu"], dtype, "forward", cache_dtype) < 0.02
     assert temporary(TARGETS["cpu"], dtype, "backward", cache_dtype, wanted=Wanted(True, False)) < 0.02
 
@@ -313,16 +321,16 @@ def test_memory_of_quantised_caches(dtype, cache_dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("wanted", [Wanted(), Wanted(True, False)], ids=["all", "query"])
 def test_memory_backward(dtype, wanted):
-    """Beyond the gradients themselves, which are results; and see `_bits`."""
+    """Memory beyond the gradients themselves, which are results. See also `_bits`."""
     copied = 0.5 if dtype == "bfloat16" and _bits.NEEDED and wanted.key_value else 0
     assert temporary(TARGETS["cpu"], dtype, "backward", wanted=wanted) < 0.02 + copied
 
 
 @optimised
 def test_memory_of_the_accelerator_form():
-    """As a CPU's compiler sees it, which widens and transposes more than one for GPUs."""
+    """By the compiler for CPUs, which widens and transposes more than the compiler for GPUs."""
     assert temporary(TARGETS["accelerator"], "float32", "forward") < 0.02
-    # The compilers of JAX 0.11 and later keep a fourth array of a chunk's size.
+    # The compilers of JAX 0.11 and later keep a fourth array of the size of a chunk.
     bound = 0.03 if jax.__version_info__ < (0, 11) else 0.032
     assert temporary(TARGETS["accelerator"], "float32", "backward", wanted=Wanted()) < bound
 
@@ -338,7 +346,7 @@ def test_program_does_not_grow_with_the_batch(form, direction):
 
 
 def test_hints():
-    """`block_size_keys` is the rows of a chunk; what has no meaning here is left as it came."""
+    """`block_size_keys` is the number of rows of a chunk. Hints without a meaning here stay as they came."""
     backend = XlaBackend()
     given = FwdParams(block_size_keys=7, num_warps=8, num_key_splits=3)
     problem = problem_of(2, 40, 4, 2, 16, fwd_params=given)
@@ -373,7 +381,7 @@ def sized(sizes):
 
 @pytest.mark.parametrize("sizes", ["b, t, s", "3, t, s", "b, 2, 50"])
 def test_symbolic_sizes(form, sizes):
-    """Exported once, and called with all sizes that it is for."""
+    """The call is exported once, and called with every size that the artifact is for."""
     symbolic = sized(jax.export.symbolic_shape(sizes))
     leaves, tree = jax.tree.flatten(operands_of(symbolic, jax.ShapeDtypeStruct, per_token=False))
     flat = jax.jit(lambda *leaves: both_of(form)(*tree.unflatten(leaves)))

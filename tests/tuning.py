@@ -1,4 +1,4 @@
-"""A tiny problem on a CPU whose hints are tuned, and a backend that notes what hints it gets."""
+"""A tiny problem on a CPU whose hints are tuned, and a backend that notes the hints that it gets."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ PROBLEM = Problem(
 
 
 class Notes(TextbookBackend):
-    """Writes down the hints that it is traced with; some of them it gets wrong."""
+    """A backend that notes the hints with which it is traced. Its result is wrong for some hints."""
 
     name = "notes"
     traced: tuple = ()

