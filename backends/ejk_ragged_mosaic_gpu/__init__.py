@@ -60,17 +60,15 @@ class MosaicGpuBackend(Backend):
 
         if not all(isinstance(n, int) for n in problem.sizes):
             return "its kernels need sizes known when they are lowered, not symbolic ones"
-        if problem.value_columns is not None:
-            return "its kernels read the value from an array of its own"
         if problem.quantised and problem.dtype != jnp.bfloat16:
             return (
                 f"it widens quantised caches for queries of bfloat16, whose range their scales share, not of {problem.dtype.name}"
             )
         if problem.dtype not in (jnp.bfloat16, jnp.float16):
             return f"its products are of bfloat16 and float16, not {problem.dtype.name}"
-        for name in ("head_dim", "value_dim"):
-            if getattr(problem, name) % 8 or getattr(problem, name) > 256:
-                return f"its kernels hold a {name} of up to 256 that is a multiple of 8, not {getattr(problem, name)}"
+        for name, most in (("head_dim", 640), ("value_dim", 512)):
+            if getattr(problem, name) % 8 or getattr(problem, name) > most:
+                return f"its kernels hold a {name} of up to {most} that is a multiple of 8, not {getattr(problem, name)}"
         capability = getattr(target.device, "compute_capability", None)
         if capability is not None and not 9.0 <= float(capability) < 10.0:
             return f"its products are those of a GPU of compute capability 9, not {capability}"

@@ -16,7 +16,7 @@ def copy(program: Program):
         plgpu.barrier_arrive(shared.stops_full)
     if plan.registers:
         plgpu.set_max_registers(plan.registers[-1], action="decrease")
-    names = ("narrow_k", "narrow_v") if plan.wide_stages else ("k", "v")
+    names = [f"narrow_{name}" if plan.wide_stages else name for name in plan.columns]
 
     def into(name, slot):
         """A function of a source, and of a part of the next place of the ring, that copies; the place is free."""
@@ -27,34 +27,39 @@ def copy(program: Program):
 
     def copy_query(piece):
         copy_part = into("q", lax.rem(piece.number, plan.query_slots))
-        for warpgroup in range(plan.warpgroups):
-            start = program.query_rows(warpgroup).start
+        for group in range(plan.row_groups):
+            start = program.query_rows(group).start
             for i in range(0, plan.warpgroup_rows, plan.copy_rows):
                 token, place = lax.div(start + i, plan.token_rows), lax.rem(start + i, plan.token_rows)
                 rows = pl.ds(pl.multiple_of(place, 8), plan.copy_rows)
                 # Query rows beyond the last are others of the last token: nobody asks for what they see.
                 source = program.query.at[piece.sequence, jnp.minimum(token, plan.tokens - 1), program.head, rows]
-                copy_part(source, (warpgroup, pl.ds(i, plan.copy_rows)))
+                copy_part(source, (group, pl.ds(i, plan.copy_rows)))
 
     def work(piece):
         places = places_of(piece, 0)
         copy_query(piece)
         # As many dimensions as products take, zeros beyond the last; such a slice is not refused where its start is not known.
-        dims = [pl.ds(piece.number * 0, dim) for dim in (plan.block_dim, plan.value_dim)]
+        dims = [pl.ds(0 if plan.direct else piece.number * 0, dim) for dim in plan.columns.values()]
 
         def tile(i, places):
             following = places_of(piece, i + 1)  # the table's entries are there when the next tile wants them
-            slot = lax.rem(piece.tiles_before + i, plan.stages)
-            for name, ref, columns in zip(names, program.cache, dims, strict=True):
+            for half in range(plan.halves):
+                slot = lax.rem((piece.tiles_before + i) * plan.halves + half, plan.stages)
+                copy_half(slot, places[half * len(places) // plan.halves :][: len(places) // plan.halves])
+            return following
+
+        def copy_half(slot, places):
+            for name, ref, columns in zip(names, program.cache, dims, strict=False):
                 copy_part = into(name, slot)
                 for part, (page, row) in enumerate(places):
                     rows = pl.ds(pl.multiple_of(row, plan.align), plan.part_rows)
                     where = pl.ds(part * plan.part_rows, plan.part_rows)
                     source = ref.at[page, rows, program.head]
-                    copy_part(source if plan.direct else source.at[:, columns], (where,) if len(places) > 1 else ())
+                    whole = plan.direct and columns.size == ref.shape[-1]
+                    copy_part(source if whole else source.at[:, columns], (where,) if len(places) > 1 else ())
                     if name == "narrow_k":
                         copy_scales(slot, page, rows, where)
-            return following
 
         def copy_scales(slot, page, rows, where):
             for name in filter(program.by_row, "kv"):
@@ -68,11 +73,11 @@ def copy(program: Program):
     def places_of(piece, i):
         """Where tile i of the piece is, part by part: the page, or the sequence of a padded cache, and the row in it."""
         row = program.row_of(piece, program.first_key(piece, i))
+        rows = [row + part for part in range(0, schedule.block_keys, plan.part_rows)]
         if program.page_table is None:
-            return [(piece.sequence, row)]
+            return [(piece.sequence, row) for row in rows]
         page_size, num_pages = program.problem.page_size, program.problem.num_pages
         last = lax.div(jnp.maximum(piece.end - 1, 0), page_size)  # entries beyond may be junk
-        rows = [row + part for part in range(0, schedule.block_keys, plan.part_rows)]
         pages = [program.page_table[piece.sequence, jnp.minimum(lax.div(row, page_size), last)] for row in rows]
         return [(jnp.clip(page, 0, num_pages - 1), lax.rem(row, page_size)) for page, row in zip(pages, rows, strict=True)]
 

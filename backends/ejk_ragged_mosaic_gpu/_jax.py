@@ -12,9 +12,10 @@ from ejk_ragged_schedule.warning_filters import ignore_warning
 
 plgpu = cast(Any, mosaic_gpu)  # types are checked with the oldest JAX, in which the module is another
 
-# Layouts say which thread holds which numbers: of a matrix, of a matrix of 8 bits that becomes a matrix of 16 bits, of a vector
-# with one number per column of a matrix, and of a vector with one number per row.
+# Layouts say which thread holds which numbers: of a matrix, of a matrix that is transposed in memory, of a matrix of 8 bits that
+# becomes a matrix of 16 bits, of a vector with one number per column of a matrix, and of a vector with one number per row.
 TILE = plgpu.Layout.WGMMA
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 UPCAST = plgpu.Layout.WGMMA_UPCAST_2X
 OF_COLUMNS, OF_ROWS = TILE.reduce(0), TILE.reduce(1)
 

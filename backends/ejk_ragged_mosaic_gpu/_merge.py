@@ -122,7 +122,7 @@ def _combine_blocks(problem, target, plan, partial, lengths, sink, **how):
     written = [partial[name] for name in ("out", "lse") if plan.writes_out]
     operands, tree = jax.tree.flatten((partial["parts"], partial["stats"], lengths, sink))
     results = [] if written else list(plan.output(problem).values())
-    blocks = problem.batch * problem.num_kv_heads * plan.row_blocks * plan.warpgroups
+    blocks = problem.batch * problem.num_kv_heads * plan.row_blocks * plan.row_groups
     programs = min(blocks * plan.value_dim // COLUMNS, merging(target, problem.batch, blocks * 64)[1])
     swizzled = 128 // problem.out_dtype.itemsize
     tiling = plgpu.TilingTransform((8, swizzled)), plgpu.SwizzleTransform(128)
@@ -145,7 +145,7 @@ def _blocks_kernel(*refs, tree, problem, plan: Tiles, wait, out, stops=None):
     ranges = Ranges(plan, lengths, stops)
     ranges.make_table()
     wait()
-    sizes = problem.batch, problem.num_kv_heads, plan.row_blocks * plan.warpgroups, plan.value_dim // COLUMNS
+    sizes = problem.batch, problem.num_kv_heads, plan.row_blocks * plan.row_groups, plan.value_dim // COLUMNS
 
     def merge_block(b, head, query_rows, column):
         first, count = ranges.slots(b)

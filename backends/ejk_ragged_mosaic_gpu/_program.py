@@ -11,17 +11,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import LOWEST, OF_ROWS, plgpu, TILE
+from ._jax import LOWEST, OF_ROWS, plgpu, TILE, TRANSPOSED
 from ._line import Piece, Ranges
 from ._tuning import Tiles
 
 
 LOG2_E = math.log2(math.e)
+AT_ONCE = 256  # dimensions of a tile that are in registers at once
 
 
-def tiling(columns, dtype):
+def tiling(columns, dtype, swizzle=128):
     """How products want operands of so many columns, a multiple of 64, in shared memory."""
-    swizzle = 64 if columns * jnp.dtype(dtype).itemsize % 128 else 128
+    swizzle = min(swizzle, 64 if columns * jnp.dtype(dtype).itemsize % 128 else 128)
     return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
@@ -90,8 +91,8 @@ class Program:
         return sees
 
     def at_an_end(self, piece: Piece, row):
-        """Whether the tile that is read at `row` holds rows outside the range."""
-        return (row < piece.start) | (row + self.plan.schedule.block_keys > piece.end)
+        """Whether the tile that is read at `row` holds rows outside the range. In a pair, that is half of a tile."""
+        return (row < piece.start) | (row + self.plan.place_rows > piece.end)
 
     def logits(self, products):
         """Base-2 logits of the products q . k: scaled, then capped.
@@ -138,10 +139,12 @@ class Program:
 
     def clear(self, piece: Piece, row, values):
         """Sets rows of a tile of values, read at `row`, to zero where they lie outside the range: 0 times what such a row holds may
-        be NaN."""
-        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=TILE) + row
-        seen = (key >= piece.start) & (key < piece.end)
-        values[...] = jnp.where(seen, plgpu.load(values, layout=TILE), tile_of(values.shape, 0, values.dtype))
+        be NaN. Dimensions are the rows of the layout, which are 64 at least, and some of them are in registers at once."""
+        for first in range(0, values.shape[1], AT_ONCE):
+            part = values.at[:, pl.ds(first, min(AT_ONCE, values.shape[1] - first))].transpose((1, 0))
+            key = plgpu.broadcasted_iota(jnp.int32, part.shape, 1, layout=TRANSPOSED) + row
+            zeros = plgpu.layout_cast(jnp.zeros(part.shape, part.dtype), TRANSPOSED)
+            part[...] = jnp.where((key >= piece.start) & (key < piece.end), plgpu.load(part, layout=TRANSPOSED), zeros)
         plgpu.commit_smem()
 
     def barriers(self, name):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from . import _few, _many
+from . import _few, _many, _pair
 from ._copy import copy
 from ._jax import launch, plgpu
 from ._line import Ranges
@@ -48,9 +48,11 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
         results |= plan.output(problem)
     shared = _rings(problem, plan, cache)
     readers = plan.warpgroups
-    if not plan.many or how["interpret"]:
+    if plan.pair:
+        shared |= _pair.shared(plan, dtype)
+    elif not plan.many or how["interpret"]:
         shared["p"] = plgpu.SMEM((readers if plan.many else plan.terms, plan.warpgroup_rows, keys), dtype, transforms=TILED)
-    if readers > 1 and not plan.wide_stages:
+    if readers > 1 and not plan.wide_stages and not plan.pair:
         shared["v_clear"] = plgpu.Barrier(num_arrivals=1, num_barriers=plan.stages)
     if not plan.direct:
         dims = {"k_tile": plan.block_dim, "v_tile": plan.value_dim}
@@ -95,7 +97,11 @@ def _kernel(*refs, tree, problem, plan, results, interpreted, **shared):
         shared=types.SimpleNamespace(**shared),
     )
     warpgroup = lax.axis_index("warpgroup")
-    pl.when(warpgroup < plan.warpgroups)(lambda: _multiply(program, warpgroup))
+    if plan.pair:
+        for one in range(plan.warpgroups):
+            pl.when(warpgroup == one)(functools.partial(_multiply, program, one))
+    else:
+        pl.when(warpgroup < plan.warpgroups)(lambda: _multiply(program, warpgroup))
     if plan.wide_stages:
         pl.when(warpgroup == plan.warpgroups)(lambda: widen(program))
     pl.when(warpgroup == lax.axis_size("warpgroup") - 1)(lambda: copy(program))
@@ -103,23 +109,23 @@ def _kernel(*refs, tree, problem, plan, results, interpreted, **shared):
 
 def _rings(problem, plan, cache):
     """The rings of shared memory, with the barriers of their places: who fills a place, and who frees it."""
-    keys, dims = plan.schedule.block_keys, {"k": plan.block_dim, "v": plan.value_dim}
+    keys = plan.place_rows
     parts = keys // plan.part_rows
     by_row = [
         name for name, scale in (("k", cache.key_scale), ("v", cache.value_scale)) if scale is not None and scale.shape[2] > 1
     ]
     arrivals: dict[str, Any] = {"q": (plan.block_rows // plan.copy_rows, plan.warpgroups)}
-    shared: dict[str, Any] = {"q": ((plan.warpgroups, plan.warpgroup_rows, plan.block_dim), problem.dtype)}
-    for name in "kv":
-        shared[name] = (keys, dims[name]), problem.dtype
+    shared: dict[str, Any] = {"q": ((plan.row_groups, plan.warpgroup_rows, plan.block_dim), problem.dtype)}
+    for name, columns in plan.columns.items():
+        shared[name] = (keys, columns), problem.dtype
         arrivals[name] = 1 if plan.wide_stages else parts, plan.warpgroups
         if plan.wide_stages:
-            shared[f"narrow_{name}"] = (keys, dims[name]), problem.cache_dtype
+            shared[f"narrow_{name}"] = (keys, columns), problem.cache_dtype
             arrivals[f"narrow_{name}"] = parts * (1 + len(by_row)) if name == "k" else parts, 1
     rings: dict[str, Any] = {}
     for name, (shape, dtype) in shared.items():
         tiled = plan.direct or name == "q"
-        rings[name] = plgpu.SMEM((plan.places[name], *shape), dtype, transforms=tiling(shape[-1], dtype) if tiled else ())
+        rings[name] = plgpu.SMEM((plan.places[name], *shape), dtype, transforms=tiling(shape[-1], dtype, plan.swizzle) if tiled else ())
         for state, count in zip(("full", "free"), arrivals[name], strict=True):
             rings[f"{name}_{state}"] = plgpu.Barrier(num_arrivals=count, num_barriers=plan.places[name])
     for name in by_row:
@@ -132,8 +138,8 @@ def _multiply(program, warpgroup):
     """All pieces of a program, for one of the warpgroups that multiply."""
     if program.plan.registers:
         plgpu.set_max_registers(program.plan.registers[0], action="increase")
-    program.release("q", "k", "v")
+    program.release("q", *program.plan.columns)
     if program.plan.table:
         plgpu.barrier_wait(program.shared.stops_full)
-    compute_piece = _many.compute_piece if program.plan.many else _few.compute_piece
-    program.ranges.pieces(program.number, lambda piece: compute_piece(program, piece, warpgroup))
+    form = _pair if program.plan.pair else _many if program.plan.many else _few
+    form.compute_pieces(program, warpgroup)

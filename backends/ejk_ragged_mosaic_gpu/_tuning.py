@@ -13,18 +13,22 @@ class Tiles:
 
     Attributes:
         many: whether query rows are the rows of the products, 64 per warpgroup, or their columns.
+        pair: whether two warpgroups share 64 query rows, and each has half of the columns of the output.
         tokens: tokens of the query as kernels see it, T: the problem's, or 1 where all query rows are laid end to end.
         token_rows: query rows per token and kv head, G.
         block_rows: query rows of one kv head in a program: a multiple of 8, or of 64 where they are many.
         row_blocks: such blocks per kv head.
-        warpgroups: warpgroups that multiply, each for an equal part of the block.
+        warpgroups: warpgroups that multiply, each for an equal part of the block or, in a pair, for the same query rows.
         query_slots: blocks of query rows that a program holds: the block of this piece, and, if there is room, of the next piece.
         terms: a weight is written as the sum of so many numbers of 16 bits.
         writes_out: whether the first kernel writes the output of sequences that are one piece.
         block_dim, value_dim: head dimensions of key and value, padded to a multiple of 64.
+        tile_dim: columns of the key's rows that are copied: those of the key and, if they are there, those of the value.
+        value_start: the first column of the value in the key's rows, or None.
         paged: whether the cache is a pool of pages.
         part_rows: rows of a tile that one copy takes: all, or those that lie in one page.
-        stages: tiles of keys that a program holds as they are copied, and tiles of values.
+        stages: places for tiles of keys that a program holds as they are copied, and for tiles of values. In a pair, a tile has
+            two places, one per half.
         wide_stages: the same for widened tiles of a cache of 8 bits; 0 for other caches.
         direct: whether copies lay a tile out as products want it. For this, 8 must divide the rows and 64 the head dimensions.
             Other tiles are copied as they are, and a warpgroup lays them out.
@@ -33,6 +37,7 @@ class Tiles:
     """
 
     many: bool
+    pair: bool
     tokens: int
     token_rows: int
     block_rows: int
@@ -43,6 +48,8 @@ class Tiles:
     writes_out: bool
     block_dim: int
     value_dim: int
+    tile_dim: int
+    value_start: int | None
     paged: bool
     part_rows: int
     stages: int
@@ -52,9 +59,34 @@ class Tiles:
     schedule: Schedule
 
     @property
+    def row_groups(self) -> int:
+        """Parts of a block of query rows: one per warpgroup, or one for a pair."""
+        return 1 if self.pair else self.warpgroups
+
+    @property
     def warpgroup_rows(self) -> int:
         """Query rows of one warpgroup."""
-        return self.block_rows // self.warpgroups
+        return self.block_rows // self.row_groups
+
+    @property
+    def halves(self) -> int:
+        """Places in shared memory per tile."""
+        return 2 if self.pair else 1
+
+    @property
+    def place_rows(self) -> int:
+        """Rows of a place in shared memory."""
+        return self.schedule.block_keys // self.halves
+
+    @property
+    def swizzle(self) -> int:
+        """Bytes of a line of the tiles that products want, at most."""
+        return 64 if self.pair else 128
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """Columns of the tiles of each ring: "k", and "v" if values are in an array of their own."""
+        return {"k": self.tile_dim} | ({"v": self.value_dim} if self.value_start is None else {})
 
     @property
     def num_rows(self) -> int:
@@ -75,8 +107,8 @@ class Tiles:
     @property
     def places(self) -> dict[str, int]:
         """Places of each ring in shared memory."""
-        narrow = dict.fromkeys(("narrow_k", "narrow_v"), self.stages) if self.wide_stages else {}
-        return {"q": self.query_slots, **dict.fromkeys("kv", self.wide_stages or self.stages), **narrow}
+        narrow = {f"narrow_{name}": self.stages for name in self.columns} if self.wide_stages else {}
+        return {"q": self.query_slots, **dict.fromkeys(self.columns, self.wide_stages or self.stages), **narrow}
 
     @property
     def registers(self) -> tuple[int, ...]:
@@ -84,6 +116,8 @@ class Tiles:
         likes."""
         if not self.many:
             return ()
+        if self.pair:
+            return PAIR_REGISTERS
         return (WIDENING_REGISTERS if self.wide_stages else REGISTERS)[self.warpgroups]
 
     @property
@@ -109,16 +143,17 @@ class Tiles:
 
     def shared_bytes(self) -> int:
         """Bytes of shared memory that a program needs, each array beginning at a multiple of 1024."""
-        keys, rows, dim = self.schedule.block_keys, self.block_rows, self.block_dim
-        tiles = keys * (dim + self.value_dim) * ITEMSIZE
+        keys, rows, dim = self.place_rows, self.block_rows, self.block_dim
+        tiles = keys * sum(self.columns.values()) * ITEMSIZE
         narrow = [tiles // ITEMSIZE * self.stages, *[keys * 4 * places for places in (self.stages, self.wide_stages) * 2]]
-        weights = 0 if self.many else MOST_TERMS * rows * keys * ITEMSIZE
+        weights = 0 if self.many and not self.pair else MOST_TERMS * self.halves * rows * keys * ITEMSIZE
         arrays = narrow if self.wide_stages else []
         arrays += [
             tiles * (self.wide_stages or self.stages),
             tiles * (not self.direct),
             self.query_slots * rows * dim * ITEMSIZE,
             weights,
+            2 * 3 * rows * 4 * self.pair,
         ]
         arrays += [self.reduction_bytes, BARRIERS, self.table * 4]
         return sum(round_up(size, 1024) for size in arrays)
@@ -133,11 +168,13 @@ BLOCK_KEYS = 64  # keys per tile: what the tensor cores take at once
 MANY_KEYS = 128  # keys per tile with several blocks: the tensor cores set the pace then, and read the query half as often
 STAGE_BYTES = 64 * 1024  # of tiles that are on their way or worked on; more tiles would wait for each other
 NARROW_BYTES = 48 * 1024  # the same for tiles of 8 bits
+PAIR_STAGES = 3  # halves of tiles per pair
 WIDE_STAGES = 3  # widened tiles per program: with 2, the warpgroups that multiply wait more often
 LEAST_SCALES = 32  # per copy of scales: 128 bytes, the least that a copy takes
 # Registers per thread that multiplies, that widens, and that copies, by the number of warpgroups that multiply: as many as a
 # multiprocessor has.
 REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
+PAIR_REGISTERS = 240, 24
 WIDENING_REGISTERS = {1: (240, 152, 40), 2: (176, 112, 40)}
 # The second kernel, if query rows are few.
 MERGE_ROWS = 4  # query rows that a program merges at once, if that leaves one program per multiprocessor
@@ -148,6 +185,8 @@ BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 # Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless a
 # window leaves no more than SHORT rows to see.
 LEADING_ROWS, SHORT = 64, 256
+
+WIDE = 256  # head dimensions of one warpgroup, at most
 
 # A weight is written as the sum of up to MOST_TERMS numbers of 16 bits. There is always room for them, so that hints which fit a
 # call also fit its gradients.
@@ -171,7 +210,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     if given.block_size_heads is None:
         while rows > least_rows(problem) and _bytes(problem, keys, rows, given.num_stages or 2, target) > shared_memory(target):
             rows = rows - 64 if rows > 64 else max(rows // 16 * 8, 8)
-    stages = given.num_stages or default_stages(problem, keys)
+    stages = given.num_stages or default_stages(problem, keys, rows)
     while not given.num_stages and stages > 1 and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
         stages -= 1
     needs = _bytes(problem, keys, rows, stages, target)
@@ -188,9 +227,11 @@ def least_rows(problem: Problem) -> int:
     return 64 if problem.quantised else 8
 
 
-def default_stages(problem: Problem, keys: int) -> int:
+def default_stages(problem: Problem, keys: int, rows: int) -> int:
     """Stages of about `STAGE_BYTES`: two at least, so that keys are on their way while values are worked on."""
-    dims = round_up(problem.head_dim, 64) + round_up(problem.value_dim, 64)
+    if is_wide(problem) and rows == 64:
+        return PAIR_STAGES
+    dims = _tile_dim(problem) + round_up(problem.value_dim, 64) * (problem.value_columns is None)
     if problem.quantised:
         return max(NARROW_BYTES // (keys * dims), 2)
     return max(STAGE_BYTES // (keys * dims * ITEMSIZE), 2)
@@ -199,7 +240,7 @@ def default_stages(problem: Problem, keys: int) -> int:
 def candidates(problem: Problem, target: Target):
     """Hints for the tuner to try: around the defaults, those that fit."""
     for keys in (BLOCK_KEYS, 2 * BLOCK_KEYS):
-        default = default_stages(problem, keys)
+        default = default_stages(problem, keys, _block_rows(problem, None))
         for stages in (default, default + 1, max(default - 1, 2)):
             hints = FwdParams(block_size_keys=keys, num_stages=stages)
             try:
@@ -214,7 +255,7 @@ def leads(problem: Problem, target: Target) -> str:
     capability = getattr(target.device, "compute_capability", None)
     if capability is None or not all(isinstance(n, int) for n in problem.sizes) or problem.keeps_accum_dtype:
         return ""
-    many = problem.num_tokens * problem.group >= LEADING_ROWS and _takes_many(problem)
+    many = problem.num_tokens * problem.group >= LEADING_ROWS and _takes_many(problem) and not is_wide(problem)
     short = problem.most_keys is not None and problem.most_keys <= SHORT
     if many and not short and (not problem.quantised or problem.head_dim == 128):
         return f"{LEADING_ROWS} or more query rows per kv head"
@@ -225,6 +266,11 @@ def leads(problem: Problem, target: Target) -> str:
 
 def does_not_fit(problem: Problem, target: Target) -> str | None:
     """Why not even the smallest tiles fit, or None."""
+    if is_wide(problem) and (problem.quantised or not _direct(problem)):
+        return (
+            f"it takes values in the key's rows, and head dimensions above {WIDE}, in caches of 16 bits where 64 divides the head "
+            "dimensions and the first column of the value, and 8 divides the rows"
+        )
     if problem.quantised and not _takes_many(problem):
         return "it widens quantised caches where 64 divides the head dimensions, 8 the rows, and no junk lies between tokens"
     needs = lambda problem: _bytes(problem, BLOCK_KEYS, least_rows(problem), 1, target)
@@ -238,6 +284,10 @@ def does_not_fit(problem: Problem, target: Target) -> str | None:
 def _block_rows(problem: Problem, wanted: int | None) -> int:
     """Query rows of a block."""
     there = problem.num_tokens * problem.group
+    if is_wide(problem):
+        most = 64 if _takes_many(problem) else FEW
+        wanted = min(wanted or there, there, most)
+        return round_up(wanted, 8) if wanted <= FEW else 64
     if problem.quantised:
         return min(round_up(min(wanted or there, there), 64), max(WIDENING_REGISTERS) * 64)
     if not _takes_many(problem):
@@ -261,7 +311,20 @@ def _takes_many(problem: Problem) -> bool:
 
 
 def _direct(problem: Problem) -> bool:
-    return problem.seq_len % 8 == 0 and problem.head_dim % 64 == 0 and problem.value_dim % 64 == 0
+    first, _ = problem.value_columns or (0, 0)
+    dims = problem.head_dim, problem.value_dim, first
+    return problem.seq_len % 8 == 0 and problem.row_dim % 8 == 0 and not any(dim % 64 for dim in dims)
+
+
+def is_wide(problem: Problem) -> bool:
+    """Whether a tile may be too wide for one warpgroup, or its keys have to wait for its values."""
+    return problem.value_columns is not None or max(problem.head_dim, problem.value_dim) > WIDE
+
+
+def _tile_dim(problem: Problem) -> int:
+    """Columns of the key's rows that are copied."""
+    _, end = problem.value_columns or (0, 0)
+    return round_up(max(problem.head_dim, end), 64)
 
 
 def cannot_copy(problem: Problem) -> str | None:
@@ -297,6 +360,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
     schedule = Schedule.of(problem, _multiprocessors(target) // (problem.num_kv_heads * row_blocks), keys)
     alone = schedule.by_sequence or problem.batch == 1
     many = rows % 64 == 0 and _takes_many(problem)
+    pair = many and is_wide(problem)
     there = problem.num_tokens * problem.group
     if many and problem.group % 8 == 0:
         tokens, token_rows = problem.num_tokens, problem.group
@@ -304,18 +368,21 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         tokens, token_rows = 1, round_up(there, 8) if many or there > 8 else there
     plan = Tiles(
         many=many,
+        pair=pair,
         tokens=tokens,
         token_rows=token_rows,
         block_rows=rows,
         row_blocks=row_blocks,
-        warpgroups=rows // 64 if many else 1,
+        warpgroups=2 if pair else rows // 64 if many else 1,
         query_slots=2,
         terms=MOST_TERMS if problem.keeps_accum_dtype else 1,
-        writes_out=many and not problem.keeps_accum_dtype and problem.value_dim == problem.head_dim,
+        writes_out=many and not pair and not problem.keeps_accum_dtype and problem.value_dim == problem.head_dim,
         block_dim=round_up(problem.head_dim, 64),
         value_dim=round_up(problem.value_dim, 64),
+        tile_dim=_tile_dim(problem),
+        value_start=None if problem.value_columns is None else problem.value_columns[0],
         paged=problem.paged,
-        part_rows=_part_rows(problem, keys),
+        part_rows=_part_rows(problem, keys) if problem.paged or not pair else keys // 2,
         stages=stages,
         wide_stages=WIDE_STAGES if problem.quantised else 0,
         direct=_direct(problem),

@@ -1,0 +1,118 @@
+"""The softmax of tiles of logits, where query rows are the rows of the products: from products q . k to weights of the values."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ._jax import LOWEST, OF_ROWS, plgpu, store
+from ._line import Piece
+from ._program import LOG2_E, of_rows, over, Program, tile_of
+
+
+LEAST_UNIT = float(jnp.finfo(jnp.float32).tiny)  # of the output, where all value scales are 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """The softmax of some query rows over the tiles of a piece.
+
+    `stats` go from tile to tile, [query rows] each: the largest logit without its factor, and the sum of weights. If rows have value
+    scales of their own, `stats` also have the largest value scale so far. The output is in units of this scale, so that a weight
+    times a scale keeps the accuracy of the weight.
+
+    Attributes:
+        program, piece: whose tiles.
+        query_rows: the query rows, a slice of those of the kv head.
+        bounds: first rows and ends, int32 [query rows] or None each.
+        seen_by_all: first row and end of what all query rows see. Only tiles beyond need a mask.
+    """
+
+    program: Program
+    piece: Piece
+    query_rows: Any
+    bounds: Any
+    seen_by_all: Any
+
+    @classmethod
+    def of(cls, program: Program, piece: Piece, query_rows) -> "Softmax":
+        """With the bounds of the query rows, as each program finds them from those of the tokens."""
+        problem, bounds, seen_by_all = program.problem, [], []
+        first, last = lax.div(query_rows.start, problem.group), problem.num_tokens - 1
+        count = min(last + 1, (query_rows.size - 2) // problem.group + 2)  # tokens that so many query rows may be of
+        row = plgpu.broadcasted_iota(jnp.int32, (query_rows.size,), 0, layout=OF_ROWS) + query_rows.start
+        for ref, of_all, narrower in zip(program.query_bounds, (piece.start, piece.end), (jnp.maximum, jnp.minimum), strict=True):
+            if ref is None:
+                bounds.append(None)
+            else:
+                of_tokens = [ref[piece.sequence, jnp.minimum(first + i, last)] for i in range(count)]
+                # A product: what is selected from a single number has no sign (see the tests).
+                bounds.append(sum((row // problem.group == first + i).astype(jnp.int32) * x for i, x in enumerate(of_tokens)))
+                of_all = functools.reduce(narrower, of_tokens, of_all)
+            seen_by_all.append(of_all)
+        return cls(program, piece, query_rows, bounds, seen_by_all)
+
+    def nothing(self):
+        """`stats` before the first tile, but for the value scale."""
+        return [of_rows(self.query_rows.size, LOWEST), of_rows(self.query_rows.size, 0)]
+
+    def unit(self):
+        """The value scale before the first tile, where rows have value scales of their own."""
+        return [of_rows(self.query_rows.size, LEAST_UNIT)] if self.program.by_row("v") else []
+
+    def tile(self, first, row, products, stats, key_scale=None, value_scale=None):
+        """Weights of a tile, the new `stats`, and the factor by which this tile shrinks the output so far.
+
+        Args:
+            first: the first row whose turn it is.
+            row: the row at which the tile was read. Rows before `first` had their turn.
+            products: q . k, [query rows, keys].
+            key_scale, value_scale: one number per row of the tile [keys], one number, or None.
+        """
+        program, piece, (high, total, *unit) = self.program, self.piece, stats
+        if key_scale is not None:
+            products = products * _over_rows(key_scale, products)
+
+        def masked(x):
+            sees = program.sees(piece, first, row, self.bounds, x.shape, 1)
+            return jnp.where(sees, x, tile_of(x.shape, -jnp.inf))
+
+        x, factor = products if program.factor != 1 else program.logits(products), program.factor
+        start, end = self.seen_by_all
+        x = lax.cond((row < jnp.maximum(first, start)) | (row + x.shape[1] > end), masked, lambda x: x, x)
+        new_high = jnp.maximum(jnp.maximum(high, jnp.max(x, axis=1)), LOWEST)
+        fade = jnp.exp2((high - new_high) * factor)
+        p = jnp.exp2((x - over(new_high, x)) * factor)
+        stats = [new_high, total * fade + jnp.sum(p, axis=1)]
+        if unit:
+            value_scale = _over_rows(value_scale, p)
+            new_unit = jnp.maximum(unit[0], jnp.max(jnp.abs(value_scale), axis=1))
+            p, fade = p * (value_scale * over(1 / new_unit, p)), fade * (unit[0] / new_unit)
+            stats.append(new_unit)
+        return list(program.terms(p)), stats, fade
+
+    def natural(self, high):
+        """The largest logit with its factor, as results have it."""
+        return jnp.maximum(high * (self.program.factor / LOG2_E), LOWEST)
+
+    def keep(self, high, total):
+        """What is kept of the softmax of a piece: the largest logit and the sum of weights, into memory."""
+        program = self.program
+        for i, values in enumerate((self.natural(high), total)):
+            store(program.results.stats.at[self.slot(), program.head, i, self.query_rows], values)
+
+    def keep_output(self, acc, columns):
+        """The sums of the output of a piece, for some columns, into memory."""
+        store(self.program.results.parts.at[self.slot(), self.program.head, self.query_rows, columns], acc)
+
+    def slot(self):
+        """The place of the piece's partial results."""
+        return self.program.plan.schedule.slot(self.program.number, self.piece.sequence)
+
+
+def _over_rows(scale, like):
+    """A scale per row of a tile, or a single scale, as it is multiplied with a matrix [query rows, keys]."""
+    return lax.broadcast_in_dim(scale, like.shape, [1]) if scale.ndim else scale
