@@ -13,8 +13,8 @@ from ejk_ragged_schedule import cdiv
 
 from ._jax import launch, LOWEST, plgpu, store, TILE
 from ._line import Ranges
-from ._program import load_of_rows, of_rows, over, sinks_at, tile_of
-from ._tuning import merging, Tiles
+from ._program import load_of_rows, of_rows, over, sinks_at, tile_of, tiling
+from ._tuning import merging, merging_blocks, Tiles
 
 
 def combine(problem, target, plan: Tiles, partial, lengths, sink, **how):
@@ -123,37 +123,37 @@ def _combine_blocks(problem, target, plan, partial, lengths, sink, **how):
     operands, tree = jax.tree.flatten((partial["parts"], partial["stats"], lengths, sink))
     results = [] if written else list(plan.output(problem).values())
     blocks = problem.batch * problem.num_kv_heads * plan.row_blocks * plan.row_groups
-    programs = min(blocks * plan.value_dim // COLUMNS, merging(target, problem.batch, blocks * 64)[1])
-    swizzled = 128 // problem.out_dtype.itemsize
-    tiling = plgpu.TilingTransform((8, swizzled)), plgpu.SwizzleTransform(128)
+    columns, at_once = merging_blocks(target, plan, blocks)
+    programs = min(blocks * plan.value_dim // columns, merging(target, problem.batch, blocks * 64)[1])
     return launch(
-        functools.partial(_blocks_kernel, tree=tree, problem=problem, plan=plan),
+        functools.partial(_blocks_kernel, tree=tree, problem=problem, plan=plan, size=columns, at_once=at_once),
         "ragged_decode_combine",
         results,
         {"program": min(programs, 2) if how["interpret"] else programs},
         follows=True,
         updates=len(written),
-        scratch_types={"out": plgpu.SMEM((64, COLUMNS), problem.out_dtype, transforms=tiling)} | _table(plan),
+        scratch_types={"out": plgpu.SMEM((64, columns), problem.out_dtype, transforms=tiling(columns, problem.out_dtype))}
+        | _table(plan),
         **how,
     )(*operands, *written)
 
 
-def _blocks_kernel(*refs, tree, problem, plan: Tiles, wait, out, stops=None):
-    """One program: 64 query rows and some dimensions of a sequence at once, and then others."""
+def _blocks_kernel(*refs, tree, problem, plan: Tiles, size, at_once, wait, out, stops=None):
+    """One program: 64 query rows and `size` dimensions of a sequence, `at_once` partial results at a time, and then others."""
     parts_ref, stats_ref, lengths, sink_ref = tree.unflatten(refs[: tree.num_leaves])
     out_ref, lse_ref = refs[tree.num_leaves :]
     ranges = Ranges(plan, lengths, stops)
     ranges.make_table()
     wait()
-    sizes = problem.batch, problem.num_kv_heads, plan.row_blocks * plan.row_groups, plan.value_dim // COLUMNS
+    sizes = problem.batch, problem.num_kv_heads, plan.row_blocks * plan.row_groups, plan.value_dim // size
 
     def merge_block(b, head, query_rows, column):
         first, count = ranges.slots(b)
-        columns = pl.ds(pl.multiple_of(column * COLUMNS, COLUMNS), COLUMNS)
+        columns = pl.ds(pl.multiple_of(column * size, size), size)
 
         def merge(i, carry):
             acc, high, total = carry
-            pieces = [i * AT_ONCE + k for k in range(AT_ONCE)]
+            pieces = [i * at_once + k for k in range(at_once)]
             slots = [first + jnp.minimum(piece, count - 1) for piece in pieces]
             highs, totals = ([load_of_rows(stats_ref.at[slot, head, k, query_rows]) for slot in slots] for k in range(2))
             parts = [plgpu.load(parts_ref.at[slot, head, query_rows, columns], layout=TILE, optimized=False) for slot in slots]
@@ -165,8 +165,8 @@ def _blocks_kernel(*refs, tree, problem, plan: Tiles, wait, out, stops=None):
             return acc, new_high, total * fade + sum(x * weight for x, weight in zip(totals, weights, strict=True))
 
         def write():
-            nothing = tile_of((64, COLUMNS), 0), of_rows(64, LOWEST), of_rows(64, 0)
-            acc, high, total = lax.fori_loop(0, cdiv(count, AT_ONCE), merge, nothing)
+            nothing = tile_of((64, size), 0), of_rows(64, LOWEST), of_rows(64, 0)
+            acc, high, total = lax.fori_loop(0, cdiv(count, at_once), merge, nothing)
             values, lse = finished(acc, high, total, sinks_at(sink_ref, b, head, query_rows))
             pl.when(column == 0)(lambda: store(lse_ref.at[b, head, query_rows], lse))
             write_out(plan, out_ref, out, values, b, head, query_rows, columns)
@@ -204,19 +204,16 @@ def write_out(plan, out_ref, staging, values, b, head, query_rows, columns: Any 
     """Values of 64 query rows to their places in the output [B, T, Hkv, G, Dv], by way of an array in shared memory."""
     staging[...] = values.astype(staging.dtype)
     plgpu.commit_smem()
-    for i in range(0, 64, plan.copy_rows):
+    for i in range(0, 64, copy_rows := 8 if plan.pair else plan.copy_rows):
         row = query_rows.start + i
         token, place = lax.div(row, plan.token_rows), pl.multiple_of(lax.rem(row, plan.token_rows), 8)
 
         def copy(i=i, token=token, place=place):
-            target = out_ref.at[b, token, head, pl.ds(place, plan.copy_rows), columns]
-            plgpu.copy_smem_to_gmem(staging.at[pl.ds(i, plan.copy_rows)], target)
+            target = out_ref.at[b, token, head, pl.ds(place, copy_rows), columns]
+            plgpu.copy_smem_to_gmem(staging.at[pl.ds(i, copy_rows)], target)
 
         pl.when(row < plan.num_rows)(copy)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-COLUMNS, AT_ONCE = 64, 4  # dimensions and partial results that a program works on at once
 
 
 def _table(plan):

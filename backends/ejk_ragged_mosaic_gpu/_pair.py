@@ -6,6 +6,7 @@ second warpgroup those of the second half. Weights, and what goes from half to h
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jax.experimental import pallas as pl
 
 from ._jax import plgpu, store
 from ._line import Piece
-from ._program import load_of_rows, over, product, Program, tile_of, tiling
+from ._merge import finished, write_out
+from ._program import load_of_rows, over, product, Program, sinks_at, tile_of, tiling
 from ._softmax import Softmax
 
 
@@ -22,33 +24,54 @@ PAIR = 2
 
 
 def shared(plan, dtype):
-    """What the warpgroups pass to each other in shared memory: weights, and the factor, the largest logit and the sum of weights."""
+    """What the warpgroups pass to each other in shared memory: weights, and the largest logit and the sum of weights."""
     return {
         "p": plgpu.SMEM((PAIR, plan.terms, 64, plan.place_rows), dtype, transforms=tiling(plan.place_rows, dtype, plan.swizzle)),
-        "passed": plgpu.SMEM((PAIR, 3, 64), jnp.float32),
+        "stats": plgpu.SMEM((PAIR, 2, 64), jnp.float32),
         "p_full": plgpu.Barrier(num_arrivals=1, num_barriers=PAIR),
         "p_free": plgpu.Barrier(num_arrivals=1, num_barriers=PAIR),
     }
 
 
 def compute_pieces(program: Program, me: int):
-    """Partial results of all pieces, for the columns of one warpgroup."""
+    """All pieces, for the columns of one warpgroup: the output, if the sequence has no other piece, or partial results."""
     plgpu.barrier_arrive(program.shared.p_free.at[1 - me])
     program.ranges.pieces(program.number, lambda piece: _compute_piece(program, piece, me))
     plgpu.barrier_wait(program.shared.p_free.at[me])
 
 
 def _compute_piece(program, piece, me):
-    plan, shared = program.plan, program.shared
+    plan, shared, results = program.plan, program.shared, program.results
     q_slot = lax.rem(piece.number, plan.query_slots)
     plgpu.barrier_wait(shared.q_full.at[q_slot])
-    halves = _Halves(program, piece, me, shared.q.at[q_slot, 0], Softmax.of(program, piece, program.query_rows()))
-    size = plan.value_dim // PAIR
-    acc, stats = lax.fori_loop(0, piece.num_tiles, halves.step, (tile_of((64, size), 0), halves.softmax.nothing()))
+    query, query_rows, size = shared.q.at[q_slot, 0], program.query_rows(), plan.value_dim // PAIR
+    columns = pl.ds(me * size, size)
+    softmax = Softmax.of(program, piece, query_rows)
+    halves = _Halves(program, piece, me, query, softmax)
+    nothing = tile_of((64, size), 0), softmax.nothing()
+
+    def keep(acc, stats):
+        softmax.keep_output(acc, columns)
+        if me == 0:
+            softmax.keep(*stats)
+
+    def write(acc, stats):
+        high, total = stats
+        out, lse = finished(acc, softmax.natural(high), total, sinks_at(program.sink, piece.sequence, program.head, query_rows))
+        if me == 0:
+            store(results.lse.at[piece.sequence, program.head, query_rows], lse)
+        # Nobody reads the query any more: all weights have passed.
+        write_out(plan, results.out, query.at[:, columns], out, piece.sequence, program.head, query_rows, columns)
+
+    def work():
+        done = lax.fori_loop(0, piece.num_tiles, halves.tile, nothing)
+        pieces = program.ranges.slots(piece.sequence)[1] if plan.writes_out else 0
+        pl.when(pieces == 1)(lambda: write(*done))
+        pl.when(pieces != 1)(lambda: keep(*done))
+
+    pl.when(piece.num_tiles > 0)(work)
+    pl.when(piece.num_tiles == 0)(lambda: keep(*nothing))
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
-    halves.softmax.keep_output(acc, pl.ds(me * size, size))
-    if me == 0:
-        halves.softmax.keep(*stats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,63 +91,76 @@ class _Halves:
     query: Any
     softmax: Softmax
 
-    def step(self, i, carry):
+    def tile(self, i, carry):
         """The output and the `stats` of `Softmax` with both halves of tile i."""
+        return (self.first if self.me == 0 else self.second)(carry, i, *(self.slot(i, half) for half in range(PAIR)))
+
+    def first(self, carry, i, slot, other_slot):
+        """Tile i for the first warpgroup: its own half, then the other."""
         acc, stats = carry
-        slots = [lax.rem((self.piece.tiles_before + i) * PAIR + half, self.program.plan.stages) for half in range(PAIR)]
-        k_full = self.program.shared.k_full
-        for slot in slots[: self.me + 1]:
-            plgpu.barrier_wait(k_full.at[slot])
-        products = product(self.query, self.keys(slots[self.me]))
-        if self.me == 0:
-            weights, stats, fade = self.weigh(i, slots[0], products, stats)
-            acc = self.add(acc, fade, weights, 0, slots[0])
-            plgpu.barrier_wait(k_full.at[slots[1]])
-            fade, *stats = self.received()
-            acc = self.add(acc, fade, None, 1, slots[1])
-        else:
-            first_fade, *stats = self.received()
-            weights, stats, fade = self.weigh(i, slots[1], products, stats)
-            acc = self.add(acc, first_fade, None, 0, slots[0])
-            acc = self.add(acc, fade, weights, 1, slots[1])
-        return acc, stats
+        weights, stats, fade = self.weigh(i, slot, self.products(slot), stats)
+        acc = self.add(acc, fade, weights, 0, slot)
+        plgpu.barrier_wait(self.program.shared.k_full.at[other_slot])
+        stats, fade = self.received(stats)
+        return self.add(acc, fade, None, 1, other_slot), stats
+
+    def second(self, carry, i, other_slot, slot):
+        """Tile i for the second warpgroup, which has logits of its own half ready when the weights of the other half come."""
+        acc, stats = carry
+        plgpu.barrier_wait(self.program.shared.k_full.at[other_slot])
+        products = self.products(slot)
+        stats, other_fade = self.received(stats)
+        weights, stats, fade = self.weigh(i, slot, products, stats)
+        acc = self.add(acc, other_fade, None, 0, other_slot)
+        return self.add(acc, fade, weights, 1, slot), stats
+
+    def slot(self, i, half):
+        """The place of a half of tile i in the rings."""
+        return lax.rem((self.piece.tiles_before + i) * PAIR + half, self.program.plan.stages)
+
+    def products(self, slot):
+        """q . k of the half that is mine, once its keys are there: [64, keys]."""
+        plan, shared = self.program.plan, self.program.shared
+        plgpu.barrier_wait(shared.k_full.at[slot])
+        keys = shared.k.at[slot]
+        return product(self.query, (keys if plan.tile_dim == plan.block_dim else keys.at[:, pl.ds(0, plan.block_dim)]).transpose((1, 0)))
 
     def weigh(self, i, slot, products, stats):
-        """Weights of the half that is mine, the new `stats`, and the factor for the output so far. The other warpgroup gets them
-        too, and finds zeros in rows of the value outside the range: 0 times what such a row holds may be NaN."""
+        """Weights of the half that is mine, the new `stats`, and the factor for the output so far. The other warpgroup gets weights
+        and `stats`, and finds zeros in rows of the value outside the range: 0 times what such a row holds may be NaN."""
         program, piece, shared, me = self.program, self.piece, self.program.shared, self.me
         first = program.first_key(piece, i)
         row = program.row_of(piece, first) + me * program.plan.place_rows
         weights, stats, fade = self.softmax.tile(first, row, products, stats)
-        values = self.values(slot)
+        values = self.values(slot, wait=True)
         plgpu.barrier_wait(shared.p_free.at[me])
         for term, weight in enumerate(weights):
             shared.p.at[me, term][...] = weight
-        for place, numbers in enumerate((fade, *stats)):
-            store(shared.passed.at[me, place], numbers)
+        for place, numbers in enumerate(stats):
+            store(shared.stats.at[me, place], numbers)
         pl.when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, values))
         plgpu.commit_smem()
         plgpu.barrier_arrive(shared.p_full.at[me])
         return weights, stats, fade
 
-    def received(self):
-        """The factor and the `stats` of the other warpgroup's half."""
+    def received(self, stats):
+        """The `stats` of the other warpgroup's half, and its factor for the output so far, from the `stats` before this half."""
         other, shared = 1 - self.me, self.program.shared
         plgpu.barrier_wait(shared.p_full.at[other])
-        return [load_of_rows(shared.passed.at[other, place]) for place in range(3)]
+        high, total = (load_of_rows(shared.stats.at[other, place]) for place in range(2))
+        return [high, total], jnp.exp2((stats[0] - high) * self.program.factor)
 
     def add(self, acc, fade, weights, half, slot):
-        """The output so far with the values of a half. Weights that are mine come from registers."""
-        shared, plan = self.program.shared, self.program.plan
-        values = self.values(slot) if weights is None else self.values_of(slot)
-        size = plan.value_dim // PAIR
+        """The output so far with the values of a half, which is free from then on. Weights that are mine come from registers, and
+        the other's from shared memory."""
+        program, plan, shared = self.program, self.program.plan, self.program.shared
+        values, size = self.values(slot, wait=weights is None), plan.value_dim // PAIR
         values = values.at[:, pl.ds(self.me * size, size)]
         acc = acc * over(fade, acc)
-        if weights is None or self.program.interpreted:
+        if weights is None or program.interpreted:
             weights = [shared.p.at[half, term] for term in range(plan.terms)]
-        if self.program.interpreted:
-            for weight in weights:
-                acc = acc + product(weight, values)
+        if program.interpreted:
+            acc = functools.reduce(lambda acc, weight: acc + product(weight, values), weights, acc)
         else:
 
             def multiply(out):
@@ -135,22 +171,14 @@ class _Halves:
         if half != self.me:
             plgpu.barrier_arrive(shared.p_free.at[half])
         for name in plan.columns:
-            plgpu.barrier_arrive(self.program.barriers(name)[1].at[slot])
+            plgpu.barrier_arrive(program.barriers(name)[1].at[slot])
         return acc
 
-    def keys(self, slot):
-        plan = self.program.plan
-        keys = self.program.shared.k.at[slot]
-        return (keys if plan.tile_dim == plan.block_dim else keys.at[:, pl.ds(0, plan.block_dim)]).transpose((1, 0))
-
-    def values(self, slot):
-        """The values of a half, once they are there. Each warpgroup asks once for each half."""
-        if self.program.plan.value_start is None:
-            plgpu.barrier_wait(self.program.shared.v_full.at[slot])
-        return self.values_of(slot)
-
-    def values_of(self, slot):
+    def values(self, slot, *, wait=False):
+        """The values of a half. Each warpgroup waits once for the values of each half."""
         plan, shared = self.program.plan, self.program.shared
-        if plan.value_start is None:
-            return shared.v.at[slot]
-        return shared.k.at[slot, :, pl.ds(plan.value_start, plan.value_dim)]
+        if plan.value_start is not None:
+            return shared.k.at[slot, :, pl.ds(plan.value_start, plan.value_dim)]
+        if wait:
+            plgpu.barrier_wait(shared.v_full.at[slot])
+        return shared.v.at[slot]

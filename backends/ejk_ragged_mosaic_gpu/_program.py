@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import LOWEST, OF_ROWS, plgpu, TILE, TRANSPOSED
+from ._jax import LOWEST, OF_ROWS, plgpu, TILE
 from ._line import Piece, Ranges
 from ._tuning import Tiles
 
@@ -21,8 +21,8 @@ AT_ONCE = 256  # dimensions of a tile that are in registers at once
 
 
 def tiling(columns, dtype, swizzle=128):
-    """How products want operands of so many columns, a multiple of 64, in shared memory."""
-    swizzle = min(swizzle, 64 if columns * jnp.dtype(dtype).itemsize % 128 else 128)
+    """How products and copies want arrays of so many columns in shared memory: in lines of up to `swizzle` bytes."""
+    swizzle = math.gcd(columns * jnp.dtype(dtype).itemsize, swizzle)
     return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
@@ -139,12 +139,13 @@ class Program:
 
     def clear(self, piece: Piece, row, values):
         """Sets rows of a tile of values, read at `row`, to zero where they lie outside the range: 0 times what such a row holds may
-        be NaN. Dimensions are the rows of the layout, which are 64 at least, and some of them are in registers at once."""
+        be NaN."""
         for first in range(0, values.shape[1], AT_ONCE):
-            part = values.at[:, pl.ds(first, min(AT_ONCE, values.shape[1] - first))].transpose((1, 0))
-            key = plgpu.broadcasted_iota(jnp.int32, part.shape, 1, layout=TRANSPOSED) + row
-            zeros = plgpu.layout_cast(jnp.zeros(part.shape, part.dtype), TRANSPOSED)
-            part[...] = jnp.where((key >= piece.start) & (key < piece.end), plgpu.load(part, layout=TRANSPOSED), zeros)
+            part = values.at[:, pl.ds(first, min(AT_ONCE, values.shape[1] - first))]
+            layout = plgpu.Layout.SMEM_GMEM_COPY(part.shape, part.dtype, self.plan.swizzle)
+            key = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=layout) + row
+            zeros = plgpu.layout_cast(jnp.zeros(part.shape, part.dtype), layout)
+            part[...] = jnp.where((key >= piece.start) & (key < piece.end), plgpu.load(part, layout=layout), zeros)
         plgpu.commit_smem()
 
     def barriers(self, name):

@@ -139,21 +139,21 @@ class Tiles:
     @property
     def reduction_bytes(self) -> int:
         """Shared memory in which a sum or maximum over keys passes between warps, all query rows at once."""
-        return 2048 if self.many else 128 * self.block_rows
+        return 0 if self.pair else 2048 if self.many else 128 * self.block_rows
 
     def shared_bytes(self) -> int:
         """Bytes of shared memory that a program needs, each array beginning at a multiple of 1024."""
         keys, rows, dim = self.place_rows, self.block_rows, self.block_dim
         tiles = keys * sum(self.columns.values()) * ITEMSIZE
         narrow = [tiles // ITEMSIZE * self.stages, *[keys * 4 * places for places in (self.stages, self.wide_stages) * 2]]
-        weights = 0 if self.many and not self.pair else MOST_TERMS * self.halves * rows * keys * ITEMSIZE
+        weights = 2 * self.terms if self.pair else 0 if self.many else MOST_TERMS
         arrays = narrow if self.wide_stages else []
         arrays += [
             tiles * (self.wide_stages or self.stages),
             tiles * (not self.direct),
             self.query_slots * rows * dim * ITEMSIZE,
-            weights,
-            2 * 3 * rows * 4 * self.pair,
+            weights * rows * keys * ITEMSIZE,
+            2 * 2 * rows * 4 * self.pair,
         ]
         arrays += [self.reduction_bytes, BARRIERS, self.table * 4]
         return sum(round_up(size, 1024) for size in arrays)
@@ -176,15 +176,17 @@ LEAST_SCALES = 32  # per copy of scales: 128 bytes, the least that a copy takes
 REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
 PAIR_REGISTERS = 240, 24
 WIDENING_REGISTERS = {1: (240, 152, 40), 2: (176, 112, 40)}
-# The second kernel, if query rows are few.
-MERGE_ROWS = 4  # query rows that a program merges at once, if that leaves one program per multiprocessor
+# The second kernel.
+MERGE_ROWS = 4  # query rows that a program merges at once, if query rows are few, and that leaves one program per multiprocessor
+MERGE_DIMS, FEW_MERGE_DIMS = 64, 16  # dimensions that a program merges at once, if query rows are many
 LEAST_MERGED = 4  # partial results of a query row that a program reads at once, at least
 MERGE_PROGRAMS = 4  # programs per multiprocessor: as many as find room next to one of the first kernel
 BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 
-# Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless a
-# window leaves no more than SHORT rows to see.
-LEADING_ROWS, SHORT = 64, 256
+# Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless no
+# more than SHORT rows of a sequence are seen, or a full cache has fewer than MUCH bytes. Where the value lies in wide rows of the
+# key, these kernels are faster from FEW query rows on.
+LEADING_ROWS, SHORT, MUCH = 64, 256, 64 << 20
 
 WIDE = 256  # head dimensions of one warpgroup, at most
 
@@ -211,7 +213,8 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
         while rows > least_rows(problem) and _bytes(problem, keys, rows, given.num_stages or 2, target) > shared_memory(target):
             rows = rows - 64 if rows > 64 else max(rows // 16 * 8, 8)
     stages = given.num_stages or default_stages(problem, keys, rows)
-    while not given.num_stages and stages > 1 and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
+    # The gradients of a call keep two terms per weight, and get the hints of the call.
+    while (not given.num_stages or problem.keeps_accum_dtype) and stages > 1 and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
         stages -= 1
     needs = _bytes(problem, keys, rows, stages, target)
     if needs > shared_memory(target):
@@ -255,9 +258,14 @@ def leads(problem: Problem, target: Target) -> str:
     capability = getattr(target.device, "compute_capability", None)
     if capability is None or not all(isinstance(n, int) for n in problem.sizes) or problem.keeps_accum_dtype:
         return ""
-    many = problem.num_tokens * problem.group >= LEADING_ROWS and _takes_many(problem) and not is_wide(problem)
-    short = problem.most_keys is not None and problem.most_keys <= SHORT
-    if many and not short and (not problem.quantised or problem.head_dim == 128):
+    rows, takes_many = problem.num_tokens * problem.group, _takes_many(problem)
+    if is_wide(problem):
+        latent = problem.value_columns is not None and _tile_dim(problem) > WIDE
+        return f"more than {FEW} query rows, and values in wide rows of the key" if latent and takes_many and rows > FEW else ""
+    keys = problem.seq_len if problem.most_keys is None else min(problem.seq_len, problem.most_keys)
+    row_bytes = (problem.head_dim + problem.value_dim) * problem.num_kv_heads * problem.cache_dtype.itemsize
+    much = keys > SHORT and problem.batch * keys * row_bytes >= MUCH
+    if rows >= LEADING_ROWS and takes_many and much and (not problem.quantised or problem.head_dim == 128):
         return f"{LEADING_ROWS} or more query rows per kv head"
     if problem.paged and problem.batch == problem.num_tokens == 1 and not problem.quantised:
         return "pages of a single sequence"
@@ -286,7 +294,7 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
     there = problem.num_tokens * problem.group
     if is_wide(problem):
         most = 64 if _takes_many(problem) else FEW
-        wanted = min(wanted or there, there, most)
+        wanted = min(wanted or there, most)
         return round_up(wanted, 8) if wanted <= FEW else 64
     if problem.quantised:
         return min(round_up(min(wanted or there, there), 64), max(WIDENING_REGISTERS) * 64)
@@ -376,7 +384,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         warpgroups=2 if pair else rows // 64 if many else 1,
         query_slots=2,
         terms=MOST_TERMS if problem.keeps_accum_dtype else 1,
-        writes_out=many and not pair and not problem.keeps_accum_dtype and problem.value_dim == problem.head_dim,
+        writes_out=many and not problem.keeps_accum_dtype and (problem.value_dim <= problem.head_dim if pair else problem.value_dim == problem.head_dim),
         block_dim=round_up(problem.head_dim, 64),
         value_dim=round_up(problem.value_dim, 64),
         tile_dim=_tile_dim(problem),
@@ -401,6 +409,13 @@ def merging(target: Target, batch: int, rows: int) -> tuple[int, int]:
     while at_once > 1 and batch * rows // at_once < _multiprocessors(target):
         at_once //= 2
     return at_once, min(batch * rows // at_once, programs)
+
+
+def merging_blocks(target: Target, plan: Tiles, blocks: int) -> tuple[int, int]:
+    """Of so many blocks of 64 query rows: how many dimensions a program of the second kernel merges at once, and how many partial
+    results. Where blocks are few, the dimensions are shared by more programs."""
+    few = 2 * blocks * plan.value_dim // MERGE_DIMS < _multiprocessors(target)
+    return (FEW_MERGE_DIMS, plan.merge_slots) if few else (MERGE_DIMS, LEAST_MERGED)
 
 
 def _bytes(problem, keys, rows, stages, target) -> int:
