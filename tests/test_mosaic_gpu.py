@@ -111,6 +111,13 @@ def paged(page_size, scales=(), **options):
     return arrays(rows=(300, page_size), **options), named
 
 
+def latent(group, page_size=None, tokens=()):
+    """Like `arrays`, for MLA: values in the first 512 columns of the key's rows. Also returns keyword arguments."""
+    sizes = {"head_dim": 576, "group": group, "tokens": tokens}
+    (query, key, _, *lengths), named = paged(page_size, **sizes) if page_size else (arrays(**sizes), {})
+    return (query, key, None, *lengths), named | {"value_columns": (0, 512), "softmax_scale": 0.1}
+
+
 def lowering(args, options):
     traced = {name: x for name, x in options.items() if isinstance(x, jax.ShapeDtypeStruct)}
     static = {name: x for name, x in options.items() if name not in traced}
@@ -163,6 +170,10 @@ CALLS = {
     "192 and 128": (arrays(head_dim=192, value_dim=128), {}),
     "192 and 128, many rows, in pages": paged(64, head_dim=192, value_dim=128, group=64),
     "64 and 128, many rows": (arrays(head_dim=64, value_dim=128, group=64), {}),
+    "head_dim 512, many rows": (arrays(head_dim=512, group=64), {}),
+    "MLA, 16 heads": latent(16),
+    "MLA, 128 heads": latent(128),
+    "MLA, 16 heads and 4 tokens, in pages": latent(16, page_size=8, tokens=(4,)),
     "int8": (
         arrays(held="int8", tokens=(3,)),
         {"key_scale": 1.0, "value_scale": 1.0, "softmax_aux": np.zeros((28, 2), np.float32)},
@@ -196,7 +207,7 @@ def test_numbers_have_signs(name):
 
 
 @has_mosaic_gpu
-@pytest.mark.parametrize("name", ["plain", "head_dim 256, many rows"])
+@pytest.mark.parametrize("name", ["plain", "head_dim 256, many rows", "head_dim 512, many rows"])
 def test_lowers_where_gradients_are_asked_for(name):
     """With gradients the output is not rounded, and weights have two terms. There is room for both."""
     (query, *rest), options = CALLS[name]
@@ -226,7 +237,7 @@ def test_nothing_is_made_around_the_kernels():
 
 
 @has_mosaic_gpu
-@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (256, 64), (80, 64)])
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (256, 64), (80, 64), (512, 64)])
 def test_what_fits_by_our_count_fits(head_dim, group):
     """With as many stages as our count of shared memory allows, JAX accepts the kernel. With one more stage our count refuses
     it."""
@@ -321,6 +332,7 @@ def test_with_splits_nothing_but_the_schedule_knows_the_batch():
 
 
 INT8 = np.dtype("int8")
+LATENT = {"head_dim": 576, "value_dim": 512, "row_dim": 576, "value_columns": (0, 512)}
 PAGED = {"num_pages": 300, "page_size": 16, "seq_len": 1120}
 
 
@@ -341,9 +353,12 @@ PAGED = {"num_pages": 300, "page_size": 16, "seq_len": 1120}
         (PAGED | {"page_size": 1}, None, "do not divide pages of 1"),
         (PAGED | {"head_dim": 80}, None, "head dimensions that 64 divides, not 80 and 80"),
         (PAGED | {"value_dim": 40}, None, "head dimensions that 64 divides, not 128 and 40"),
-        ({"value_dim": 300}, None, "a value_dim of up to 256 that is a multiple of 8, not 300"),
-        ({"value_columns": (0, 128), "row_dim": 192}, None, "the value from an array of its own"),
-        ({"head_dim": 264}, None, "a head_dim of up to 256 that is a multiple of 8, not 264"),
+        ({"value_dim": 520}, None, "a value_dim of up to 512 that is a multiple of 8, not 520"),
+        ({"head_dim": 648}, None, "a head_dim of up to 640 that is a multiple of 8, not 648"),
+        ({"head_dim": 264}, None, "head dimensions above 256, in caches of 16 bits where 64 divides the head dimensions"),
+        (LATENT | {"cache_dtype": INT8}, None, "values in the key's rows, and head dimensions above 256, in caches of 16 bits"),
+        (LATENT | {"value_columns": (8, 136)}, None, "64 divides the head dimensions and the first column of the value"),
+        (LATENT | {"seq_len": 1001}, None, "8 divides the rows"),
         ({"head_dim": 100}, None, "not 100"),
         ({"batch": 100_000}, None, "table of 100000 sequences"),
         ({"batch": jax.export.symbolic_shape("b")[0]}, None, "not symbolic"),
@@ -353,11 +368,19 @@ PAGED = {"num_pages": 300, "page_size": 16, "seq_len": 1120}
 )
 def test_says_what_it_cannot_do(changes, device, reason):
     assert reason in MosaicGpuBackend().supports(problem(**changes), Target("cuda", device))
-    for taken in ({}, PAGED, {"cache_dtype": INT8}, PAGED | {"cache_dtype": INT8, "page_size": 32, "value_dim": 64}):
+    for taken in (
+        {},
+        LATENT,
+        PAGED,
+        PAGED | LATENT,
+        {"cache_dtype": INT8},
+        PAGED | {"cache_dtype": INT8, "page_size": 32, "value_dim": 64},
+    ):
         assert MosaicGpuBackend().supports(problem(**taken), Target("cuda")) is None
 
 
 HOPPER = types.SimpleNamespace(compute_capability="9.0")
+LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
 
 
 @pytest.mark.parametrize(
@@ -374,6 +397,13 @@ HOPPER = types.SimpleNamespace(compute_capability="9.0")
         ({"seq_len": 1001}, HOPPER, ""),
         ({"junk_between_tokens": True}, HOPPER, ""),
         ({"batch": jax.export.symbolic_shape("b")[0]}, HOPPER, ""),
+        ({"batch": 1, "seq_len": 4096}, HOPPER, ""),
+        (LATENT, HOPPER, "more than 32 query rows, and values in wide rows of the key"),
+        (LATENT | {"batch": 1, "num_q_heads": 33 * 4}, HOPPER, "more than 32 query rows, and values in wide rows of the key"),
+        (LATENT | {"num_q_heads": 32 * 4}, HOPPER, ""),
+        (LATENT | {"junk_between_tokens": True}, HOPPER, ""),
+        (LATENT | {"head_dim": 256, "value_dim": 128, "row_dim": 256, "value_columns": (0, 128)}, HOPPER, ""),
+        ({"head_dim": 512}, HOPPER, ""),
         (PAGED | {"num_q_heads": 8}, HOPPER, ""),
         (PAGED | {"num_q_heads": 8, "batch": 1}, HOPPER, "pages of a single sequence"),
     ],
@@ -381,7 +411,7 @@ HOPPER = types.SimpleNamespace(compute_capability="9.0")
 )
 def test_leads_where_it_is_the_fastest(changes, device, why):
     """By priority the backend comes before pallas_triton. For other problems it is asked after pallas_triton."""
-    priority, reason = MosaicGpuBackend().priority_for(problem(**{"num_q_heads": 256} | changes), Target("cuda", device))
+    priority, reason = MosaicGpuBackend().priority_for(problem(**LARGE | changes), Target("cuda", device))
     assert reason == why
     assert (priority > PallasTritonBackend.priority) == bool(why)
     assert why or priority == MosaicGpuBackend.priority

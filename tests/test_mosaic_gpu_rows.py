@@ -157,6 +157,88 @@ def test_the_bits_of_a_sequence(interpreted):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# Values in the key's rows, and wide heads
+
+
+# Name: case, programs, and what the shape of the work is.
+WIDE = {
+    "few query rows, in pages": (
+        Case(
+            "",
+            3,
+            24,
+            8,
+            2,
+            128,
+            "bfloat16",
+            ("ranges", (3, 21), (7, 7), (1, 9)),
+            page_size=8,
+            num_tokens=3,
+            value_columns=(64, 128),
+        ),
+        2,
+        {"pair": False, "many": False},
+    ),
+    "few query rows, a value behind the key": (
+        Case("", 2, 128, 4, 1, 64, "float16", TWO, row_dim=200, value_columns=(64, 192)),
+        2,
+        {"pair": False, "tile_dim": 192},
+    ),
+    "a pair, with tokens of their own, in pages": (
+        Case(
+            *("", 3, 256, 32, 2, 192, "bfloat16", RANGES, -0.1, (100, 0), 2.0, ("query", 1)),
+            num_tokens=5,
+            page_size=16,
+            value_columns=(64, 192),
+        ),
+        2,
+        {"pair": True, "row_blocks": 2, "part_rows": 16},
+    ),
+    "a pair, sequences of one piece": (
+        Case("", 2, 128, 40, 1, 128, "bfloat16", TWO, value_columns=(0, 64), sinks=("query", 1)),
+        1,
+        {"pair": True, "writes_out": True},
+    ),
+    "a pair, wide values of their own": (
+        Case("", 2, 128, 40, 1, 64, "float16", TWO, value_dim=320),
+        2,
+        {"pair": True, "value_start": None, "writes_out": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_rows(interpreted, name):
+    """Rows and entries that nobody sees are junk."""
+    case, programs, expected = WIDE[name]
+    found = plan(case, programs)
+    assert {field: getattr(found, field) for field in expected} == expected
+    assert_right(interpreted(programs=programs), case.draw(poison=True), gradients=False)
+
+
+def test_a_pair_with_two_terms_per_weight(capfd):
+    """An output that is not rounded. With one term, the error is a few thousandths."""
+    rng = np.random.default_rng(0)
+    make = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    key, end = make(2, 128, 1, 128), jnp.asarray([[113], [40]], jnp.int32)
+    queries, cache = Queries(make(2, 1, 40, 128), None, end), Cache(key, None)
+    settings = Settings(softmax_scale=0.125, keeps_accum_dtype=True, value_columns=(64, 128))
+    problem, target = Problem.of(queries, cache, settings), Target("cpu", types.SimpleNamespace(core_count=2))
+    backend = MosaicGpuBackend(interpret=True, detect_races=True, programs=2)
+    hints = resolve(problem, target)
+    assert tiles(dataclasses.replace(problem, fwd_params=hints), target).terms == 2
+    out, lse = backend.forward(dataclasses.replace(problem, fwd_params=hints), target, queries, cache)
+    key = np.asarray(key)
+    want, want_lse = oracle(
+        np.asarray(queries.query[:, 0]), key, key[..., 64:], sequence_end=np.asarray(end[:, 0]), softmax_scale=0.125
+    )
+    assert out.dtype == jnp.float32
+    assert relative_error(out[:, 0], want) < 2e-5
+    np.testing.assert_allclose(lse[:, 0], want_lse, rtol=1e-5)
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # Caches of 8 bits
 
 

@@ -40,7 +40,7 @@ def copy(program: Program):
         places = places_of(piece, 0)
         copy_query(piece)
         # As many dimensions as products take, zeros beyond the last; such a slice is not refused where its start is not known.
-        dims = [pl.ds(0 if plan.direct else piece.number * 0, dim) for dim in plan.columns.values()]
+        dims = [(pl.ds(0 if plan.direct else piece.number * 0, dim), dim) for dim in plan.columns.values()]
 
         def tile(i, places):
             following = places_of(piece, i + 1)  # the table's entries are there when the next tile wants them
@@ -50,13 +50,13 @@ def copy(program: Program):
             return following
 
         def copy_half(slot, places):
-            for name, ref, columns in zip(names, program.cache, dims, strict=False):
+            for name, ref, (columns, dim) in zip(names, program.cache, dims, strict=False):
                 copy_part = into(name, slot)
                 for part, (page, row) in enumerate(places):
                     rows = pl.ds(pl.multiple_of(row, plan.align), plan.part_rows)
                     where = pl.ds(part * plan.part_rows, plan.part_rows)
                     source = ref.at[page, rows, program.head]
-                    whole = plan.direct and columns.size == ref.shape[-1]
+                    whole = plan.direct and dim == ref.shape[-1]
                     copy_part(source if whole else source.at[:, columns], (where,) if len(places) > 1 else ())
                     if name == "narrow_k":
                         copy_scales(slot, page, rows, where)

@@ -122,8 +122,7 @@ class _Halves:
         """q . k of the half that is mine, once its keys are there: [64, keys]."""
         plan, shared = self.program.plan, self.program.shared
         plgpu.barrier_wait(shared.k_full.at[slot])
-        keys = shared.k.at[slot]
-        return product(self.query, (keys if plan.tile_dim == plan.block_dim else keys.at[:, pl.ds(0, plan.block_dim)]).transpose((1, 0)))
+        return product(self.query, shared.k.at[slot, :, pl.ds(0, plan.block_dim)].transpose((1, 0)))
 
     def weigh(self, i, slot, products, stats):
         """Weights of the half that is mine, the new `stats`, and the factor for the output so far. The other warpgroup gets weights

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from ._jax import LOWEST, OF_ROWS, plgpu, store
 from ._line import Piece
@@ -20,9 +19,9 @@ LEAST_UNIT = float(jnp.finfo(jnp.float32).tiny)  # of the output, where all valu
 class Softmax:
     """The softmax of some query rows over the tiles of a piece.
 
-    `stats` go from tile to tile, [query rows] each: the largest logit without its factor, and the sum of weights. If rows have value
-    scales of their own, `stats` also have the largest value scale so far. The output is in units of this scale, so that a weight
-    times a scale keeps the accuracy of the weight.
+    `stats` go from tile to tile, [query rows] each: the largest logit without its factor, and the sum of weights. If rows have
+    value scales of their own, `stats` also have the largest value scale so far. The output is in units of this scale, so that a
+    weight times a scale keeps the accuracy of the weight.
 
     Attributes:
         program, piece: whose tiles.
@@ -63,7 +62,7 @@ class Softmax:
         """The value scale before the first tile, where rows have value scales of their own."""
         return [of_rows(self.query_rows.size, LEAST_UNIT)] if self.program.by_row("v") else []
 
-    def tile(self, first, row, products, stats, key_scale=None, value_scale=None):
+    def tile(self, first, row, products, stats, key_scale: Any = None, value_scale: Any = None):
         """Weights of a tile, the new `stats`, and the factor by which this tile shrinks the output so far.
 
         Args:
@@ -72,7 +71,8 @@ class Softmax:
             products: q . k, [query rows, keys].
             key_scale, value_scale: one number per row of the tile [keys], one number, or None.
         """
-        program, piece, (high, total, *unit) = self.program, self.piece, stats
+        program, piece = self.program, self.piece
+        high, total, *unit = stats
         if key_scale is not None:
             products = products * _over_rows(key_scale, products)
 
@@ -88,9 +88,9 @@ class Softmax:
         p = jnp.exp2((x - over(new_high, x)) * factor)
         stats = [new_high, total * fade + jnp.sum(p, axis=1)]
         if unit:
-            value_scale = _over_rows(value_scale, p)
-            new_unit = jnp.maximum(unit[0], jnp.max(jnp.abs(value_scale), axis=1))
-            p, fade = p * (value_scale * over(1 / new_unit, p)), fade * (unit[0] / new_unit)
+            scale = _over_rows(value_scale, p)
+            new_unit = jnp.maximum(unit[0], jnp.max(jnp.abs(scale), axis=1))
+            p, fade = p * (scale * over(1 / new_unit, p)), fade * (unit[0] / new_unit)
             stats.append(new_unit)
         return list(program.terms(p)), stats, fade
 
@@ -113,6 +113,6 @@ class Softmax:
         return self.program.plan.schedule.slot(self.program.number, self.piece.sequence)
 
 
-def _over_rows(scale, like):
+def _over_rows(scale: Any, like):
     """A scale per row of a tile, or a single scale, as it is multiplied with a matrix [query rows, keys]."""
     return lax.broadcast_in_dim(scale, like.shape, [1]) if scale.ndim else scale

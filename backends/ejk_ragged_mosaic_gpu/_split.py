@@ -125,7 +125,9 @@ def _rings(problem, plan, cache):
     rings: dict[str, Any] = {}
     for name, (shape, dtype) in shared.items():
         tiled = plan.direct or name == "q"
-        rings[name] = plgpu.SMEM((plan.places[name], *shape), dtype, transforms=tiling(shape[-1], dtype, plan.swizzle) if tiled else ())
+        rings[name] = plgpu.SMEM(
+            (plan.places[name], *shape), dtype, transforms=tiling(shape[-1], dtype, plan.swizzle) if tiled else ()
+        )
         for state, count in zip(("full", "free"), arrivals[name], strict=True):
             rings[f"{name}_{state}"] = plgpu.Barrier(num_arrivals=count, num_barriers=plan.places[name])
     for name in by_row:

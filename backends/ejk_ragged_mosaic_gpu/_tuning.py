@@ -214,7 +214,8 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
             rows = rows - 64 if rows > 64 else max(rows // 16 * 8, 8)
     stages = given.num_stages or default_stages(problem, keys, rows)
     # The gradients of a call keep two terms per weight, and get the hints of the call.
-    while (not given.num_stages or problem.keeps_accum_dtype) and stages > 1 and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
+    may_have_fewer = not given.num_stages or problem.keeps_accum_dtype
+    while may_have_fewer and stages > 1 and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
         stages -= 1
     needs = _bytes(problem, keys, rows, stages, target)
     if needs > shared_memory(target):
@@ -369,6 +370,8 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
     alone = schedule.by_sequence or problem.batch == 1
     many = rows % 64 == 0 and _takes_many(problem)
     pair = many and is_wide(problem)
+    # Output is written by way of the query's place in shared memory.
+    staged = problem.value_dim <= problem.head_dim if pair else problem.value_dim == problem.head_dim
     there = problem.num_tokens * problem.group
     if many and problem.group % 8 == 0:
         tokens, token_rows = problem.num_tokens, problem.group
@@ -384,7 +387,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         warpgroups=2 if pair else rows // 64 if many else 1,
         query_slots=2,
         terms=MOST_TERMS if problem.keeps_accum_dtype else 1,
-        writes_out=many and not problem.keeps_accum_dtype and (problem.value_dim <= problem.head_dim if pair else problem.value_dim == problem.head_dim),
+        writes_out=many and staged and not problem.keeps_accum_dtype,
         block_dim=round_up(problem.head_dim, 64),
         value_dim=round_up(problem.value_dim, 64),
         tile_dim=_tile_dim(problem),
