@@ -1,7 +1,7 @@
 """Errors for derivatives that do not exist: forward mode and second derivatives.
 
-JAX has an error of its own for a `custom_vjp` in forward mode, but that error does not name the function. JAX raises it when the
-tangents are computed, after our functions have returned. So the error here is raised at the same time, by a primitive on the tangents.
+JAX has an error of its own for a `custom_vjp` in forward mode, but JAX's error does not name the function. JAX raises it when the
+tangents are computed, which is after our functions have returned. So a primitive on the tangents raises the error here.
 """
 
 import jax
@@ -29,8 +29,8 @@ def reverse_only(tree):
     return jax.tree.map(lambda x: _operand_p.bind(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-# Both primitives are the identity. In reverse mode the tangent is never computed: JAX transposes the primitive on the tangent. Whatever
-# else JAX does with the tangent is forward mode.
+# Both primitives are the identity. In reverse mode, JAX transposes the primitive on the tangent and never computes the tangent.
+# Only forward mode computes the tangent or maps over it.
 _operand_p = Primitive("ragged_decode_operand")
 _operand_p.def_abstract_eval(lambda x: x)
 _operand_p.def_impl(lambda x: x)
