@@ -47,8 +47,8 @@ def step(write, query, key, value, end):
     """Write one row of each sequence, then attend."""
     new = (query[:, 0] if key.ndim == 3 else query[:, : key.shape[2]]).astype(key.dtype)
     key, value = (write(x, new, end) for x in (key, value))
-    heads = (x[:, :, None] if x.ndim == 3 else x for x in (key, value))
-    return ragged_decode_attention(query, *heads, sequence_end=end + 1, **scales(key)), key, value
+    k, v = (x[:, :, None] if x.ndim == 3 else x for x in (key, value))
+    return ragged_decode_attention(query, k, v, sequence_end=end + 1, **scales(key)), key, value
 
 
 def scales(key) -> dict[str, Any]:
@@ -99,10 +99,12 @@ def heads_first(fence, write, query, key, value, end):
     key, value = (write(x, grouped[:, :, 0].astype(x.dtype), end, rows=2) for x in (key, value))
 
     def one(query, key, value, end):
-        heads = (x[None, :, None] for x in (key, value))
-        return ragged_decode_attention(query[None], *heads, sequence_end=end[None], **scales(key))[0]
+        k, v = (x[None, :, None] for x in (key, value))
+        return ragged_decode_attention(query[None], k, v, sequence_end=end[None], **scales(key))[0]
 
-    out = jax.vmap(jax.vmap(one, (0, 0, 0, None)))(grouped, *fence((key, value)), end + 1)
+    of_heads = jax.vmap(one, (0, 0, 0, None))
+    k, v = fence((key, value))
+    out = jax.vmap(of_heads)(grouped, k, v, end + 1)
     return out.reshape(query.shape), key, value
 
 
