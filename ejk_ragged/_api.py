@@ -160,8 +160,8 @@ def ragged_decode_attention(
     Raises:
         ValueError: shapes, dtypes or values do not fit; the backend is unknown, or is named and cannot do the call; or a gradient
             is asked for of a quantised cache, of its scales or of a pool of pages.
-        TypeError: an argument has the wrong type. JAX raises it for differentiation in forward mode (`jax.jvp`).
-        NotImplementedError: a second derivative is asked for.
+        TypeError: an argument has the wrong type.
+        NotImplementedError: a second derivative is asked for, or differentiation in forward mode (`jax.jvp`).
     """
     arguments, request = checked(
         query=query,

@@ -31,6 +31,7 @@ from ._formats import is_quantised
 from ._platforms import KNOWN_PLATFORMS, platform_of
 from ._problem import Cache, Problem, Queries
 from ._registry import registry
+from ._reverse import once, reverse_only
 from ._selection import Request
 
 
@@ -120,7 +121,7 @@ _backward_p = _primitive("ragged_decode_backward", "backward", _backward_types)
 def _forward(request: Request, *args):
     layout = _sharding.Layout((_sharding.QUERIES, _sharding.cache_letters(args[1])), ("bthe", "bth"))
     part = functools.partial(_sharding.forward_part, functools.partial(_bind, _forward_p, layout))
-    return _once(_sharding.spread(_forward_p.name, part, layout, functools.partial(_batched, layout)))(request, *args)
+    return once(_sharding.spread(_forward_p.name, part, layout, functools.partial(_batched, layout)))(request, *args)
 
 
 def _backward(request: Request, wanted: Wanted, *args):
@@ -133,7 +134,7 @@ def _backward(request: Request, wanted: Wanted, *args):
     )
     part = functools.partial(_sharding.backward_part, functools.partial(_bind, _backward_p, layout, wanted=wanted), wanted)
     fold = functools.partial(_batched, layout, writes_cache=wanted.key_value)
-    return _once(_sharding.spread(_backward_p.name, part, layout, fold))(request, *args)
+    return once(_sharding.spread(_backward_p.name, part, layout, fold))(request, *args)
 
 
 def _bind(primitive, layout, request, *args, **params):
@@ -159,20 +160,6 @@ def _bind(primitive, layout, request, *args, **params):
     leaves, tree = jax.tree.flatten(jax.tree.map(join, layout.operands, (queries, cache, *args[2:])))
     results = primitive.bind(*leaves, tree=tree, request=request, **params)
     return [x.reshape(*front, sizes["b"], *x.shape[1:]) for x in results]
-
-
-def _once(op):
-    """`op` with a derivative that raises an error. The `custom_vjp` around `op` gives the only derivative there is."""
-    op = jax.custom_jvp(op)
-
-    @op.defjvp
-    def _(primals, tangents):
-        raise NotImplementedError(
-            "ragged_decode_attention is differentiated once, in reverse mode (jax.grad, jax.vjp, jax.jacrev). Second derivatives "
-            "(jax.hessian, the gradient of a gradient) and forward mode (jax.jvp, jax.jacfwd) are not supported."
-        )
-
-    return op
 
 
 def _batched(layout, op, writes_cache=False):
@@ -265,7 +252,7 @@ def decode(
     _typed(**vars(queries), **vars(cache))
     registry.check_named(request.backend, Problem.of(queries, cache, request.settings))
     layout = _sharding.Layout((_sharding.QUERIES, _sharding.cache_letters(cache)), ())
-    return _decode(request, *_sharding.align((queries, cache), layout))
+    return _decode(request, *reverse_only(_sharding.align((queries, cache), layout)))
 
 
 def _typed(

@@ -172,19 +172,46 @@ def test_debug_nans():
     assert all(np.isfinite(x).all() for x in gradients)
 
 
-@pytest.mark.parametrize(
-    "transform",
-    [jax.hessian, lambda function: jax.grad(lambda x: total(jax.grad(function)(x)))],
-    ids=["hessian", "the gradient of a gradient"],
-)
-def test_once_and_in_reverse(transform):
+def pushed(function):
+    """Forward mode, in the direction of the query itself."""
+    return lambda query: jax.jvp(function, (query,), (query,))
+
+
+REFUSED = {
+    "hessian": lambda function: jax.hessian(lambda query: total(function(query))),
+    "gradient of a gradient": lambda function: jax.grad(lambda x: total(jax.grad(lambda query: total(function(query)))(x))),
+    "jvp of a gradient": lambda function: pushed(jax.grad(lambda query: total(function(query)))),
+    "jvp": pushed,
+    "jvp of jit": lambda function: pushed(jax.jit(function)),
+    "jit of jvp": lambda function: jax.jit(pushed(function)),
+    "jvp of vmap": lambda function: lambda query: pushed(jax.vmap(function))(query[None]),
+    "vmap of jvp": lambda function: lambda query: jax.vmap(pushed(function))(query[None]),
+    "jvp of checkpoint": lambda function: pushed(jax.checkpoint(function)),
+    "jvp of scan": lambda function: pushed(lambda query: jax.lax.scan(lambda x, _: (function(x), None), query, length=2)),
+    "jacfwd": jax.jacfwd,
+    "jacfwd of jit": lambda function: jax.jacfwd(jax.jit(function)),
+    "linearize": lambda function: lambda query: jax.linearize(function, query)[1](query),
+}
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_once_and_in_reverse(form):
     function, (query, *rest) = setting(call)
     with pytest.raises(NotImplementedError, match=r"is differentiated once, in reverse mode .* forward mode .* are not supported"):
-        transform(lambda query: total(function(query, *rest)))(query)
+        REFUSED[form](lambda query: function(query, *rest))(query)
 
 
-def test_no_forward_mode():
-    """JAX refuses forward mode of every function with a reverse mode of its own."""
+@pytest.mark.parametrize("disabled", [False, True], ids=["jit", "disable_jit"])
+def test_each_float_is_refused_in_forward_mode(disabled):
+    function, floats = setting(call)
+    for i, x in enumerate(floats):
+        moved = lambda x, i=i: function(*floats[:i], x, *floats[i + 1 :])
+        with jax.disable_jit(disabled), pytest.raises(NotImplementedError, match="in reverse mode"):
+            pushed(moved)(x)
+
+
+def test_a_linearised_call_is_transposed():
     function, (query, *rest) = setting(call)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jacfwd(lambda query: function(query, *rest))(query)
+    out, linear = jax.linearize(lambda query: function(query, *rest), query)
+    (got,) = jax.linear_transpose(linear, query)(out)
+    assert_close(got, jax.vjp(lambda query: function(query, *rest), query)[1](out)[0])

@@ -107,6 +107,18 @@ def test_rounded_once(mesh, dtype):
         assert other.mean() < 0.01
 
 
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
+def test_alike_keys_on_several_devices(mesh, size):
+    """The devices' shares are weighed by a float32 lse, so a weight is off by the rounding error of the logits at most."""
+    query = jnp.zeros((1, 4, 16)).at[..., 0].set(size)
+    key, value = jnp.ones((1, 64, 2, 16)), jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (1, 64, 2, 16)), jnp.float32)
+    arrays = place(mesh, P(None, ("y", "x")), {"query": query, "key": key, "value": value})
+    start, end = jnp.array([3], jnp.int32), jnp.array([37], jnp.int32)  # the devices have 13, 16, 5 and 0 rows
+    out = call(arrays["query"], arrays["key"], arrays["value"], start, end, softmax_scale=1.0)
+    want = np.repeat(np.asarray(value[:, 3:37], np.float64).mean(axis=1), 2, axis=1)
+    assert np.abs(out - want).max() < 1e-6 + 2**-23 * size
+
+
 def test_float64(mesh, x64):
     assert_right(split(call, mesh, P("x", "y", "z")), Case("", 4, 64, 8, 4, 16, "float64", RANGES).draw())
 

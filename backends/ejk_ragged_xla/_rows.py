@@ -13,12 +13,13 @@ from jax.core import min_dim
 
 
 def squeezed(cache):
-    """The arrays of the cache without axes of size 1, for use in loops.
+    """The arrays of the cache, for use in loops: without axes of size 1, except the first axis.
 
     Axes of size 1 come from callers that reshape a pool, and from `vmap`. XLA may give such an array an unusual order in memory. If
-    a loop then wants the usual order, XLA copies the cache.
+    a loop then wants the usual order, XLA copies the cache. The first axis stays, because XLA copies a cache that a program writes
+    and then reshapes. So a cache of one sequence must not be reshaped here.
     """
-    return jax.tree.map(lambda x: lax.squeeze(x, [axis for axis, size in enumerate(x.shape) if size == 1]), cache)
+    return jax.tree.map(lambda x: lax.squeeze(x, [axis for axis, size in enumerate(x.shape) if axis and size == 1]), cache)
 
 
 @dataclasses.dataclass(frozen=True)
