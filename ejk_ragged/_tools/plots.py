@@ -71,7 +71,7 @@ def _fractions(cases, machine, what, bandwidth):
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{what}, {machine['device']}: fraction of {machine[bandwidth] / 1e9:.0f} GB/s ({bandwidth})", fontsize=10)
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, frameon=False, ncols=4, loc="outside lower center")
+    figure.legend(*all_axes[-1, 0].get_legend_handles_labels(), fontsize=8, frameon=False, ncols=4, loc="outside lower center")
     return figure
 
 
