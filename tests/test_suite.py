@@ -318,14 +318,15 @@ def test_wrong_arguments(arguments, says, capsys):
 
 @pytest.fixture
 def measured(instant):
-    return suite.run(names=["tiny"], tokens=[2, 4], cache_dtypes=["int8"], grad="also", peers=True, scaling=True, seed=7)
+    variants = {"tokens": [2, 4], "cache_dtypes": ["int8"], "page_sizes": [16]}
+    return suite.run(names=["tiny"], **variants, grad="also", peers=True, scaling=True, seed=7)
 
 
 def test_pictures(measured, tmp_path):
     pytest.importorskip("matplotlib")
-    kinds = ["forward", "gradient", "tokens", "cache", "scaling", "summary"]
+    kinds = ["forward", "gradient", "pages", "tokens", "cache", "scaling", "summary"]
     assert [file.name for file in suite.draw(measured, tmp_path)] == [f"a-test-{kind}.png" for kind in kinds]
-    assert {table["picture"] for table in measured["tables"]} == {"forward", "gradient", "tokens", "cache", None}
+    assert {table["picture"] for table in measured["tables"]} == {*kinds[:5], None}
 
 
 def test_pictures_of_less(instant, tmp_path):

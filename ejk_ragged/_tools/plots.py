@@ -28,8 +28,9 @@ def draw(data: dict[str, Any], stem: pathlib.Path) -> list[pathlib.Path]:
     ]
     varied = {kind: [case for case in of(kind) if case["beside_plain"]] for kind in ("tokens", "cache")}
     pictures = {
-        "forward": (_fractions, of("plain"), machine, "forward"),
-        "gradient": (_fractions, of("plain", "gradient"), machine, "gradient"),
+        "forward": (_fractions, of("plain"), machine, "decode step", "read"),
+        "gradient": (_fractions, of("plain", "gradient"), machine, "backward operation", "copy"),
+        "pages": (_fractions, of("pages"), machine, "decode step, cache in pages", "read"),
         "tokens": (_tokens, varied["tokens"], machine),
         "cache": (_cache, varied["cache"], of("plain"), machine),
         "scaling": (_scaling, scaling, machine),
@@ -45,8 +46,8 @@ def _save(figure, stem, kind):
     return file
 
 
-def _fractions(cases, machine, direction):
-    """Bars: the fraction of the bandwidth by case, ours and the peers'."""
+def _fractions(cases, machine, what, bandwidth):
+    """Bars: the fraction of the bandwidth by case, ours and the peers'. `bandwidth` is "read" or "copy"."""
     names = list(dict.fromkeys(c["name"] for case in cases for c in case["candidates"] if "fraction" in c))
     ours = dict.fromkeys(c["name"] for case in cases for c in case["candidates"] if c["ours"])
     theirs = [name for name in names if name not in ours]
@@ -54,7 +55,8 @@ def _fractions(cases, machine, direction):
         name: color for some, of in ((ours, SHADES), (theirs, THEIRS)) for name, color in zip(some, of * len(names), strict=False)
     }
     panels = [cases[i : i + CASES_OF_PANEL] for i in range(0, len(cases), CASES_OF_PANEL)]
-    figure, all_axes = plt.subplots(len(panels), 1, figsize=(9, 3.2 * len(panels)), sharey=True, squeeze=False)
+    size = (9, 3.2 * len(panels))
+    figure, all_axes = plt.subplots(len(panels), 1, figsize=size, sharey=True, squeeze=False, layout="constrained")
     width = 0.85 / max(len(names), 1)
     for axes, panel in zip(all_axes[:, 0], panels, strict=True):
         for i, name in enumerate(names):
@@ -63,15 +65,13 @@ def _fractions(cases, machine, direction):
             bars = axes.bar(at, fractions, width * 0.92, label=name, color=colors[name])
             if name in ours:
                 axes.bar_label(bars, [f"{f:.2f}" if f else "" for f in fractions], fontsize=8)
-        axes.set_xticks(range(len(panel)), [case["case"] for case in panel])
+        labels = ["\n".join(filter(None, [case["case"], *case["variant"].split(", ")])) for case in panel]
+        axes.set_xticks(range(len(panel)), labels)
         axes.set_xlim(-0.6, min(len(cases), CASES_OF_PANEL) - 0.4)
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axes.spines[["top", "right"]].set_visible(False)
-    bandwidth, kind = (machine["copy"], "copy") if direction == "gradient" else (machine["read"], "read")
-    what = "backward operation" if direction == "gradient" else "decode step"
-    figure.suptitle(f"{what}, {machine['device']}: fraction of {bandwidth / 1e9:.0f} GB/s ({kind})", fontsize=10)
-    figure.tight_layout()
-    all_axes[-1, 0].legend(fontsize=8, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    figure.suptitle(f"{what}, {machine['device']}: fraction of {machine[bandwidth] / 1e9:.0f} GB/s ({bandwidth})", fontsize=10)
+    figure.legend(*all_axes[-1, 0].get_legend_handles_labels(), fontsize=8, frameon=False, ncols=4, loc="outside lower center")
     return figure
 
 

@@ -21,7 +21,7 @@ TITLES = {
     ("gradient", "pages"): "Gradients to the query, caches in pages",
 }
 PICTURES = {("forward", "plain"): "forward", ("gradient", "plain"): "gradient"} | {
-    ("forward", kind): kind for kind in ("tokens", "cache")
+    ("forward", kind): kind for kind in ("tokens", "cache", "pages")
 }
 
 
