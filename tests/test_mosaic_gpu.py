@@ -301,9 +301,17 @@ def test_a_jax_without_triton():
 # Hints and refusals
 
 
+INT8 = np.dtype("int8")
+LATENT = {"head_dim": 576, "value_dim": 512, "row_dim": 576, "value_columns": (0, 512)}
+PAGED = {"num_pages": 300, "page_size": 16, "seq_len": 1120}
+
+
 def test_hints_are_rounded_up_to_what_is_multiplied():
     hints = resolve(problem(fwd_params=FwdParams(block_size_keys=16, block_size_heads=3)), Target("cuda"))
     assert (hints.block_size_keys, hints.block_size_heads) == (64, 8)
+    # A pair of warpgroups waits for both halves of a tile. With one place in shared memory it would wait forever.
+    pair = problem(**LATENT | {"num_q_heads": 160, "fwd_params": FwdParams(num_stages=1)})
+    assert resolve(pair, Target("cuda")).num_stages == 2
 
 
 def test_hints_that_cannot_work():
@@ -329,11 +337,6 @@ def test_with_splits_nothing_but_the_schedule_knows_the_batch():
         return dataclasses.replace(found, schedule=dataclasses.replace(found.schedule, batch=0)), found.merge_slots
 
     assert shape(1) == shape(64) == shape(100_000)
-
-
-INT8 = np.dtype("int8")
-LATENT = {"head_dim": 576, "value_dim": 512, "row_dim": 576, "value_columns": (0, 512)}
-PAGED = {"num_pages": 300, "page_size": 16, "seq_len": 1120}
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_the_bits_of_a_sequence(interpreted):
 # Values in the key's rows, and wide heads
 
 
-# Name: case, programs, and what the shape of the work is.
+# Name: case, programs, and what the shape of the work is. Hints ask for as many stages, and for 128 keys in one case.
 WIDE = {
     "few query rows, in pages": (
         Case(
@@ -202,7 +202,7 @@ WIDE = {
     "a pair, wide values of their own": (
         Case("", 2, 128, 40, 1, 64, "float16", TWO, value_dim=320),
         2,
-        {"pair": True, "value_start": None, "writes_out": False},
+        {"pair": True, "value_start": None, "writes_out": False, "stages": 2, "place_rows": 64},
     ),
 }
 
@@ -211,9 +211,10 @@ WIDE = {
 def test_wide_rows(interpreted, name):
     """Rows and entries that nobody sees are junk."""
     case, programs, expected = WIDE[name]
-    found = plan(case, programs)
+    hints = FwdParams(num_stages=expected.get("stages"), block_size_keys=2 * expected.get("place_rows", 0) or None)
+    found = plan(case, programs, hints)
     assert {field: getattr(found, field) for field in expected} == expected
-    assert_right(interpreted(programs=programs), case.draw(poison=True), gradients=False)
+    assert_right(interpreted(hints, programs), case.draw(poison=True), gradients=False)
 
 
 def test_a_pair_with_two_terms_per_weight(capfd):

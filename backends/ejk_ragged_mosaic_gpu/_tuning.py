@@ -201,7 +201,7 @@ SHARED_MEMORY = 227 * 1024
 
 
 def resolve(problem: Problem, target: Target) -> FwdParams:
-    """The hints of `problem`, checked, with defaults in the gaps. Sizes are rounded up to what the tensor cores take.
+    """The hints of `problem`, checked, with defaults in the gaps. Sizes are rounded up to what the tensor cores and the form take.
 
     Raises:
         ValueError: a hint cannot work, naming the field.
@@ -212,10 +212,11 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     if given.block_size_heads is None:
         while rows > least_rows(problem) and _bytes(problem, keys, rows, given.num_stages or 2, target) > shared_memory(target):
             rows = rows - 64 if rows > 64 else max(rows // 16 * 8, 8)
-    stages = given.num_stages or default_stages(problem, keys, rows)
+    least = 2 if is_wide(problem) and rows == 64 else 1  # a pair works on both halves of a tile at once
+    stages = max(given.num_stages or default_stages(problem, keys, rows), least)
     # The gradients of a call keep two terms per weight, and get the hints of the call.
     may_have_fewer = not given.num_stages or problem.keeps_accum_dtype
-    while may_have_fewer and stages > 1 and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
+    while may_have_fewer and stages > least and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
         stages -= 1
     needs = _bytes(problem, keys, rows, stages, target)
     if needs > shared_memory(target):
