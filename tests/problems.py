@@ -40,8 +40,12 @@ def operands(draw, head_dim):
 @st.composite
 def tiled_operands(draw, head_dim):
     """Like `operands`, with the pages and widths that a GPU copies in tiles."""
-    del head_dim
-    return {"page_size": draw(st.sampled_from([None, 8, 16, 24, 32, 64])), "value_dim": draw(st.sampled_from([None, 64, 128]))}
+    pages = {"page_size": draw(st.sampled_from([None, 8, 16, 24, 32, 64]))}
+    if draw(st.booleans()):
+        return pages | {"value_dim": draw(st.sampled_from([None, 64, 128, 320]))}
+    first, width = draw(st.sampled_from([0, 64, 128])), draw(st.sampled_from([64, 128, 192]))
+    row_dim = max(head_dim, first + width) + draw(st.sampled_from([0, 8]))
+    return pages | {"value_columns": (first, first + width), "row_dim": row_dim}
 
 
 @st.composite
