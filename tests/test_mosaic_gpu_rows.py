@@ -16,7 +16,8 @@ from ejk_ragged import Cache, explain, FwdParams, Problem, Queries, Target
 from ejk_ragged._problem import Settings
 from ejk_ragged.testing import Case, oracle, relative_error
 from ejk_ragged_mosaic_gpu import MosaicGpuBackend
-from ejk_ragged_mosaic_gpu._tuning import resolve, Tiles, tiles
+from ejk_ragged_mosaic_gpu._tiles import Tiles
+from ejk_ragged_mosaic_gpu._tuning import resolve, tiles
 
 
 pytestmark = has_mosaic_gpu

@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from ejk_ragged_schedule import cdiv, Line
 
 from ._jax import OF_COLUMNS, plgpu, TILE
-from ._tuning import BLOCK_SEQUENCES, round_up, Tiles
+from ._tiles import round_up, Tiles
+from ._tuning import BLOCK_SEQUENCES
 
 
 class Piece(NamedTuple):

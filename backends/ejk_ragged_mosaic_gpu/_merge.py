@@ -14,7 +14,8 @@ from ejk_ragged_schedule import cdiv
 from ._jax import launch, LOWEST, plgpu, store, TILE
 from ._line import Ranges
 from ._program import load_of_rows, of_rows, over, sinks_at, tile_of, tiling
-from ._tuning import merging, merging_blocks, Tiles
+from ._tiles import Tiles
+from ._tuning import merging, merging_blocks
 
 
 def combine(problem, target, plan: Tiles, partial, lengths, sink, **how):

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from ._jax import LOWEST, OF_ROWS, plgpu, TILE
 from ._line import Piece, Ranges
-from ._tuning import Tiles
+from ._tiles import Tiles
 
 
 LOG2_E = math.log2(math.e)

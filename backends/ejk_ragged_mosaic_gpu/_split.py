@@ -15,7 +15,7 @@ from ._copy import copy
 from ._jax import launch, plgpu
 from ._line import Ranges
 from ._program import Program, TILED, tiling
-from ._tuning import Tiles
+from ._tiles import Tiles
 from ._widen import widen
 
 

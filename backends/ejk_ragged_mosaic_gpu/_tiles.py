@@ -1,0 +1,176 @@
+"""The static shape of the work: blocks of query rows, tiles, rings, registers, and the shared memory that they take."""
+
+import dataclasses
+import math
+
+from ejk_ragged import Problem
+from ejk_ragged_schedule import Schedule
+
+
+# Registers per thread that multiplies, that widens, and that copies, by the number of warpgroups that multiply: as many as a
+# multiprocessor has.
+REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
+PAIR_REGISTERS = 240, 24
+WIDENING_REGISTERS = {1: (240, 152, 40), 2: (176, 112, 40)}
+LEAST_MERGED = 4  # partial results of a query row that a program reads at once, at least
+# A weight is written as the sum of up to MOST_TERMS numbers of 16 bits. There is always room for them, so that hints which fit a
+# call also fit its gradients. A pair has fewer stages with MOST_TERMS terms.
+MOST_TERMS = 2
+ITEMSIZE = 2
+BARRIERS = 1024  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The static shape of the work.
+
+    Attributes:
+        many: whether query rows are the rows of the products, 64 per warpgroup, or their columns.
+        pair: whether two warpgroups share 64 query rows, and each has half of the columns of the output.
+        tokens: tokens of the query as kernels see it, T: the problem's, or 1 where all query rows are laid end to end.
+        token_rows: query rows per token and kv head, G.
+        block_rows: query rows of one kv head in a program: a multiple of 8, or of 64 where they are many.
+        row_blocks: such blocks per kv head.
+        warpgroups: warpgroups that multiply, each for an equal part of the block or, in a pair, for the same query rows.
+        query_slots: blocks of query rows that a program holds: the block of this piece, and, if there is room, of the next piece.
+        terms: a weight is written as the sum of so many numbers of 16 bits.
+        writes_out: whether the first kernel writes the output of sequences that are one piece.
+        block_dim, value_dim: head dimensions of key and value, padded to a multiple of 64.
+        tile_dim: columns of the key's rows that are copied: those of the key and, if they are there, those of the value.
+        value_start: the first column of the value in the key's rows, or None.
+        paged: whether the cache is a pool of pages.
+        part_rows: rows of a tile that one copy takes: all, or those that lie in one page.
+        stages: places for tiles of keys that a program holds as they are copied, and for tiles of values. In a pair, a tile has
+            two places, one per half.
+        wide_stages: the same for widened tiles of a cache of 8 bits; 0 for other caches.
+        direct: whether copies lay a tile out as products want it. For this, 8 must divide the rows and 64 the head dimensions.
+            Other tiles are copied as they are, and a warpgroup lays them out.
+        table: size of the table of sequences that each program makes. 0 if each program works on one sequence only.
+        schedule: who works on which rows.
+    """
+
+    many: bool
+    pair: bool
+    tokens: int
+    token_rows: int
+    block_rows: int
+    row_blocks: int
+    warpgroups: int
+    query_slots: int
+    terms: int
+    writes_out: bool
+    block_dim: int
+    value_dim: int
+    tile_dim: int
+    value_start: int | None
+    paged: bool
+    part_rows: int
+    stages: int
+    wide_stages: int
+    direct: bool
+    table: int
+    schedule: Schedule
+
+    @property
+    def row_groups(self) -> int:
+        """Parts of a block of query rows: one per warpgroup, or one for a pair."""
+        return 1 if self.pair else self.warpgroups
+
+    @property
+    def warpgroup_rows(self) -> int:
+        """Query rows of one warpgroup."""
+        return self.block_rows // self.row_groups
+
+    @property
+    def halves(self) -> int:
+        """Places in shared memory per tile."""
+        return 2 if self.pair else 1
+
+    @property
+    def place_rows(self) -> int:
+        """Rows of a place in shared memory."""
+        return self.schedule.block_keys // self.halves
+
+    @property
+    def swizzle(self) -> int:
+        """Bytes of a line of the tiles that products want, at most."""
+        return 64 if self.pair else 128
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """Columns of the tiles of each ring: "k", and "v" if values are in an array of their own."""
+        return {"k": self.tile_dim} | ({"v": self.value_dim} if self.value_start is None else {})
+
+    @property
+    def num_rows(self) -> int:
+        """Query rows of a kv head."""
+        return self.tokens * self.token_rows
+
+    @property
+    def copy_rows(self) -> int:
+        """Query rows that one copy takes: they lie together in memory, and are a whole number of the products' tiles."""
+        return math.gcd(self.token_rows, 64) if self.many else self.block_rows
+
+    def output(self, problem: Problem) -> dict[str, tuple]:
+        """Shapes and dtypes of output and lse, where query rows are many."""
+        out = problem.batch, self.tokens, problem.num_kv_heads, self.token_rows, self.value_dim
+        lse = problem.batch, problem.num_kv_heads, self.row_blocks * self.block_rows
+        return {"out": (out, problem.out_dtype), "lse": (lse, "float32")}
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Places of each ring in shared memory."""
+        narrow = {f"narrow_{name}": self.stages for name in self.columns} if self.wide_stages else {}
+        return {"q": self.query_slots, **dict.fromkeys(self.columns, self.wide_stages or self.stages), **narrow}
+
+    @property
+    def registers(self) -> tuple[int, ...]:
+        """Registers of a thread that multiplies, of one that widens, if any does, and of one that copies; empty: as the compiler
+        likes."""
+        if not self.many:
+            return ()
+        if self.pair:
+            return PAIR_REGISTERS
+        return (WIDENING_REGISTERS if self.wide_stages else REGISTERS)[self.warpgroups]
+
+    @property
+    def align(self) -> int:
+        """The first row of a tile is a multiple of this number."""
+        return self.part_rows if self.paged else 8 if self.direct else 1
+
+    @property
+    def stored_dim(self) -> int:
+        """Columns of partial results. A warpgroup of 128 threads reads one query row at a time."""
+        return round_up(self.value_dim, 128)
+
+    @property
+    def merge_slots(self) -> int:
+        """Partial results of a query row that are read at once: about as many as there are."""
+        each = -(-self.schedule.slots // self.schedule.batch)
+        return min(max(1 << (each - 1).bit_length(), LEAST_MERGED), 16)
+
+    @property
+    def reduction_bytes(self) -> int:
+        """Shared memory in which a sum or maximum over keys passes between warps, all query rows at once."""
+        return 0 if self.pair else 2048 if self.many else 128 * self.block_rows
+
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory that a program needs, each array beginning at a multiple of 1024."""
+        keys, rows, dim = self.place_rows, self.block_rows, self.block_dim
+        tiles = keys * sum(self.columns.values()) * ITEMSIZE
+        narrow = [tiles // ITEMSIZE * self.stages, *[keys * 4 * places for places in (self.stages, self.wide_stages) * 2]]
+        weights = 2 * self.terms if self.pair else 0 if self.many else MOST_TERMS
+        arrays = narrow if self.wide_stages else []
+        arrays += [
+            tiles * (self.wide_stages or self.stages),
+            tiles * (not self.direct),
+            self.query_slots * rows * dim * ITEMSIZE,
+            weights * rows * keys * ITEMSIZE,
+            2 * 2 * rows * 4 * self.pair,
+        ]
+        arrays += [self.reduction_bytes, BARRIERS, self.table * 4]
+        return sum(round_up(size, 1024) for size in arrays)
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
