@@ -394,6 +394,8 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
         ({"junk_between_tokens": True}, HOPPER, ""),
         ({"batch": jax.export.symbolic_shape("b")[0]}, HOPPER, ""),
         ({"batch": 1, "seq_len": 4096}, HOPPER, ""),
+        ({"batch": 7}, HOPPER, ""),
+        ({"batch": 7, "num_tokens": 2}, HOPPER, "64 or more query rows per kv head"),
         (LATENT, HOPPER, "more than 32 query rows, and values in wide rows of the key"),
         (LATENT | {"batch": 1, "num_q_heads": 33 * 4}, HOPPER, "more than 32 query rows, and values in wide rows of the key"),
         (LATENT | {"num_q_heads": 32 * 4}, HOPPER, ""),

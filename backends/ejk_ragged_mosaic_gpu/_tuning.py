@@ -29,9 +29,10 @@ MERGE_PROGRAMS = 4  # programs per multiprocessor: as many as find room next to 
 BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 
 # Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless no
-# more than SHORT rows of a sequence are seen, or a full cache has fewer than MUCH bytes. Where the value lies in wide rows of the
-# key, these kernels are faster from FEW query rows on.
-LEADING_ROWS, SHORT, MUCH = 64, 256, 64 << 20
+# more than SHORT rows of a sequence are seen, or a full cache has fewer than MUCH bytes: they take some microseconds longer to
+# begin and end. For twice the query rows half as many bytes are much, because pallas_triton reads them once for each 64 query
+# rows. Where the value lies in wide rows of the key, these kernels are faster from FEW query rows on.
+LEADING_ROWS, SHORT, MUCH = 64, 256, 128 << 20
 
 # An H100, for lowering without a device.
 MULTIPROCESSORS = 132
@@ -104,7 +105,7 @@ def leads(problem: Problem, target: Target) -> str:
         return f"more than {FEW} query rows, and values in wide rows of the key" if latent and takes_many and rows > FEW else ""
     keys = problem.seq_len if problem.most_keys is None else min(problem.seq_len, problem.most_keys)
     row_bytes = (problem.head_dim + problem.value_dim) * problem.num_kv_heads * problem.cache_dtype.itemsize
-    much = keys > SHORT and problem.batch * keys * row_bytes >= MUCH
+    much = keys > SHORT and problem.batch * keys * row_bytes * rows >= MUCH * LEADING_ROWS
     if rows >= LEADING_ROWS and takes_many and much and (not problem.quantised or problem.head_dim == 128):
         return f"{LEADING_ROWS} or more query rows per kv head"
     if problem.paged and problem.batch == problem.num_tokens == 1 and not problem.quantised:
