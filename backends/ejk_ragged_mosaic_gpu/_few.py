@@ -39,7 +39,7 @@ def _compute_piece(program: Program, piece: Piece):
 
         plgpu.barrier_wait(shared.k_full.at[slot])
         k = _laid_out(program, "k", slot)
-        k = k if plan.value_start is None else k.at[:, pl.ds(0, plan.block_dim)]
+        k = k if plan.tile_dim == plan.block_dim else k.at[:, pl.ds(0, plan.block_dim)]
         x = product(k, shared.q.at[q_slot, 0].transpose((1, 0)))
         if plan.value_start is None:
             plgpu.barrier_arrive(shared.k_free.at[slot])
