@@ -95,7 +95,7 @@ def mosaic_gpu() -> str | Backend:
 HAS_MOSAIC_GPU = MosaicGpuBackend().unavailable() is None
 has_mosaic_gpu = pytest.mark.skipif(
     not HAS_MOSAIC_GPU,
-    reason="JAX interprets the kernels of Mosaic GPU from 0.11 on, which takes Python 3.12; CI has a session with it",
+    reason="JAX before 0.11 has no interpreter for Mosaic GPU kernels; `nox -s pythons-3.12` runs these tests with JAX 0.11",
 )
 SUBJECTS = {
     "mosaic_gpu": Subject("mosaic_gpu", mosaic_gpu, ("bfloat16", "float16"), HAS_MOSAIC_GPU, picky=True, dim=64),

@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32",
-    reason="Windows sends Ctrl-C to a whole console, not to one process, so the test would interrupt its own runner",
+    reason="on Windows all processes of a console get Ctrl-C, so the test would interrupt pytest too",
 )
 
 # If the tests run in the background, SIGINT is ignored, and processes inherit this.

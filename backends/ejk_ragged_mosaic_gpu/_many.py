@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import OF_COLUMNS, plgpu, store
+from ._jax import OF_COLUMNS, plgpu
 from ._line import Piece
-from ._merge import finished, write_out
-from ._program import over, product, Program, sinks_at, tile_of
+from ._program import over, product, Program, tile_of
+from ._results import write_result
 from ._softmax import Softmax
 
 
@@ -25,7 +25,7 @@ def compute_pieces(program: Program, warpgroup):
 
 
 def _compute_piece(program: Program, piece: Piece, warpgroup):
-    plan, shared, results = program.plan, program.shared, program.results
+    plan, shared = program.plan, program.shared
     q_slot = lax.rem(piece.number, plan.query_slots)
     plgpu.barrier_wait(shared.q_full.at[q_slot])
     query = shared.q.at[q_slot, warpgroup]
@@ -34,28 +34,14 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
     tiles = _Tiles(program, piece, warpgroup, query, softmax)
     nothing = tile_of((query_rows.size, plan.value_dim), 0), *softmax.nothing()
 
-    def keep(acc, high, total):
-        softmax.keep_output(acc, pl.ds(0, plan.value_dim))
-        softmax.keep(high, total)
-
-    def write(acc, high, total):
-        sink = sinks_at(program.sink, piece.sequence, program.head, query_rows)
-        out, lse = finished(acc, softmax.natural(high), total, sink)
-        store(results.lse.at[piece.sequence, program.head, query_rows], lse)
-        write_out(plan, results.out, query, out, piece.sequence, program.head, query_rows)
-
-    def work():
+    def compute():
         acc, *stats = nothing
         carry = lax.fori_loop(0, piece.num_tiles - 1, tiles.step, tiles.begin(acc, [*stats, *softmax.unit()]))
         acc, (high, total, *unit) = tiles.last(*carry)
         scale = over(unit[0], acc) if unit else program.scale_of(piece, "v")
-        done = acc if scale is None else acc * scale, high, total
-        pieces = program.ranges.slots(piece.sequence)[1] if plan.writes_out else 0
-        pl.when(pieces == 1)(lambda: write(*done))
-        pl.when(pieces != 1)(lambda: keep(*done))
+        return acc if scale is None else acc * scale, high, total
 
-    pl.when(piece.num_tiles > 0)(work)
-    pl.when(piece.num_tiles == 0)(lambda: keep(*nothing))
+    write_result(softmax, compute, nothing, query, pl.ds(0, plan.value_dim))
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
 
 

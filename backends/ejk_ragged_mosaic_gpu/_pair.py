@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 
 from ._jax import plgpu, store
 from ._line import Piece
-from ._merge import finished, write_out
-from ._program import load_of_rows, over, product, Program, sinks_at, tile_of, tiling
+from ._program import load_of_rows, over, product, Program, tile_of, tiling
+from ._results import write_result
 from ._softmax import Softmax
 
 
@@ -41,36 +41,22 @@ def compute_pieces(program: Program, me: int):
 
 
 def _compute_piece(program, piece, me):
-    plan, shared, results = program.plan, program.shared, program.results
+    plan, shared = program.plan, program.shared
     q_slot = lax.rem(piece.number, plan.query_slots)
     plgpu.barrier_wait(shared.q_full.at[q_slot])
-    query, query_rows, size = shared.q.at[q_slot, 0], program.query_rows(), plan.value_dim // PAIR
+    query, size = shared.q.at[q_slot, 0], plan.value_dim // PAIR
     columns = pl.ds(me * size, size)
-    softmax = Softmax.of(program, piece, query_rows)
+    softmax = Softmax.of(program, piece, program.query_rows())
     halves = _Halves(program, piece, me, query, softmax)
     nothing = tile_of((64, size), 0), softmax.nothing()
 
-    def keep(acc, stats):
-        softmax.keep_output(acc, columns)
-        if me == 0:
-            softmax.keep(*stats)
+    def compute():
+        acc, stats = lax.fori_loop(0, piece.num_tiles, halves.tile, nothing)
+        return acc, *stats
 
-    def write(acc, stats):
-        high, total = stats
-        out, lse = finished(acc, softmax.natural(high), total, sinks_at(program.sink, piece.sequence, program.head, query_rows))
-        if me == 0:
-            store(results.lse.at[piece.sequence, program.head, query_rows], lse)
-        # Nobody reads the query any more: all weights have passed.
-        write_out(plan, results.out, query.at[:, columns], out, piece.sequence, program.head, query_rows, columns)
-
-    def work():
-        done = lax.fori_loop(0, piece.num_tiles, halves.tile, nothing)
-        pieces = program.ranges.slots(piece.sequence)[1] if plan.writes_out else 0
-        pl.when(pieces == 1)(lambda: write(*done))
-        pl.when(pieces != 1)(lambda: keep(*done))
-
-    pl.when(piece.num_tiles > 0)(work)
-    pl.when(piece.num_tiles == 0)(lambda: keep(*nothing))
+    # At the end nobody reads the query: all weights have passed.
+    acc, stats = nothing
+    write_result(softmax, compute, (acc, *stats), query.at[:, columns], columns, with_stats=me == 0)
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
 
 

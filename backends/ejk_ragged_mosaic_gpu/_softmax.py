@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from ._jax import LOWEST, OF_ROWS, plgpu, store
+from ._jax import LOWEST, OF_ROWS, plgpu
 from ._line import Piece
 from ._program import LOG2_E, of_rows, over, Program, tile_of
 
@@ -97,20 +97,6 @@ class Softmax:
     def natural(self, high):
         """The largest logit with its factor, as results have it."""
         return jnp.maximum(high * (self.program.factor / LOG2_E), LOWEST)
-
-    def keep(self, high, total):
-        """What is kept of the softmax of a piece: the largest logit and the sum of weights, into memory."""
-        program = self.program
-        for i, values in enumerate((self.natural(high), total)):
-            store(program.results.stats.at[self.slot(), program.head, i, self.query_rows], values)
-
-    def keep_output(self, acc, columns):
-        """The sums of the output of a piece, for some columns, into memory."""
-        store(self.program.results.parts.at[self.slot(), self.program.head, self.query_rows, columns], acc)
-
-    def slot(self):
-        """The place of the piece's partial results."""
-        return self.program.plan.schedule.slot(self.program.number, self.piece.sequence)
 
 
 def _over_rows(scale: Any, like):

@@ -1,0 +1,46 @@
+"""Where the result of a piece goes, if query rows are the rows of the products: into the output, or among the partial results."""
+
+from jax.experimental import pallas as pl
+
+from ._jax import store
+from ._merge import finished, write_out
+from ._program import sinks_at
+from ._softmax import Softmax
+
+
+def write_result(softmax: Softmax, compute, nothing, staging, columns, with_stats=True):
+    """Writes the result of a piece, for one warpgroup: the output, if the sequence has no other piece, or partial results.
+
+    Args:
+        softmax: the softmax of the warpgroup's query rows.
+        compute: returns the sums of the output [query rows, columns], the largest logit without its factor, and the sum of the
+            weights. It is called if the piece has tiles.
+        nothing: what `compute` would return for no tile.
+        staging: ref [query rows, columns] in shared memory that nobody reads any more. The output passes through it.
+        columns: the columns of the output, a slice.
+        with_stats: whether this warpgroup writes what belongs to all columns too.
+    """
+    program, piece, query_rows = softmax.program, softmax.piece, softmax.query_rows
+    plan, results, head = program.plan, program.results, program.head
+
+    def keep(acc, high, total):
+        slot = plan.schedule.slot(program.number, piece.sequence)
+        store(results.parts.at[slot, head, query_rows, columns], acc)
+        for i, values in enumerate((softmax.natural(high), total) if with_stats else ()):
+            store(results.stats.at[slot, head, i, query_rows], values)
+
+    def write(acc, high, total):
+        sink = sinks_at(program.sink, piece.sequence, head, query_rows)
+        out, lse = finished(acc, softmax.natural(high), total, sink)
+        if with_stats:
+            store(results.lse.at[piece.sequence, head, query_rows], lse)
+        write_out(plan, results.out, staging, out, piece.sequence, head, query_rows, columns)
+
+    def work():
+        result = compute()
+        pieces = program.ranges.slots(piece.sequence)[1] if plan.writes_out else 0
+        pl.when(pieces == 1)(lambda: write(*result))
+        pl.when(pieces != 1)(lambda: keep(*result))
+
+    pl.when(piece.num_tiles > 0)(work)
+    pl.when(piece.num_tiles == 0)(lambda: keep(*nothing))
