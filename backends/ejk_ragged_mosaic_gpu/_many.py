@@ -41,7 +41,7 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
         scale = over(unit[0], acc) if unit else program.scale_of(piece, "v")
         return acc if scale is None else acc * scale, high, total
 
-    write_result(softmax, compute, nothing, query, pl.ds(0, plan.value_dim))
+    write_result(softmax, compute, nothing, lambda: query, pl.ds(0, plan.value_dim))
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
 
 

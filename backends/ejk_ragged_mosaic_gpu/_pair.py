@@ -56,7 +56,7 @@ def _compute_piece(program, piece, me):
 
     # At the end nobody reads the query: all weights have passed.
     acc, stats = nothing
-    write_result(softmax, compute, (acc, *stats), query.at[:, columns], columns, with_stats=me == 0)
+    write_result(softmax, compute, (acc, *stats), lambda: query.at[:, columns], columns, with_stats=me == 0)
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
 
 

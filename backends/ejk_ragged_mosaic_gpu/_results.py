@@ -16,7 +16,7 @@ def write_result(softmax: Softmax, compute, nothing, staging, columns, with_stat
         compute: returns the sums of the output [query rows, columns], the largest logit without its factor, and the sum of the
             weights. It is called if the piece has tiles.
         nothing: what `compute` would return for no tile.
-        staging: ref [query rows, columns] in shared memory that nobody reads any more. The output passes through it.
+        staging: returns a ref [query rows, columns] in shared memory that nobody reads any more. The output passes through it.
         columns: the columns of the output, a slice.
         with_stats: whether this warpgroup writes what belongs to all columns too.
     """
@@ -34,7 +34,7 @@ def write_result(softmax: Softmax, compute, nothing, staging, columns, with_stat
         out, lse = finished(acc, softmax.natural(high), total, sink)
         if with_stats:
             store(results.lse.at[piece.sequence, head, query_rows], lse)
-        write_out(plan, results.out, staging, out, piece.sequence, head, query_rows, columns)
+        write_out(plan, results.out, staging(), out, piece.sequence, head, query_rows, columns)
 
     def work():
         result = compute()
