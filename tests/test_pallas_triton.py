@@ -15,7 +15,8 @@ import pytest
 from support import assert_close, assert_right, HAS_MOSAIC_GPU, pallas_triton
 
 import ejk_ragged_pallas_triton
-from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Target
+from ejk_ragged import Cache, explain, FwdParams, Problem, Queries, ragged_decode_attention, Target
+from ejk_ragged._problem import Settings
 from ejk_ragged._registry import registry
 from ejk_ragged.testing import Case
 from ejk_ragged_pallas_triton import PallasTritonBackend
@@ -389,6 +390,30 @@ def test_tiles_of_quantised_caches():
     assert [float8(head_dim=head_dim) for head_dim in (32, 64, 128, 256)] == [64, 64, 128, 64]
     splits = FwdParams(num_key_splits=4)
     assert keys(batch=1, seq_len=4096, fwd_params=splits) == keys(batch=64, seq_len=4096, fwd_params=splits)
+
+
+@pytest.mark.parametrize(("head_dim", "facts"), [(576, {"value_columns": (0, 512)}), (512, {}), (320, {})])
+def test_tiles_of_wide_quantised_caches(head_dim, facts):
+    """With the tiles of narrow heads, a program has no room in its registers: int8 took 7034 us in place of 277. The output of a
+    gradient needs shared memory for the values as well: 235008 bytes were asked for with three stages of 512 dimensions."""
+    target = Target("cuda")
+    one = problem(cache_dtype="int8", head_dim=head_dim, value_dim=512, num_q_heads=64, num_kv_heads=1, **facts)
+    hints = resolve(one, target)
+    assert (hints.block_size_heads, hints.block_size_keys, hints.num_warps, hints.num_stages) == (16, 64, 8, 3)
+    kept = resolve(dataclasses.replace(one, keeps_accum_dtype=True), target)
+    assert kept.num_stages == (2 if head_dim == 512 else 3)
+
+
+def test_rows_that_are_key_and_value_are_widened_once():
+    """Registers have no room for two widened tiles."""
+    shape = jax.ShapeDtypeStruct
+    queries = Queries(shape((2, 1, 16, 576), "bfloat16"))
+    cache = Cache(shape((2, 128, 1, 576), "int8"), None, shape((2, 1, 128), "float32"), shape((2, 1, 128), "float32"))
+    one = Problem.of(queries, cache, Settings(softmax_scale=0.1, value_columns=(0, 512)))
+    target = Target("cuda")
+    forward = functools.partial(PallasTritonBackend().forward, dataclasses.replace(one, fwd_params=resolve(one, target)), target)
+    kernels = str(jax.make_jaxpr(forward)(queries, cache))
+    assert re.findall(r":(\w+)\[64,512\] = convert_element_type", kernels) == ["bf16"]
 
 
 def test_a_jax_without_triton(monkeypatch):

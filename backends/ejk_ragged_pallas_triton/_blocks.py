@@ -102,8 +102,14 @@ class Tile:
 
 
 def load_tile(problem, plan, block, cache, place, live) -> tuple[Tile, Tile]:
-    """The tiles of keys and values at `place`. If the value is in the key's rows, a part that both have is loaded once."""
+    """The tiles of keys and values at `place`.
+
+    If the value is in the key's rows, a part that both have is loaded once. A quantised part is also widened once, to the query's
+    dtype. Registers have no room for two widened parts.
+    """
     keys = [load(block.of_cache(cache.key, place, live, part)) for part in plan.key_parts]
+    if problem.value_columns is not None:
+        keys = [widened(tile, problem.dtype) for tile in keys]
     if problem.value_columns is None:
         values = [load(block.of_cache(cache.value, place, live, part)) for part in plan.value_parts]
     else:
@@ -204,7 +210,7 @@ def value_dot(problem, p, v, scale=None):
     # If the result stays in the accumulation dtype, p must not be rounded: the result is subtracted from others, as in delta.
     product = fine_dot if problem.keeps_accum_dtype else lambda problem, p, v: dot(problem, p.astype(v.dtype), v)
     # float16 holds every 8-bit number exactly, and rounds p less than bfloat16 does.
-    v = widened(v, jnp.float16) if problem.quantised and problem.dtype != jnp.float32 else v.astype(problem.dtype)
+    v = widened(v, jnp.float16 if v.dtype.itemsize == 1 and problem.dtype != jnp.float32 else problem.dtype)
     if scale is None:
         return product(problem, p, v)
     # Scales are relative to the tile's largest scale. A single key then has a weight of exactly 1, and no weight overflows.

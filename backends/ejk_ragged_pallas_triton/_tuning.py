@@ -54,6 +54,11 @@ MOST_KEYS = 256
 MOST_QUANTISED_KEYS = 128
 # The same for more than 16 query rows per program, and in the backward kernel.
 FEW_QUANTISED_KEYS = 64
+# If the query has 16 bits, a quantised cache with a head dimension above WIDE has tiles of FEW_QUANTISED_KEYS keys, 8 warps, and
+# blocks of at most 16 query rows. Four warps have no room in their registers for a widened tile and the sums.
+WIDE = 256
+NUM_WARPS_IF_WIDE = 8
+MOST_ROWS_IF_WIDE = 16
 # If a program has at most this many tiles of a quantised cache, tiles are halved, so that more programs have work ...
 FEW_TILES = 4
 # ... but have at least this many keys.
@@ -122,9 +127,8 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
             f"FwdParams.block_size_keys {keys}, block_size_heads {rows} and num_stages {stages} need about {needs(stages)} bytes "
             f"of shared memory for {problem}; a program has {_shared_memory(target)} on this device. Give smaller ones."
         )
-    return dataclasses.replace(
-        given, block_size_heads=rows, block_size_keys=keys, num_warps=given.num_warps or NUM_WARPS, num_stages=stages
-    )
+    warps = given.num_warps or (NUM_WARPS_IF_WIDE if is_wide(problem) else NUM_WARPS)
+    return dataclasses.replace(given, block_size_heads=rows, block_size_keys=keys, num_warps=warps, num_stages=stages)
 
 
 def candidates(problem: Problem, target: Target):
@@ -169,7 +173,7 @@ def backward_tiles(problem: Problem, target: Target) -> Tiles:
 def fitting_rows(problem: Problem, fits) -> int:
     """Number of query rows per block: all query rows of a kv head, or fewer if they exceed `MAX_ROWS`, `MOST_SUMS` or `fits`."""
     # The tensor cores take 16 query rows at least. A smaller block is padded.
-    most = min(max(power_of_two(problem.num_tokens * problem.group), 16), MAX_ROWS)
+    most = min(max(power_of_two(problem.num_tokens * problem.group), 16), MOST_ROWS_IF_WIDE if is_wide(problem) else MAX_ROWS)
     widest = max(width_of(Part.of(dim)) for dim in (problem.head_dim, problem.value_dim))
     return next((rows for rows in (64, 32) if rows <= most and rows * widest <= MOST_SUMS and fits(rows)), 16)
 
@@ -181,6 +185,8 @@ def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
         keys *= PAGED
     if not problem.quantised:
         return keys
+    if is_wide(problem):
+        return FEW_QUANTISED_KEYS
     if rows > 16:
         return min(keys, FEW_QUANTISED_KEYS)
     if not problem.fwd_params.num_key_splits:
@@ -200,6 +206,11 @@ def tile_keys(problem: Problem) -> int:
         most = min(most, max(power_of_two(problem.head_dim), FEW_QUANTISED_KEYS))
     keys = 2 * TILE_BYTES / (row_width(problem) * itemsize)
     return min(max(1 << round(math.log2(keys)), 16), most)
+
+
+def is_wide(problem: Problem) -> bool:
+    """Whether the cache is quantised, the query has 16 bits, and a head dimension is above `WIDE`."""
+    return problem.quantised and problem.dtype.itemsize == 2 and max(problem.head_dim, problem.value_dim) > WIDE
 
 
 def row_width(problem: Problem) -> int:
@@ -253,8 +264,9 @@ def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
     queries = blocks * rows * dim * problem.dtype.itemsize
     stage = block_keys * width * problem.cache_dtype.itemsize + queries
     weights = 4 if backward and problem.quantised else problem.dtype.itemsize
-    # For float32 queries, a quantised tile is widened in shared memory.
-    widened = block_keys * dim * 4 if problem.quantised and problem.dtype.itemsize == 4 else 0
+    # For float32 queries, a quantised tile is widened in shared memory. So are the values of a wide one, if two products read them.
+    twice = is_wide(problem) and problem.keeps_accum_dtype
+    widened = block_keys * dim * (4 if problem.quantised and problem.dtype.itemsize == 4 else 2 if twice else 0)
     if stages == 1:
         return stage + queries * whole + widened
     sums = (8 if backward else 6) * rows * dim + 4096 if whole and problem.quantised else (rows + 2) * 1024 + 4096 * (rows > 16)
