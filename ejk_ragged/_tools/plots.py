@@ -8,19 +8,19 @@ import matplotlib as mpl
 from .tables import kind_of, seconds_of
 
 
-mpl.use("agg")  # needs no screen, and must be chosen first
+mpl.use("agg")  # a renderer that needs no screen. It must be chosen before pyplot is imported
 import matplotlib.pyplot as plt
 
 
 OURS = "#00796b"
 CASES_OF_PANEL = 8
-SHADES = (OURS, "#4db6ac", "#b2dfdb", "#26a69a", "#80cbc4")  # of ours
-DARK = ("#e65100", "#1565c0", "#6a1b9a", "#4e342e", "#33691e", "#ad1457")  # for lines
+SHADES = (OURS, "#4db6ac", "#b2dfdb", "#26a69a", "#80cbc4")  # colours of our implementation
+DARK = ("#e65100", "#1565c0", "#6a1b9a", "#4e342e", "#33691e", "#ad1457")  # colours of lines
 THEIRS = ("#b0bec5", "#ffb74d", "#90caf9", "#ce93d8", "#bcaaa4", "#aed581", "#f48fb1")
 
 
 def draw(data: dict[str, Any], stem: pathlib.Path) -> list[pathlib.Path]:
-    """PNG files whose names begin with `stem`."""
+    """Draws the pictures of a run. Returns the PNG files, whose names begin with `stem`."""
     machine, scaling = data["machine"], data.get("scaling")
     scaling = scaling if scaling and scaling["live"] and scaling["size"] else None
     of = lambda kind, direction="forward": [
@@ -34,7 +34,7 @@ def draw(data: dict[str, Any], stem: pathlib.Path) -> list[pathlib.Path]:
         "tokens": (_tokens, varied["tokens"], machine),
         "cache": (_cache, varied["cache"], of("plain"), machine),
         "scaling": (_scaling, scaling, machine),
-        "summary": (_summary, scaling and of("plain"), scaling, machine),  # of whole runs
+        "summary": (_summary, scaling and of("plain"), scaling, machine),  # only for runs with all parts
     }
     return [_save(make(what, *rest), stem, kind) for kind, (make, what, *rest) in pictures.items() if what]
 
@@ -47,7 +47,7 @@ def _save(figure, stem, kind):
 
 
 def _fractions(cases, machine, what, bandwidth):
-    """Bars: the fraction of the bandwidth by case, ours and the peers'. `bandwidth` is "read" or "copy"."""
+    """Bars with the fraction of the bandwidth, by case, of our implementation and of the peers. `bandwidth` is "read" or "copy"."""
     names = list(dict.fromkeys(c["name"] for case in cases for c in case["candidates"] if "fraction" in c))
     ours = dict.fromkeys(c["name"] for case in cases for c in case["candidates"] if c["ours"])
     theirs = [name for name in names if name not in ours]
@@ -76,7 +76,7 @@ def _fractions(cases, machine, what, bandwidth):
 
 
 def _tokens(cases, machine):
-    """Time against query rows, tokens times heads of a group, relative to that of one token; a line for each case."""
+    """Time against query rows (tokens times query heads per kv head), relative to the time of one token. One line per case."""
     figure, axes = plt.subplots(figsize=(6.5, 3.4))
     for name, color in zip(dict.fromkeys(case["case"] for case in cases), (OURS, *DARK) * len(cases), strict=False):
         mine = sorted((case for case in cases if case["case"] == name), key=lambda case: case["num_tokens"])
@@ -97,7 +97,7 @@ def _tokens(cases, machine):
 
 
 def _cache(cases, plain, machine):
-    """Bars: time as a part of that of the same case in 16 bits, and a line at what the bytes would allow."""
+    """Bars with the time, divided by the time of the same case in 16 bits. A line marks the ratio of the bytes."""
     moved = {case["case"]: case["moved_bytes"] for case in plain}
     names = list(dict.fromkeys(case["case"] for case in cases))
     kinds = list(dict.fromkeys(case["variant"] for case in cases))
@@ -124,7 +124,7 @@ def _cache(cases, plain, machine):
 
 
 def _summary(cases, scaling, machine):
-    """For the first page: the fraction by case, beside the best of all others, and time against the cache's size."""
+    """The picture of the README: the fraction by case, next to the best of the others, and time against the cache's size."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=(3, 1), squeeze=True)
     best = {
         ours: [max((c.get("fraction", 0) for c in case["candidates"] if c["ours"] == ours), default=0) for case in cases]
@@ -151,7 +151,7 @@ def _summary(cases, scaling, machine):
 
 
 def _scaling(scaling, machine):
-    """Time against live tokens, with a line through the origin, and against the cache's size."""
+    """Time against live tokens, with a line through the origin, and time against the cache's size."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     _against(left, scaling["live"], "live_tokens", "live tokens, the cache's size fixed")
     _against(right, scaling["size"], "seq_len", "rows of the cache, live tokens fixed")
@@ -165,7 +165,7 @@ def _scaling(scaling, machine):
 
 
 def _against(axes, points, x, label):
-    """Times of `points` against their size `x`, with the 10th and the 90th percentile."""
+    """The times of `points` against their size `x`. Error bars are the 10th and the 90th percentile."""
     times = [point["seconds"] * 1e6 for point in points]
     low = [max(0.0, t - point["time"]["p10"] * 1e6) for t, point in zip(times, points, strict=True)]
     high = [max(0.0, point["time"]["p90"] * 1e6 - t) for t, point in zip(times, points, strict=True)]
