@@ -10,12 +10,15 @@ from .tables import kind_of, seconds_of
 
 mpl.use("agg")  # a renderer that needs no screen. It must be chosen before pyplot is imported
 import matplotlib.pyplot as plt
+from matplotlib import patheffects
 
 
 OURS = "#00796b"
 CASES_OF_PANEL = 8
 SHADES = (OURS, "#4db6ac", "#b2dfdb", "#26a69a", "#80cbc4")  # colours of our implementation
 DARK = ("#e65100", "#1565c0", "#6a1b9a", "#4e342e", "#33691e", "#ad1457")  # colours of lines
+# A white edge, so that the reference line does not strike out the numbers on bars.
+EDGE = [patheffects.withStroke(linewidth=2.5, foreground="white")]
 THEIRS = ("#b0bec5", "#ffb74d", "#90caf9", "#ce93d8", "#bcaaa4", "#aed581", "#f48fb1")
 
 
@@ -64,7 +67,7 @@ def _fractions(cases, machine, what, bandwidth):
             at = [j + (i - (len(names) - 1) / 2) * width for j in range(len(panel))]
             bars = axes.bar(at, fractions, width * 0.92, label=name, color=colors[name])
             if name in ours:
-                axes.bar_label(bars, [f"{f:.2f}" if f else "" for f in fractions], fontsize=8)
+                axes.bar_label(bars, [f"{f:.2f}" if f else "" for f in fractions], fontsize=8, path_effects=EDGE)
         labels = ["\n".join(filter(None, [case["case"], *case["variant"].split(", ")])) for case in panel]
         axes.set_xticks(range(len(panel)), labels)
         axes.set_xlim(-0.6, min(len(cases), CASES_OF_PANEL) - 0.4)
@@ -107,7 +110,7 @@ def _cache(cases, plain, machine):
         mine = [case for case in cases if case["variant"] == kind]
         at = [names.index(case["case"]) + (i - (len(kinds) - 1) / 2) * width for case in mine]
         bars = axes.bar(at, [case["beside_plain"] for case in mine], width * 0.92, label=kind, color=color)
-        axes.bar_label(bars, [f"{case['beside_plain']:.2f}" for case in mine], fontsize=7)
+        axes.bar_label(bars, [f"{case['beside_plain']:.2f}" for case in mine], fontsize=7, path_effects=EDGE)
         limits = [case["moved_bytes"] / moved[case["case"]] for case in mine]
         axes.hlines(limits, [x - width / 2 for x in at], [x + width / 2 for x in at], color="black", linewidth=1.2)
     axes.plot([], [], color="black", linewidth=1.2, label="what the bytes allow")
@@ -132,7 +135,7 @@ def _summary(cases, scaling, machine):
     }
     others = dict.fromkeys(c["name"] for case in cases for c in case["candidates"] if not c["ours"] and "fraction" in c)
     bars = left.bar([i - 0.2 for i in range(len(cases))], best[True], 0.4, color=OURS, label="ejk-ragged")
-    left.bar_label(bars, [f"{f:.2f}" for f in best[True]], fontsize=7)
+    left.bar_label(bars, [f"{f:.2f}" for f in best[True]], fontsize=7, path_effects=EDGE)
     if others:
         at = [i + 0.2 for i in range(len(cases))]
         left.bar(at, best[False], 0.4, color=THEIRS[0], label=f"the best of {', '.join(others)}")
