@@ -249,7 +249,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
 
 
 def merging(target: Target, batch: int, rows: int) -> tuple[int, int]:
-    """The number of query rows that a program of the second kernel merges at once, of `rows` per sequence, and the number of programs."""
+    """The query rows that a program of the second kernel merges at once, of `rows` per sequence, and the number of programs."""
     programs = MERGE_PROGRAMS * _multiprocessors(target)
     at_once = math.gcd(rows, MERGE_ROWS)
     while at_once > 1 and batch * rows // at_once < _multiprocessors(target):
