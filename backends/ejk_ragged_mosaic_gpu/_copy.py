@@ -39,8 +39,8 @@ def copy(program: Program):
     def work(piece):
         places = places_of(piece, 0)
         copy_query(piece)
-        # The slice has as many dimensions as products take, with zeros beyond the last one. JAX refuses such a slice if it knows the
-        # start, so the start is computed at run time.
+        # The slice has as many dimensions as products take, with zeros beyond the last one. JAX refuses such a slice if it knows
+        # the start, so the start is computed at run time.
         dims = [(pl.ds(0 if plan.direct else piece.number * 0, dim), dim) for dim in plan.columns.values()]
 
         def tile(i, places):
