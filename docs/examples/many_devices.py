@@ -81,7 +81,7 @@ def main():
         error = float(jnp.max(jnp.abs(jax.device_get(outs) - jax.device_get(alone))))
         ok &= error < 1e-5 and new_key.sharding.is_equivalent_to(sharding, 4) and all(size < share / 4 for _, size in moved)
         what = ", ".join(f"{kind} of {size:,} bytes" for kind, size in moved) or "nothing"
-        print(f"{name:12}  {2 * share:,} bytes of cache a device; moves {what}; differs by {error:.1e}")
+        print(f"{name:12}  {2 * share:,} bytes of cache per device; moves {what}; differs by {error:.1e}")
     print("OK: every split gives one device's result" if ok else "FAILED")
     return 0 if ok else 1
 

@@ -254,7 +254,7 @@ def findings(model, tokenizer):
     same = sum(new == r["new"] for new, r in zip(plain.new, reference, strict=False))
     yield "greedy", same == number, same, f"{same} of {number} go on with transformers' {count} tokens, as a ragged batch"
     same, pace = drafted.new == [new[: count // 4] for new in plain.new], drafted.tokens_per_step
-    yield "drafts", same and pace > 1, pace, f"with drafts the same is written, {pace:.2f} tokens a step of a sequence"
+    yield "drafts", same and pace > 1, pace, f"with drafts the same is written, {pace:.2f} tokens per step of a sequence"
 
     text = tokenizer.encode("\n\n".join(pydoc_data.topics.topics.values())[:20000])
     texts = [text[500 * i :][:size] for i, size in enumerate((65, 50, 40))]
@@ -262,11 +262,11 @@ def findings(model, tokenizer):
         pieces = [text[:length] for text in texts]
         loss, divergence = teacher_forced(model, pieces, piece, caches)
         error = float(np.abs(loss - full_losses(model, pieces)).mean())
-        told = f"teacher-forced, {piece} at a time: a loss of {loss.mean():.3f}, {error:.1e} from full attention's, a token"
+        told = f"teacher-forced, {piece} at a time: a loss of {loss.mean():.3f}, {error:.1e} from full attention's, per token"
         yield f"loss_{piece}", error < 1e-3, error, told
     for dtype, values in divergence.items():
         mean, elsewhere = float(values.mean()), DIVERGENCE.get(dtype)
-        told = f"{dtype}: predictions diverge by {mean:.1e} a token" + (f", on other text by {elsewhere:g}" if elsewhere else "")
+        told = f"{dtype}: predictions diverge by {mean:.1e} per token" + (f", on other text by {elsewhere:g}" if elsewhere else "")
         yield f"divergence_{dtype}", 0 < mean < 3 * (elsewhere or 0.0001), mean, told
 
 
