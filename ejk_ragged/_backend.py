@@ -138,7 +138,16 @@ class Backend(abc.ABC):
         """
 
     def backward(
-        self, problem: Problem, target: Target, queries: Queries, cache: Cache, lse, d_out, delta, *, wanted: Wanted
+        self,
+        problem: Problem,
+        target: Target,
+        queries: Queries,
+        cache: Cache,
+        lse: jax.Array,
+        d_out: jax.Array,
+        delta: jax.Array,
+        *,
+        wanted: Wanted,
     ) -> list[jax.Array]:
         """The gradients, from d_logit_j = p_j (d_out . v_j * value_scale_j - delta) with p_j = exp(x_j - lse).
 

@@ -32,18 +32,19 @@ def copy(program: Program):
             for i in range(0, plan.warpgroup_rows, plan.copy_rows):
                 token, place = lax.div(start + i, plan.token_rows), lax.rem(start + i, plan.token_rows)
                 rows = pl.ds(pl.multiple_of(place, 8), plan.copy_rows)
-                # Query rows beyond the last are others of the last token: nobody asks for what they see.
+                # Query rows beyond the last token read the last token again. Their results are not used.
                 source = program.query.at[piece.sequence, jnp.minimum(token, plan.tokens - 1), program.head, rows]
                 copy_part(source, (group, pl.ds(i, plan.copy_rows)))
 
     def work(piece):
         places = places_of(piece, 0)
         copy_query(piece)
-        # As many dimensions as products take, zeros beyond the last; such a slice is not refused where its start is not known.
+        # The slice has as many dimensions as products take, with zeros beyond the last one. JAX refuses such a slice if it knows
+        # the start, so the start is computed at run time.
         dims = [(pl.ds(0 if plan.direct else piece.number * 0, dim), dim) for dim in plan.columns.values()]
 
         def tile(i, places):
-            following = places_of(piece, i + 1)  # the table's entries are there when the next tile wants them
+            following = places_of(piece, i + 1)  # looks up the next tile's entries, so that they are there in time
             for half in range(plan.halves):
                 slot = lax.rem((piece.tiles_before + i) * plan.halves + half, plan.stages)
                 copy_half(slot, places[half * len(places) // plan.halves :][: len(places) // plan.halves])
@@ -77,7 +78,7 @@ def copy(program: Program):
         if program.page_table is None:
             return [(piece.sequence, row) for row in rows]
         page_size, num_pages = program.problem.page_size, program.problem.num_pages
-        last = lax.div(jnp.maximum(piece.end - 1, 0), page_size)  # entries beyond may be junk
+        last = lax.div(jnp.maximum(piece.end - 1, 0), page_size)  # the last entry in use: later entries may be junk
         pages = [program.page_table[piece.sequence, jnp.minimum(lax.div(row, page_size), last)] for row in rows]
         return [(jnp.clip(page, 0, num_pages - 1), lax.rem(row, page_size)) for page, row in zip(pages, rows, strict=True)]
 

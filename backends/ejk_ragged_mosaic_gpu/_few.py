@@ -1,8 +1,8 @@
 """The warpgroup that multiplies where query rows are few: keys are the rows of the products.
 
 The tensor cores take 64 rows of one operand and 8 of the other. So logits are computed as K Q^T, [keys, query rows], and the output
-as V^T P^T, [dims, query rows]. Little is multiplied that is not there, and a thread holds a few numbers of a tile. Maxima over keys
-pass between warps. Sums wait for the end of a piece.
+as V^T P^T, [dims, query rows]. So little padding is multiplied, and a thread holds a few numbers of a tile. Maxima over keys pass
+between warps for each tile. Sums over keys pass between warps only at the end of a piece.
 """
 
 import jax.numpy as jnp
@@ -67,8 +67,11 @@ def _compute_piece(program: Program, piece: Piece):
 
 
 def _laid_out(program, name, slot, sees=None, at_an_end=False):
-    """A tile that has arrived, as products take it. Given which query row sees which row, rows that no query row sees are zeros,
-    `at_an_end` of the range or between tokens: 0 times what such a row holds may be NaN."""
+    """A tile that has arrived, in the layout that products take.
+
+    If a mask of the rows that each query row sees is given, rows that no query row sees become zeros: such a row may hold NaN, and
+    0 times NaN is NaN. Such rows lie `at_an_end` of the range or between tokens.
+    """
     plan, shared = program.plan, program.shared
     if name == "v" and plan.value_start is not None:
         arrived = shared.k.at[slot, :, pl.ds(plan.value_start, plan.value_dim)]
@@ -95,7 +98,7 @@ def _laid_out(program, name, slot, sees=None, at_an_end=False):
 
 
 def _store(program, piece, acc, high, total):
-    """A piece's results, from registers: nobody waits for them."""
+    """Writes the results of a piece from registers to memory. No thread waits for the writes."""
     plan, results = program.plan, program.results
     slot, query_rows = plan.schedule.slot(program.number, piece.sequence), program.query_rows()
     parts = results.parts.at[slot, program.head, query_rows, pl.ds(0, plan.value_dim)]

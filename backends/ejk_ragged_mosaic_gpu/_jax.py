@@ -19,7 +19,7 @@ TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 UPCAST = plgpu.Layout.WGMMA_UPCAST_2X
 OF_COLUMNS, OF_ROWS = TILE.reduce(0), TILE.reduce(1)
 
-LOWEST = float(jnp.finfo(jnp.float32).min)  # in place of -inf, where the difference of two such numbers must not be NaN
+LOWEST = float(jnp.finfo(jnp.float32).min)  # used in place of -inf if -inf - -inf would give NaN
 
 # The second kernel is launched while the first one runs, and waits for its end on the device.
 OVERLAPPED = True
@@ -99,12 +99,12 @@ def _without_64_bits(call):
 
 
 def _interpreted(call, results, updates):
-    """`call` as a function that XLA calls back: what interprets a kernel has ordered effects, for which there is no place in the
-    lowering of a primitive."""
+    """`call` as a function that XLA calls back. The interpreter of kernels has ordered effects, and the lowering of a primitive
+    does not take ordered effects."""
     call = _without_64_bits(jax.jit(call))
 
     def on_host(*operands):
-        ignore_warning("invalid value encountered in matmul", RuntimeWarning)  # of keys that nobody sees
+        ignore_warning("invalid value encountered in matmul", RuntimeWarning)  # from keys that no token sees
         with _one_at_a_time, jax.default_device(jax.local_devices(backend="cpu")[0]):
             return jax.block_until_ready(call(*operands))
 
@@ -115,4 +115,4 @@ def _interpreted(call, results, updates):
     return function
 
 
-_one_at_a_time = threading.Lock()  # the interpreter has one memory for all
+_one_at_a_time = threading.Lock()  # all calls of the interpreter share one memory

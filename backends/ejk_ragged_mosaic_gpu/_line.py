@@ -1,4 +1,4 @@
-"""Who works on which rows. From the lengths, a program finds its pieces of the live ranges, and the slots of a sequence's results.
+"""Which program works on which rows. From the lengths, a program finds its pieces of the live ranges, and the slots of results.
 
 Every program sums up the rounds of all sequences, in a table in shared memory, and looks its pieces up in the table. A table in
 registers would be spread over the threads, and threads exchange values through shared memory anyway.
@@ -55,7 +55,7 @@ class Ranges:
     stops: Any
 
     def make_table(self):
-        """Fills `stops` in. Each program does so for itself."""
+        """Fills `stops`. Each program fills its own."""
         if self.stops is None:
             return
         batch = self.plan.schedule.batch
@@ -111,7 +111,7 @@ class Ranges:
         return self.plan.schedule.pieces(Line(zero, b, zero, zero, stop - self._before(b), stop, self._total(b)))
 
     def _find(self, place):
-        """Which sequence lies at a place on the line, and where it begins."""
+        """The sequence at a place on the line, and where the sequence begins on the line."""
         number, last = jnp.int32(0), self.plan.schedule.batch - 1  # of sequences that stop at or before it; the last one does not
         for digit in reversed(range(-(-last.bit_length() // 4))):  # by which few loads wait for each other
             step = 16**digit
@@ -136,12 +136,12 @@ class Ranges:
         return self.plan.schedule.rounds(self._first_row(start, end), end)
 
     def _first_row(self, start, end):
-        """Where the tiles of a range begin: with a row that a copy can begin with."""
+        """The row at which the tiles of a range begin. A copy can begin at this row."""
         return jnp.where(start < end, start & -self.plan.align, start)
 
 
 def _lengths(ref, first, count):
-    """Those of `count` sequences; fewer than 8 are read one by one, and zeros follow."""
+    """The ranges of `count` sequences. Fewer than 8 sequences are read one by one, and padded with zeros."""
     if count % 8 == 0:
         return plgpu.load(ref.at[pl.ds(first, count)], layout=OF_COLUMNS, optimized=False)
     place = plgpu.broadcasted_iota(jnp.int32, (8,), 0, layout=OF_COLUMNS)

@@ -51,7 +51,7 @@ def _combine_rows(problem, target, plan, partial, lengths, sink, **how):
 
 def _rows_kernel(*refs, tree, problem, plan: Tiles, wait, out, stops=None):
     """One program: merges some query rows of a sequence at once, and then others, with their sinks. The program begins before the
-    pieces are there, and finds out meanwhile whose they will be."""
+    pieces are there. Meanwhile it finds out which pieces belong to which sequence."""
     parts_ref, part_stats_ref, lengths, sink_ref = tree.unflatten(refs[: tree.num_leaves])
     out_ref, lse_ref = refs[tree.num_leaves :]
     ranges = Ranges(plan, lengths, stops)

@@ -153,13 +153,13 @@ class Program:
         return getattr(self.shared, f"{name}_full"), getattr(self.shared, f"{name}_free")
 
     def release(self, *names):
-        """Says of all places of some rings that they are free."""
+        """Arrives at the barriers that say that all places of some rings are free."""
         for name in names:
             for place in range(self.plan.places[name]):
                 plgpu.barrier_arrive(self.barriers(name)[1].at[place])
 
     def drain(self, *names):
-        """Returns when all places of some rings are free: nobody leaves while something is on its way."""
+        """Waits until all places of some rings are free. So a program does not end while a copy is on its way."""
         for name in names:
             for place in range(self.plan.places[name]):
                 plgpu.barrier_wait(self.barriers(name)[1].at[place])

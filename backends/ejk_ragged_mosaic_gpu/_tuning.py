@@ -154,8 +154,8 @@ def _block_keys(problem: Problem, rows: int) -> int:
 
 
 def _takes_many(problem: Problem) -> bool:
-    """Whether query rows can be the rows of the products: copies lay tiles out as products want them, and each query row sees
-    whatever the others see of a tile of values."""
+    """Whether query rows can be the rows of the products: copies lay tiles out as products take them, and no rows lie between the
+    ranges of tokens."""
     return _direct(problem) and not problem.junk_between_tokens
 
 
@@ -192,8 +192,11 @@ def cannot_copy(problem: Problem) -> str | None:
 
 
 def _part_rows(problem: Problem, keys: int) -> int:
-    """Rows of a tile that one copy takes. Of pages, a quarter of a tile at most, so that few rows beyond a range are read, or
-    what has scales enough for a copy."""
+    """Number of rows of a tile that one copy takes.
+
+    For a cache in pages this is a quarter of a tile at most, so that few rows beyond a range are read. For a cache with scales it
+    is at least the rows of one copy of scales.
+    """
     most = max(keys // 4, LEAST_SCALES) if problem.quantised else keys // 4
     return math.gcd(problem.page_size, most) if problem.page_size else keys
 
@@ -246,7 +249,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
 
 
 def merging(target: Target, batch: int, rows: int) -> tuple[int, int]:
-    """Of so many rows a sequence: how many a program of the second kernel merges at once, and how many programs there are."""
+    """The query rows that a program of the second kernel merges at once, of `rows` per sequence, and the number of programs."""
     programs = MERGE_PROGRAMS * _multiprocessors(target)
     at_once = math.gcd(rows, MERGE_ROWS)
     while at_once > 1 and batch * rows // at_once < _multiprocessors(target):
@@ -255,8 +258,10 @@ def merging(target: Target, batch: int, rows: int) -> tuple[int, int]:
 
 
 def merging_blocks(target: Target, plan: Tiles, blocks: int) -> tuple[int, int]:
-    """Of so many blocks of 64 query rows: how many dimensions a program of the second kernel merges at once, and how many partial
-    results. Where blocks are few, the dimensions are shared by more programs."""
+    """The number of dimensions and of partial results that a program of the second kernel merges at once.
+
+    `blocks` is the number of blocks of 64 query rows. If there are few blocks, more programs share the dimensions.
+    """
     few = 2 * blocks * plan.value_dim // MERGE_DIMS < _multiprocessors(target)
     return (FEW_MERGE_DIMS, plan.merge_slots) if few else (MERGE_DIMS, LEAST_MERGED)
 

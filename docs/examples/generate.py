@@ -1,7 +1,7 @@
 """Train a small language model, then let it write with a KV cache and `RaggedDecodeAttention`.
 
 A byte-level transformer learns from the Python reference that comes with every Python (`pydoc_data.topics`), in about two minutes
-on two cores. Then it continues a batch of prompts of different lengths, one byte a step, each sequence at its own place in a
+on two cores. Then it continues a batch of prompts of different lengths, one byte per step. Each sequence has its own place in a
 padded KV cache:
 
     python docs/examples/generate.py
@@ -17,7 +17,7 @@ What to look at, in the order of the file:
   a sequence's own range are never used, so nothing has to clear them.
 - `write_recomputed` writes the same bytes the slow way, with full attention over everything at every step.
 
-The last two must agree, byte for byte: the program says whether they do, and exits with 1 if not.
+The last two must agree, byte for byte. The program says whether they do, and exits with 1 if they do not.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Config:
 
 
 class Block(eqx.Module):
-    """Attention, then a multilayer perceptron; both read a normalised residual stream and add to it."""
+    """Attention, then a multilayer perceptron. Each of them reads the normalised residual stream and adds to the stream."""
 
     to_query: jax.Array
     to_key: jax.Array
@@ -101,18 +101,18 @@ class Block(eqx.Module):
         return rotate(query, positions), rotate(key, positions), value
 
     def finish(self, x, attended):
-        """The stream x [..., width] after the heads' outputs [..., Hq * D] and the perceptron are added."""
+        """Adds the heads' outputs [..., Hq * D] and the perceptron to the stream x [..., width]. Returns the stream."""
         x = x + attended @ self.from_heads
         return x + jax.nn.relu(rms_norm(x) @ self.up) ** 2 @ self.down
 
     def whole(self, x):
-        """Whole sequences: x [B, T, width] goes on; key and value [B, T, Hkv, D] are there for a cache to keep."""
+        """Whole sequences. Returns the stream x [B, T, width], and key and value [B, T, Hkv, D] for a cache."""
         query, key, value = self.heads(x, jnp.arange(x.shape[1]))
         attended = full_attention(query, key, value, self.attend.sinks, self.attend.sliding_window)
         return self.finish(x, attended), (key, value)
 
     def step(self, x, cache, lengths):
-        """One more token in each sequence: x [B, width], of which the cache [B, S, Hkv, D] (twice) holds `lengths` [B] tokens."""
+        """One more token per sequence, x [B, width]. The two cache arrays [B, S, Hkv, D] hold `lengths` [B] tokens before it."""
         query, new_key, new_value = self.heads(x, lengths)
         rows = jnp.arange(len(lengths)), lengths  # each sequence writes at its own end
         key, value = cache[0].at[rows].set(new_key), cache[1].at[rows].set(new_value)
@@ -160,7 +160,7 @@ def bits_per_byte(model, text):
 
 @functools.partial(jax.jit, donate_argnames=("model", "moments"))
 def train_step(model, moments, text, step, rate):
-    """One step of Adam: the model and its moments after it, and the loss before it."""
+    """One step of Adam. Returns the new model, the new moments, and the loss before the step."""
     loss, gradient = jax.value_and_grad(bits_per_byte)(model, text)
     first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], gradient)
     second = jax.tree.map(lambda v, g: 0.98 * v + 0.02 * g * g, moments[1], gradient)
@@ -186,7 +186,7 @@ def train(model, text, context, steps, seed, batch=4, peak_rate=3e-3):
 
 
 def show_progress(done, total, elapsed, note):
-    """A bar that rewrites itself on a terminal; ten lines elsewhere."""
+    """Shows progress: one bar on a terminal, and ten lines elsewhere."""
     on_terminal = sys.stdout.isatty()
     if on_terminal or 10 * done // total > 10 * (done - 1) // total:
         left = elapsed / done * (total - done)
@@ -205,16 +205,16 @@ def score(logits, temperature, key):
 
 
 def empty_cache(config: Config, batch, rows):
-    """A cache of NaN: whoever reads a row that was not written will know."""
+    """A cache of NaN. A row that is read before it is written then shows in the result."""
     shape = (batch, rows, config.kv_heads, config.head_dim)
     return [(jnp.full(shape, jnp.nan, jnp.float32), jnp.full(shape, jnp.nan, jnp.float32)) for _ in range(config.layers)]
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def write_cached(model, cache, prompts, lengths, temperature, keys):
-    """Continue prompts [B, T], of `lengths` [B] bytes and padded on the right, by one byte for each of the random keys.
+    """Continues prompts [B, T] of `lengths` [B] bytes, padded on the right. Writes one byte per random key.
 
-    Returns what is written, the bytes [steps, B] and the scores [steps, B, 256] that they were chosen by; and the cache.
+    Returns the bytes [steps, B] with their scores [steps, B, 256], and the cache.
     """
     logits, prefix = model.whole(prompts)
     logits = logits[jnp.arange(len(lengths)), lengths - 1]
@@ -234,7 +234,7 @@ def write_cached(model, cache, prompts, lengths, temperature, keys):
 
 @jax.jit
 def write_recomputed(model, prompts, lengths, temperature, keys):
-    """What `write_cached` writes, by full attention over the whole of every sequence at every step."""
+    """Writes the same as `write_cached`, by full attention over whole sequences at every step."""
     sequences = jnp.arange(len(lengths))
 
     def step(carry, key):
@@ -250,7 +250,7 @@ def write_recomputed(model, prompts, lengths, temperature, keys):
 
 
 def timed(function, *args):
-    """What a jitted function returns, and the seconds it ran for, compilation left out."""
+    """The result of a jitted function, and its time in seconds without compilation."""
     compiled = function.lower(*args).compile()
     begin = time.perf_counter()
     result = jax.block_until_ready(compiled(*args))
@@ -258,10 +258,10 @@ def timed(function, *args):
 
 
 def disagreements(written, expected, tolerance=1e-3):
-    """What is wrong with `written` (bytes [steps, B] and scores [steps, B, 256]), a line each; and the largest error of a score.
+    """The faults of `written` (bytes [steps, B] and scores [steps, B, 256]), one line per fault, and the largest error of a score.
 
-    Where two bytes differ, the gap between their expected scores tells a near-tie, which rounding can turn, from a mistake. After
-    that the two sequences go their own ways and can't be compared.
+    If two bytes differ, the gap between their expected scores says why. A small gap is a near-tie, which rounding can turn. A large
+    gap is a mistake. The bytes after a difference are not compared, because the two sequences differ from there on.
     """
     (tokens, scores), (expected_tokens, expected_scores) = jax.device_get((written, expected))
     same = tokens == expected_tokens
@@ -319,7 +319,7 @@ def main(argv=None) -> int:
     padded = np.array([list(prompt.ljust(max(lengths), b"\0")) for prompt in prompts], np.int32)
     cache = empty_cache(config, len(prompts), max(lengths) + options.tokens)
     keys = jax.random.split(write_key, options.tokens)
-    with jax.default_matmul_precision("highest"):  # some devices round the inputs of float32 products otherwise
+    with jax.default_matmul_precision("highest"):  # without this, some devices round the inputs of float32 products
         (written, _), cached_seconds = timed(write_cached, model, cache, padded, lengths, options.temperature, keys)
         expected, recomputed_seconds = timed(write_recomputed, model, padded, lengths, options.temperature, keys)
     for prompt, continuation in zip(prompts, np.asarray(written[0]).T, strict=True):

@@ -1,9 +1,9 @@
-"""A model of Llama's kind in Equinox that decodes with `ragged_decode_attention`; `smollm2.py` writes with it.
+"""A model of Llama's kind in Equinox that decodes with `ragged_decode_attention`. `smollm2.py` writes with it.
 
-- `extend` is prefill, decode step and verification of drafts in one: T tokens a sequence, of which each has a number of its own.
-  The cache is a `KVCache`, padded or in pages, of any dtype. Layers are a `lax.scan`. A cache for all layers has their rows one
-  after another, and a layer is a start and an end: nothing is sliced out of it.
-- `whole` is the same model over whole sequences, in plain JAX and without a cache, to hold it against.
+- `extend` is prefill, decode step and verification of drafts in one function. It takes T tokens per sequence, and the number of
+  tokens that each sequence has. The cache is a `KVCache`, padded or in pages, of any dtype. Layers are a `lax.scan`. One cache
+  holds the rows of all layers, one layer after another. A layer is a start and an end in the cache, so no layer is sliced out.
+- `whole` is the same model over whole sequences, in plain JAX and without a cache. It is for comparison.
 
 Letters of shapes: B sequences, T tokens, R rows of a cache, Hq query heads, Hkv key/value heads, D head dimension.
 """
@@ -36,7 +36,7 @@ class Config:
 
 
 class Block(eqx.Module):
-    """Attention, then a multilayer perceptron; both read a normalised residual stream and add to it."""
+    """Attention, then a multilayer perceptron. Each of them reads the normalised residual stream and adds to the stream."""
 
     before_attention: jax.Array  # [width]
     to_heads: jax.Array  # [width, (Hq + 2 Hkv) * D]
@@ -55,7 +55,7 @@ class Block(eqx.Module):
         return rotate(query, positions, c.rope_base), rotate(key, positions, c.rope_base), value
 
     def finish(self, x, attended):
-        """The stream after the heads' outputs [B, T, Hq, D] and the perceptron are added."""
+        """Adds the heads' outputs [B, T, Hq, D] and the perceptron to the stream. Returns the stream."""
         x = x + attended.reshape(*x.shape[:2], -1) @ self.from_heads
         gate, up = jnp.split((rms_norm(x, self.config.epsilon) * self.before_mlp) @ self.up, 2, axis=-1)
         return x + (jax.nn.silu(gate) * up) @ self.down
@@ -71,7 +71,7 @@ class Model(eqx.Module):
     config: Config = eqx.field(static=True)
 
     def stacked(self):
-        """The same model, to scan over."""
+        """The same model with its layers stacked, for a scan."""
         assert isinstance(self.blocks, list)
         return dataclasses.replace(self, blocks=jax.tree.map(lambda *x: jnp.stack(x), *self.blocks))
 
@@ -86,13 +86,16 @@ def ours(query, cache, start, end, new, fwd_params=None):
 
 
 def extend(model, cache, tokens, lengths, new, attention=ours):
-    """The stream [B, T, width] after tokens [B, T], of which the first `new` [B] follow the `lengths` [B] tokens in the cache; and
-    the cache that holds them too. It is one `KVCache` with the rows of all layers, or, for layers without a scan, a list of them;
-    in a list of fewer than there are layers some serve several, which is for measuring only."""
+    """Runs the model on tokens [B, T]. Returns the stream [B, T, width], and the cache with the new tokens.
+
+    The first `new` [B] tokens of each sequence are there. They follow the `lengths` [B] tokens in the cache. The cache is one
+    `KVCache` with the rows of all layers, or a list of caches for layers without a scan. If the list is shorter than the list of
+    layers, several layers share a cache. That is for measurements only.
+    """
     positions = lengths[:, None] + jnp.arange(tokens.shape[1])
 
     def layer(x, block, cache, first):
-        dtype = x.dtype if cache.key.dtype.itemsize == 1 else cache.key.dtype  # to 8 bits it is `write` that rounds
+        dtype = x.dtype if cache.key.dtype.itemsize == 1 else cache.key.dtype  # `write` rounds to 8 bits
         query, key, value = (heads.astype(dtype) for heads in block.heads(x, positions))
         cache = cache.write(key, value, at=first + lengths, lengths=new)
         start = None if isinstance(first, int) else jnp.full_like(lengths, first)
@@ -130,7 +133,7 @@ def whole(model, tokens):
 
 
 def random_model(config: Config, key, dtype="float32"):
-    """A model that has learned nothing, its layers in a list."""
+    """A model with random weights. Its layers are in a list."""
     keys = (jax.random.fold_in(key, i) for i in itertools.count())
     ones = jnp.ones(config.width, dtype)
     weights = lambda fan_in, *shape: jax.random.normal(next(keys), shape, dtype) * fan_in**-0.5
@@ -146,12 +149,12 @@ def random_model(config: Config, key, dtype="float32"):
 
 
 def without_rows(cache):
-    """The cache full of NaN, for int8 of scales that are NaN: whoever reads a row that was not written will know."""
+    """The cache full of NaN. An int8 cache gets scales of NaN. A row that is read before it is written then shows in the result."""
     return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0), cache)
 
 
 def empty_cache(model, batch, rows, dtype, parts=None):
-    """What `extend` wants for this model: one cache, or a list of `parts`."""
+    """An empty cache for `extend` and this model: one cache, or a list of `parts` caches."""
     c = model.config
     empty = lambda rows: without_rows(KVCache.zeros(batch, rows, c.kv_heads, c.head_dim, dtype=dtype))
     return [empty(rows) for _ in range(parts or c.layers)] if isinstance(model.blocks, list) else empty(c.layers * rows)

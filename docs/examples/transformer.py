@@ -1,4 +1,4 @@
-"""What the examples' models have in common: normalisation, positions, and attention over whole sequences in plain JAX.
+"""The parts that the examples' models share: normalisation, positions, and attention over whole sequences in plain JAX.
 
 Letters of shapes: B sequences, T tokens, Hq query heads, Hkv key/value heads, D head dimension.
 """
@@ -24,7 +24,7 @@ def rotate(x, positions, base=1e4):
 
 
 def full_attention(query, key, value, sinks=None, sliding_window=None):
-    """Causal attention over whole sequences: query [B, T, Hq, D], key and value [B, T, Hkv, D], sinks [Hq, 1]; [B, T, Hq * D].
+    """Causal attention over whole sequences: query [B, T, Hq, D], key and value [B, T, Hkv, D], sinks [Hq, 1] to [B, T, Hq * D].
 
     Token i is the query of a decode step whose `sequence_end` is i + 1, with the same sinks and the same window.
     """

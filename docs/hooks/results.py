@@ -1,20 +1,20 @@
-"""Puts what `python -m ejk_ragged bench --out docs/performance` has left there into the page on performance."""
+"""Puts the results of `python -m ejk_ragged bench --out docs/performance` into the page on performance."""
 
 import json
 import pathlib
 
 
 MAIN, REST = "<!-- main result -->", "<!-- results -->"
-# Older files of the benchmark call a case a row; on the pages a row is a row of the cache.
+# Older files of the benchmark call a case a row. On the pages, a row is a row of the cache.
 WORDS = {"the same row": "the same case", "(all rows)": "(all cases)"}
 NOT_INSTALLED = "is not installed"
 
 
 def on_page_markdown(markdown, page, config, files):
-    """What mkdocs calls with every page."""
+    """The hook that mkdocs calls with every page."""
     if REST not in markdown:
         return markdown
-    found = sorted(pathlib.Path(config.docs_dir, "performance").glob("*.json"), key=lambda file: file.stem)  # a device's own first
+    found = sorted(pathlib.Path(config.docs_dir, "performance").glob("*.json"), key=lambda file: file.stem)
     if not found:
         return markdown.replace(MAIN, "No results have been kept yet.").replace(REST, "")
     main = table_and_picture(found[0], json.loads(found[0].read_text())["tables"][0])
@@ -23,7 +23,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def section(file: pathlib.Path, first: bool) -> tuple[str, str]:
-    """One run: its title, and versions, tables and pictures; without the table that is the page's main result."""
+    """One run: its title, and its text with versions, tables and pictures. The main table of the page is left out."""
     data = json.loads(file.read_text())
     if "steps" in data:
         return whole_steps(file, data)
@@ -43,7 +43,7 @@ def table_and_picture(file: pathlib.Path, table) -> str:
 
 
 def notes(said: list[str]) -> list[str]:
-    """Who was not timed and why. Whoever was not installed is named once, with no other reason."""
+    """The notes on implementations that were not timed. An implementation that was not installed is named once only."""
     split = [note.partition(": ")[::2] for note in said]
     missing = sorted({name for who, why in split if NOT_INSTALLED in why for name in who.split(", ")})
     kept = [(", ".join(name for name in who.split(", ") if name not in missing), plain(why)) for who, why in split]
@@ -52,7 +52,7 @@ def notes(said: list[str]) -> list[str]:
 
 
 def whole_steps(file: pathlib.Path, data) -> tuple[str, str]:
-    """What `smollm2.py --random --json` printed: milliseconds and tokens per second, by batch."""
+    """The output of `smollm2.py --random --json`: milliseconds and tokens per second, by batch."""
     batches = sorted({line["batch"] for line in data["steps"]})
     ways: dict[tuple, dict] = {}
     for line in data["steps"]:
@@ -71,7 +71,7 @@ def whole_steps(file: pathlib.Path, data) -> tuple[str, str]:
 
 
 def fold(title: str, text: str) -> str:
-    """A part of the page that is closed at first."""
+    """A folded part of the page, which is closed at first."""
     return "\n".join([f'??? note "{title}"', "", *(f"    {line}" if line else "" for line in text.splitlines())])
 
 
@@ -82,7 +82,7 @@ def plain(text: str) -> str:
 
 
 def markdown_table(table) -> str:
-    """Figures and their units stay on one line; what stands above them need not."""
+    """A table in Markdown. Cells do not break. Headings may."""
     columns = ["case" if column == "row" else column for column in table["columns"]]
     rows = [[cell.replace(" ", "&nbsp;").replace("-", "&#8209;") for cell in row] for row in table["rows"]]
     aligned = ["---"] + ["--:"] * (len(columns) - 1)

@@ -1,4 +1,4 @@
-"""A backend for short caches: all logits at once, in a handful of operations."""
+"""A backend for short caches. It computes all logits at once, in a few operations."""
 
 from typing import ClassVar
 
@@ -25,7 +25,7 @@ class DenseBackend(Backend):
         rows = jnp.arange(problem.seq_len, dtype=jnp.int32)[None, None]
         start, end = queries.bounds(problem.seq_len)
         live = (rows >= start[..., None]) & (rows < end[..., None])  # [B, T or 1, S]
-        # A masked probability is 0, but 0 times what a dead row holds may be NaN.
+        # A masked probability is 0, but a dead row may hold NaN, and 0 times NaN is NaN.
         seen = live.any(axis=1)[:, :, None, None]
         key, value = (jnp.where(seen, jnp.asarray(x), 0).astype(problem.accum_dtype) for x in (cache.key, cache.value))
 
@@ -39,7 +39,7 @@ class DenseBackend(Backend):
         sink = queries.sinks()
         sink = sink.reshape(*sink.shape[:2], *grouped[2:])
         top = jnp.maximum(x.max(axis=-1), sink)
-        top = jnp.where(top > -jnp.inf, top, 0)  # neither a key nor a sink
+        top = jnp.where(top > -jnp.inf, top, 0)  # a token with neither a key nor a sink
         weights = jnp.exp(x - top[..., None])
         total = weights.sum(axis=-1) + jnp.exp(sink - top)
         out = jnp.einsum("bthgs,bshd->bthgd", weights, value, precision="highest")

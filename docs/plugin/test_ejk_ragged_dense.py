@@ -1,4 +1,4 @@
-"""The backend tests itself: on each named case it is right, or it refuses and says why."""
+"""Tests of the backend. On each named case it is right, or it refuses the case with a reason."""
 
 import functools
 
@@ -14,7 +14,7 @@ call = functools.partial(ragged_decode_attention, backend=DenseBackend())
 
 @pytest.mark.parametrize("case", CHECKS, ids=lambda case: case.name)
 def test_dense(case):
-    arguments = case.draw(poison=True)  # NaN wherever nobody looks
+    arguments = case.draw(poison=True)  # NaN in all rows that no token sees
     wide = case.value_dim is not None or case.value_columns is not None
     if case.cache_dtype is not None or case.page_size is not None or wide:
         with pytest.raises(ValueError, match=r"it takes no quantised caches|it takes a padded key and a padded value of one width"):

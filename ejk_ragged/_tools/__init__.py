@@ -1,1 +1,1 @@
-"""What the command line does: the report, the benchmark, the tuner. Nothing else imports it."""
+"""The code behind the command line: the report, the benchmark and the tuner. Only the command line imports it."""

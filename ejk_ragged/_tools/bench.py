@@ -1,7 +1,7 @@
-"""The measurements of `python -m ejk_ragged bench`: decode steps and their gradients, checked and then timed beside other
-implementations on the same arrays.
+"""The measurements of `python -m ejk_ragged bench`: decode steps and their gradients. Each is checked, and then timed
+next to other implementations on the same arrays.
 
-Everything comes out as plain data; `tables` shows it and `plots` draws it.
+The results are plain data. `tables` shows the data and `plots` draws them.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from .timing import graph_times, kernel_times, NotTimed, Timing, wall_times
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """An implementation that takes part. `make` is as in `Peer`, and says itself what it cannot express."""
+    """An implementation that is measured. `make` is as in `Peer`, and raises `CannotExpress` for a case that it cannot do."""
 
     name: str
     make: Callable[[Case], Any]
@@ -41,7 +41,7 @@ class Candidate:
 
 
 def candidates(platform: str, backends: Sequence[str | None], peers: bool, gradients: bool) -> list[Candidate]:
-    """Ours, once for each backend (None is the automatic choice), and the peers that run there."""
+    """Our implementation once per backend (None is the automatic choice), and the peers that run on the platform."""
     ours = [
         Candidate(f"ejk-ragged {name}" if name else "ejk-ragged", functools.partial(decode_step, backend=name), ours=True)
         for name in backends
@@ -54,7 +54,7 @@ def _peer(peer: Peer) -> Candidate:
 
 
 def decode_step(case: Case, backend: Any = None, fwd_params: FwdParams | None = None, function=ragged_decode_attention):
-    """Our call for a case, as `Peer.make` gives those of others; or another function of the same arguments."""
+    """Our call for a case, in the form that `Peer.make` returns. `function` may be another function with the same arguments."""
 
     def call(sequence_start, sequence_end, **arrays):
         whole = case.lengths == ("full",) and case.seq_len % (case.page_size or 1) == 0
@@ -66,7 +66,7 @@ def decode_step(case: Case, backend: Any = None, fwd_params: FwdParams | None = 
 
 
 def _lower(call, case, inputs, gradients):
-    """What has to be compiled: the forward step, or the whole gradient and the two halves of it."""
+    """The programs to compile: the forward step, or the whole gradient and its two halves."""
     if not gradients:
         return [jax.jit(call).lower(**inputs.arguments())]
 
@@ -86,21 +86,21 @@ def _lower(call, case, inputs, gradients):
 
 
 def _parts(case, inputs, run=0):
-    """The arguments that gradients are taken with respect to, and the others."""
+    """Two groups of arguments: those that gradients are taken with respect to, and the others."""
     arguments = inputs.arguments(run)
     return {name: arguments.pop(name) for name in differentiated(case)}, arguments
 
 
 @dataclasses.dataclass(frozen=True)
 class Works:
-    """The calls of one candidate that are timed, by name, with the number of the run, and how to wait for one."""
+    """The timed calls of one candidate, by name. A call takes the number of the run. `wait` waits for the result of a call."""
 
     calls: dict[str, Callable[[int], Any]]
     wait: Callable[[Any], Any] = jax.block_until_ready
 
 
 def _prepare(candidate, case, inputs, compiled, gradients) -> Works:
-    """The calls of a candidate; `compiled` is what `_lower` gave, compiled, or what a `Peer` of PyTorch makes."""
+    """The calls of a candidate. `compiled` holds the compiled programs of `_lower`, or the two functions of a `Peer` of PyTorch."""
     copies = range(len(inputs.caches))
     if candidate.torch:
         import torch  # pyright: ignore[reportMissingImports]
@@ -121,7 +121,7 @@ def _prepare(candidate, case, inputs, compiled, gradients) -> Works:
 
 
 def _check(candidate, works, sample) -> dict[str, Any]:
-    """The worst of what every call of a candidate gives beside the oracle; "refused" says that it is wrong."""
+    """The largest error of a candidate's calls against the oracle. "refused" is set if a call is wrong."""
     worst: dict[str, Any] = {"error": 0.0}
     for call in works.calls.values():
         results = call(0)
@@ -152,7 +152,7 @@ def _time(candidate, works, runs) -> dict[str, Timing]:
 
 
 def reason(error: BaseException) -> str:
-    """An exception in a line."""
+    """An exception as one line of text."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed"
     text = str(error).strip().splitlines()
@@ -167,7 +167,7 @@ def reason(error: BaseException) -> str:
 def measure(
     case: Case, machine: Machine, entrants: Sequence[Candidate], seed: int, runs: int = 15, gradients: bool = False
 ) -> dict[str, Any]:
-    """One case: every candidate checked on a sample of it and timed, or the reason why not.
+    """Measures one case. Each candidate is checked on a sample of the case and then timed, or has the reason why not.
 
     Raises:
         TooLarge: the case does not fit into memory.
@@ -196,7 +196,7 @@ def measure(
 
 
 def _take_part(entrant, futures, case, inputs, sample, machine, runs) -> tuple[dict[str, Any], dict[str, Callable]]:
-    """One candidate checked, and timed if kernels are what is timed; otherwise its calls, to be timed with those of others."""
+    """Checks one candidate. If kernels are timed, times it too. Otherwise returns its calls, which take turns with others."""
     works = _prepare(entrant, case, inputs, [future.result() for future in futures], sample.gradients)
     verdict = _check(entrant, works, sample)
     if "refused" in verdict:
@@ -208,7 +208,7 @@ def _take_part(entrant, futures, case, inputs, sample, machine, runs) -> tuple[d
 
 @contextlib.contextmanager
 def _quiet(wanted):
-    """Without the warnings of others' code."""
+    """A context that hides warnings if `wanted`. Used for the code of other projects."""
     with warnings.catch_warnings():
         if wanted:
             warnings.simplefilter("ignore")
@@ -217,7 +217,7 @@ def _quiet(wanted):
 
 @contextlib.contextmanager
 def findings(found, name):
-    """Whatever an implementation raises is a finding about it; that there is no room is none."""
+    """A context that stores an error under `name`. An error counts against the implementation, except `TooLarge`."""
     try:
         yield
     except TooLarge as error:
@@ -227,12 +227,12 @@ def findings(found, name):
 
 
 def _compile(program):
-    """A lowered program compiled; what is none stays what it is."""
+    """Compiles a lowered program. Returns anything else unchanged."""
     return program.compile() if hasattr(program, "compile") else program
 
 
 def _summary(asked, case, machine, inputs, entrants, found, seed, gradients) -> dict[str, Any]:
-    """One case as data: what it is, what has to move, and what was found."""
+    """One case as data: its description, the bytes that it has to move, and the results."""
     explanation = decode_step(case, function=explain)(**inputs.arguments())
     chosen = explanation[machine.platform]
     live_tokens, live_bytes = padded(case).live_tokens(seed), padded(case).live_bytes(seed)
@@ -261,7 +261,7 @@ def _summary(asked, case, machine, inputs, entrants, found, seed, gradients) -> 
 
 
 def _result(entrant, found, moved, bandwidth) -> dict[str, Any]:
-    """One candidate as data; the fraction is of what has its own clock: the backward operation, or the forward step."""
+    """One candidate as data. The fraction is that of the backward operation for gradients, and of the forward step otherwise."""
     result = {"name": entrant.name, "ours": entrant.ours} | found
     if "timings" in result:
         result["timings"] = {name: timing.as_dict() for name, timing in result["timings"].items()}
@@ -272,7 +272,7 @@ def _result(entrant, found, moved, bandwidth) -> dict[str, Any]:
 
 
 def _ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With each candidate's time as a multiple of that of our first one: of what users wait for."""
+    """Adds each candidate's time, divided by the time of our first candidate. Times are those of the whole gradient or step."""
     whole = lambda result: (result["timings"].get("gradient") or result["timings"]["forward"])["seconds"]
     timed = [result for result in results if "timings" in result]
     first = next((whole(result) for result in timed if result["ours"]), None)
@@ -282,9 +282,9 @@ def _ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def scaling(machine: Machine, base: Case, seed: int, backend: str | None = None, runs: int = 15) -> dict[str, Any]:
-    """Time against live tokens in the cache of `base`, and against the cache's size with the same few live tokens.
+    """Measures time against live tokens with the cache of `base`, and time against the cache's size with the same live tokens.
 
-    A point that fails, or has no room, is left out, and it is said why.
+    A point that fails or does not fit into memory is left out. "left_out" has the reason.
     """
     ours = candidates(machine.platform, [backend], peers=False, gradients=False)
     left_out: dict[str, dict[str, str]] = {}

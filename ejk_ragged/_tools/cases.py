@@ -1,6 +1,6 @@
-"""Realistic decode steps, of shapes that strain different things and of known models: what is explained, timed and tuned.
+"""Realistic decode steps, for `explain`, the benchmark and the tuner. Some strain one thing each, and some are of known models.
 
-Each can also be had with several query tokens a sequence, with a quantised cache, and with its cache in pages.
+Each case has variants: with several query tokens per sequence, with a quantised cache, and with its cache in pages.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ BATCHES = (
 # A step that two CPU cores do in a fraction of a second.
 CPU_STEP = Case("cpu-step", 8, 4096, 32, 8, 128, "float32", ("skew", 100, 700))
 
-# What the benchmark measures on a CPU. The two of few live tokens have the same lengths in caches of two sizes.
+# The cases of the benchmark on a CPU. The two short cases have the same lengths, in caches of two sizes.
 CPU = (
     Case("cpu-full", 8, 4096, 32, 8, 128, "float32"),
     Case("cpu-full-bf16", 8, 4096, 32, 8, 128, "bfloat16"),
@@ -71,20 +71,20 @@ CPU = (
 )
 
 GROUPS = {"shapes": SHAPES, "models": MODELS, "latent": LATENT, "widths": WIDTHS, "batches": BATCHES, "cpu": CPU}
-# What is measured of a group only for some of its cases; a case that is named has all that is asked for.
+# If a group is asked for, only these of its cases have gradients, splits or several tokens. A case that is named has all of them.
 GRADIENT_CASES = {"full", "ragged", "mha", "cap", "skew", "cpu-full"}
 SPLIT_CASES = {"full", "one", "cpu-full"}
 TOKEN_CASES = {"full", "ragged", "mha", "cpu-full"}
 
 SHORT = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
-SCALES = ("row", "sequence", "head", "number")  # as `Case.scales` has them
+SCALES = ("row", "sequence", "head", "number")  # values of `Case.scales`
 
 
 def named(names: Sequence[str]) -> list[Case]:
-    """The cases of names and of groups of names.
+    """The cases with these names. A name may be that of a group.
 
     Raises:
-        ValueError: a name that is neither.
+        ValueError: a name is neither a case nor a group.
     """
     known = {case.name: [case] for group in GROUPS.values() for case in group} | GROUPS
     if unknown := [name for name in names if name not in known]:
@@ -95,7 +95,7 @@ def named(names: Sequence[str]) -> list[Case]:
 def variants(
     case: Case, tokens: Sequence[int] = (), cache_dtypes: Sequence[str] = (), scales: str = "row", page_sizes: Sequence[int] = ()
 ) -> list[Case]:
-    """`case` itself first; then with several tokens, with a quantised cache, and with both; then all of these in pages."""
+    """`case`, then `case` with several tokens, with a quantised cache, and with both. Then the same again in pages."""
     return [
         dataclasses.replace(case, num_tokens=count, cache_dtype=held, scales=held and scales, page_size=page_size)
         for page_size in (None, *filter(None, dict.fromkeys(page_sizes)))
@@ -105,7 +105,7 @@ def variants(
 
 
 def variant(case: Case) -> str:
-    """What distinguishes it from the case of its name, in words; nothing of the case itself."""
+    """The differences from the case with the same name, in words. "" for the case itself."""
     words = [] if case.page_size is None else [f"pages of {case.page_size}"]
     words += [] if case.cache_dtype is None else [SHORT.get(case.cache_dtype, case.cache_dtype)]
     words += [] if case.scales in (None, "row") else [f"scales by {case.scales}"]
@@ -114,5 +114,5 @@ def variant(case: Case) -> str:
 
 
 def label(case: Case) -> str:
-    """Its name, and which variant it is."""
+    """The name of the case, and its variant."""
     return " ".join(filter(None, (case.name, variant(case))))

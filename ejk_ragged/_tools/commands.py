@@ -1,4 +1,4 @@
-"""What the commands do, as `options` has parsed them."""
+"""Runs the commands, with the arguments that `options` has parsed."""
 
 import argparse
 import json

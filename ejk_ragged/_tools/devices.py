@@ -1,4 +1,4 @@
-"""The part of the benchmark about many devices: a decode step with its cache on one device, and split over all."""
+"""The benchmark's part about many devices: a decode step with its cache on one device, and split over all devices."""
 
 import dataclasses
 import functools
@@ -26,14 +26,15 @@ SPLITS = {"batch": ("batch", "b"), "kv heads": ("num_kv_heads", "qh"), "rows": (
 def measure(
     case: Case, machine: Machine, devices: Sequence[Any], seed: int, backend: str | Backend | None = None, runs: int = 15
 ) -> dict[str, Any]:
-    """One case, checked and timed on the first device and on all of them for each way to split its cache, or the reason why not.
+    """Checks and times one case on the first device, and on all devices for each way to split its cache.
 
-    The time is that of a call in a loop on the devices, where each query has the output of the call before.
+    A way that fails has the reason. The time is that of a call in a loop on the devices. Each query of the loop contains the output
+    of the call before.
 
     Raises:
         TooLarge: the case does not fit into memory.
     """
-    asked, case = case, fit(case, machine.memory, 2)  # the first device has its share of the split copies beside the whole ones
+    asked, case = case, fit(case, machine.memory, 2)  # the first device holds whole copies and its share of the split copies
     inputs = draw_cold(case, seed, machine, runs, 2)
     sample = Sample(case, inputs, gradients=False)
     call = decode_step(case, backend)
@@ -55,7 +56,7 @@ def measure(
 
 
 def _split(case, inputs: Inputs, mesh, letters: str) -> Inputs:
-    """The same arrays on a mesh: cache and query split along the axes of these letters, the rest on every device."""
+    """The arrays on a mesh. Cache and query are split along the axes of these letters. Other arrays are on every device."""
 
     def put(name, x):
         split = letters_of(name, x, case) if name not in inputs.rest or name == "query" else ""

@@ -1,4 +1,4 @@
-"""The arrays of a case, drawn afresh for every run, and a sample of them for which the oracle says what is right."""
+"""The arrays of a case, drawn from the seed of a run, and a sample of them that is compared with the oracle."""
 
 import dataclasses
 import functools
@@ -17,9 +17,9 @@ from ejk_ragged.testing import Case, oracle, oracle_gradients, relative_error, t
 from .machine import Machine
 
 
-COLD_BYTES = 400e6  # read between two uses of the same copy of a cache, several times what the caches of a GPU hold
+COLD_BYTES = 400e6  # read between two uses of one copy of a cache. A GPU's own caches hold much less
 MOST_COPIES = 24
-# Peers may round where our contract says not to, but not answer another question.
+# Peers may round more than our contract allows. These tolerances still find a peer that computes something else.
 PEER_TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2, "float64": 1e-9}
 
 CACHE = ("key", "value", "key_scale", "value_scale")
@@ -30,7 +30,7 @@ class TooLarge(ValueError):
 
 
 def fit(case: Case, memory: int, copies: int) -> Case:
-    """`case` with as many of its sequences as leave room for `copies` of the cache in 0.6 of `memory`.
+    """`case` with fewer sequences if needed, so that `copies` of the cache fit into 0.6 of `memory`.
 
     Raises:
         TooLarge: not even one sequence fits.
@@ -43,12 +43,12 @@ def fit(case: Case, memory: int, copies: int) -> Case:
 
 
 def padded(case: Case) -> Case:
-    """The case with its cache not in pages: its lengths and its bytes are those of the case in pages."""
+    """The case with a padded cache. Its lengths and its bytes are the same as those of the case in pages."""
     return dataclasses.replace(case, page_size=None)
 
 
 def stored(case: Case) -> Case:
-    """A case whose padded cache has the shape of the cache of `case`: each page is a sequence of it, if there are pages."""
+    """A case whose padded cache has the shape of the cache of `case`. If `case` has pages, each page counts as a sequence."""
     if case.page_size is None:
         return case
     pool = {"batch": case.batch * pages(case), "seq_len": case.page_size, "lengths": ("full",), "page_size": None}
@@ -56,17 +56,17 @@ def stored(case: Case) -> Case:
 
 
 def pages(case: Case) -> int:
-    """Pages of each sequence: entries of a sequence in the page table."""
+    """Number of pages per sequence, which is the number of its entries in the page table."""
     return -(-case.seq_len // (case.page_size or case.seq_len))
 
 
 def value_dim(case: Case) -> int:
-    """Columns of the value, and of the output."""
+    """Number of columns of the value and of the output."""
     return case.value_columns[1] - case.value_columns[0] if case.value_columns else case.value_dim or case.head_dim
 
 
 def cache_bytes(case: Case) -> int:
-    """Of K and V, and of a scale for each of their rows."""
+    """Bytes of K and V. Scales count if there is one per row."""
     widths = [case.head_dim] if case.value_columns else [case.head_dim, value_dim(case)]
     itemsize = jnp.dtype(case.cache_dtype or case.dtype).itemsize
     row = sum(width * itemsize + 4 * (case.scales == "row") for width in widths)
@@ -74,21 +74,24 @@ def cache_bytes(case: Case) -> int:
 
 
 def settings(case: Case) -> dict[str, Any]:
-    """The arguments of a call for `case` that are no arrays."""
+    """The arguments of a call for `case` that are not arrays."""
     in_rows = {"value": None, "value_columns": case.value_columns} if case.value_columns else {}
     return {name: getattr(case, name) for name in ("softmax_scale", "sliding_window", "logits_soft_cap")} | in_rows
 
 
 def differentiated(case: Case) -> tuple[str, ...]:
-    """What gradients are taken with respect to: a quantised cache and a pool of pages have none."""
+    """The names of the arguments that have gradients. A quantised cache and a pool of pages have none."""
     if case.cache_dtype or case.page_size:
         return ("query",)
     return ("query", "key") if case.value_columns else ("query", "key", "value")
 
 
 def letters_of(name: str, x, case: Case) -> str:
-    """The axes of an argument: b sequence, t token, q query head, h kv head, s row of the cache, d head dimension, n sink; p page
-    of a pool, r row of a page, e entry of a page table."""
+    """The axes of an argument, one letter per axis.
+
+    b sequence, t token, q query head, h kv head, s row of the cache, d head dimension, n sink, p page of a pool, r row of a page,
+    e entry of a page table.
+    """
     first, rows = ("b", "s") if case.page_size is None else ("p", "r")
     match name:
         case "query":
@@ -113,8 +116,9 @@ class Inputs:
     """Arrays of one case, by the names of a call's arguments.
 
     Attributes:
-        rest: all but the cache; `sequence_start` and `sequence_end` also where they say nothing; `page_table` if there are pages.
-        caches: copies of the cache with values of their own, to be used in turn.
+        rest: all arguments but the cache. `sequence_start` and `sequence_end` are always there, even if ranges are whole.
+            `page_table` is there if the cache is in pages.
+        caches: copies of the cache, each with values of its own. Runs use the copies in turn.
         d_out: a cotangent of the output.
     """
 
@@ -127,7 +131,7 @@ class Inputs:
 
 
 def types(case: Case) -> dict[str, Any]:
-    """The arguments of a call for `case`, with a type in place of each array: nothing of the case's size is drawn."""
+    """The arguments of a call for `case`, with the shape and dtype in place of each array. No large array is drawn."""
     sizes = {"b": case.batch, "s": case.seq_len}
 
     def type_of(name, x):
@@ -139,7 +143,7 @@ def types(case: Case) -> dict[str, Any]:
 
 
 def draw(case: Case, seed: int, copies: int, on_device: bool) -> Inputs:
-    """Everything but the caches as the case draws it; those, being large, are drawn where they are used."""
+    """Draws the arrays of a case. Caches are large, so `on_device` draws them on the device."""
     start, end = padded(case).ranges(seed)
     bounds = {
         "sequence_start": np.zeros(case.batch, np.int32) if start is None else start,
@@ -151,7 +155,7 @@ def draw(case: Case, seed: int, copies: int, on_device: bool) -> Inputs:
     *keys, last = jax.random.split(jax.random.key(seed), copies + 1)
     if on_device:
         caches = [_cache(stored(case), key) for key in keys]
-    else:  # NumPy is faster there
+    else:  # on a CPU, NumPy is faster
         drawn = [stored(case).draw(seed + i) for i in range(copies)]
         caches = [{name: jnp.asarray(one[name]) for name in CACHE if one.get(name) is not None} for one in drawn]
     d_out = jax.random.normal(last, (*small["query"].shape[:-1], value_dim(case)), jnp.dtype(case.dtype))
@@ -159,14 +163,15 @@ def draw(case: Case, seed: int, copies: int, on_device: bool) -> Inputs:
 
 
 def _page_table(case: Case, seed: int) -> np.ndarray:
-    """The pool has a page for every entry, and they are in random order."""
+    """A page table in which each page of the pool occurs once, in random order."""
     count = case.batch * pages(case)
     return np.random.default_rng([seed, 3]).permutation(count).astype(np.int32).reshape(case.batch, -1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _cache(case: Case, key) -> dict[str, jax.Array]:
-    """Normal values, quantised row by row if the cache is; scales of fewer axes are the means of those, for any will do."""
+    """A cache of normal values. A quantised cache is quantised row by row. Scales with fewer axes are means of the scales per row:
+    the values of the scales do not matter here."""
     widths = {"key": case.head_dim} if case.value_columns else {"key": case.head_dim, "value": value_dim(case)}
     means = {"row": (), "sequence": 2, "head": (0, 2), "number": (0, 1, 2)}
     cache = {}
@@ -180,13 +185,13 @@ def _cache(case: Case, key) -> dict[str, jax.Array]:
 
 
 def draw_cold(case: Case, seed: int, machine: Machine, runs: int, per_copy: int = 1) -> Inputs:
-    """With as many copies of the cache as it takes, and as fit, so that none comes from a GPU's own caches.
+    """Draws a case with so many copies of the cache that a run never finds its copy in the GPU's own caches.
 
-    `per_copy` is how many times the cache's size each copy needs.
+    There are fewer copies if memory is short. A copy needs `per_copy` times the size of the cache.
     """
     cold = math.ceil(COLD_BYTES / max(padded(case).live_bytes(seed), 1))
     wanted = max(2, min(cold, runs, MOST_COPIES)) if machine.counts_kernels else 1
-    gc.collect()  # what the case before has left behind takes memory
+    gc.collect()  # frees the memory of the previous case
     copies = max(1, min(wanted, int(0.6 * machine.memory // (per_copy * cache_bytes(case)))))
     return draw(case, seed, copies, machine.platform != "cpu")
 
@@ -196,13 +201,13 @@ def draw_cold(case: Case, seed: int, machine: Machine, runs: int, per_copy: int 
 
 
 class Wrong(Exception):
-    """A result differs from the oracle's."""
+    """A result differs from the oracle's by more than the tolerance."""
 
 
 class Sample:
-    """A few sequences and heads of a case, and what the oracle says of them: whole cases would take it minutes.
+    """A few sequences and heads of a case, with the oracle's results for them. For a whole case the oracle would take minutes.
 
-    The oracle gets a padded cache: where the cache is a pool, the pages of these sequences are put one after another.
+    The oracle gets a padded cache. If the cache is a pool, the pages of these sequences are joined first.
     """
 
     def __init__(self, case: Case, inputs: Inputs, gradients: bool):
@@ -212,7 +217,8 @@ class Sample:
         lengths = np.asarray(arguments["sequence_end"]) - np.asarray(arguments["sequence_start"])
         self.batch = np.unique([np.argmax(lengths), np.argmin(lengths)])
         last = case.num_kv_heads - 1
-        self.kv_heads = np.unique([last if case.num_tokens else 0, last])  # the oracle takes its time for every token
+        # The oracle's time grows with the tokens, so a sample with several tokens has one kv head.
+        self.kv_heads = np.unique([last if case.num_tokens else 0, last])
         group = case.num_q_heads // case.num_kv_heads
         self.heads = np.concatenate([np.arange(h * group, (h + 1) * group) for h in self.kv_heads])
         sampled = {name: self.of(name, x) for name, x in arguments.items()} | settings(case)
@@ -235,13 +241,13 @@ class Sample:
         return np.asarray(x[index])
 
     def verify(self, call: Callable[[int], Any]):
-        """Raises `Wrong` unless a forward call of ours is right."""
+        """Raises `Wrong` if the result of a forward call of ours is wrong."""
         verdict = self.compare({"out": call(0)}, strict=True)
         if not verdict["ok"]:
             raise Wrong(differs(verdict))
 
     def compare(self, results: Mapping[str, Any], strict: bool) -> dict[str, Any]:
-        """The largest relative error of the results, what is tolerated, and whether that was kept."""
+        """The largest relative error of the results, its tolerance, and whether the error is within the tolerance."""
         worst, dtype = {"error": -1.0, "tolerance": 0.0, "ok": True}, self.case.dtype
         for name, (want, size) in self.want.items():
             got = self.of("query" if name == "out" else name.removeprefix("d_"), results[name])
@@ -256,7 +262,7 @@ class Sample:
 
 
 def _joined(pages: np.ndarray, axis: int) -> np.ndarray:
-    """The rows of pages [P, ...], which are on an axis of the pages, one after another."""
+    """The rows of pages [P, ...], one page after another. `axis` is the axis of the rows."""
     return np.concatenate(list(pages), axis - 1)
 
 

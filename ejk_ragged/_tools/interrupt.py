@@ -8,28 +8,28 @@ import threading
 from collections.abc import Callable, Iterator
 
 
-STATUS = 130  # as shells have it: 128 and the number of the signal
+STATUS = 130  # the convention of shells: 128 plus the number of the signal
 
 
 @contextlib.contextmanager
 def says(kept: Callable[[], str]) -> Iterator[None]:
-    """Inside, Ctrl-C ends the process at once, with a line in which `kept` says what is kept, and where.
+    """A context in which Ctrl-C ends the process at once. A last line says what is kept and where: the text that `kept` returns.
 
-    No KeyboardInterrupt is raised. Compiled code that calls Python back may take one for an error of that Python code. And an
-    interpreter that ends in the usual way waits for the threads that compile, or aborts because of them. So nothing may have to be
-    tidied up after the end: files are replaced as a whole.
+    No KeyboardInterrupt is raised, for two reasons. Compiled code that calls back into Python may treat a KeyboardInterrupt as an
+    error of that Python code. And an interpreter that ends in the usual way waits for the threads that compile, or is aborted by
+    them. So no code can clean up at the end. None is needed, because files are replaced as a whole.
     """
 
     def end(number, frame):
-        with contextlib.suppress(Exception):  # what is interrupted may be writing there
+        with contextlib.suppress(Exception):  # the interrupted code may be writing to it
             sys.stdout.flush()
-        terminal = "\r\033[K\033[?25h" if sys.stderr.isatty() else ""  # over a bar, which hides the cursor
+        terminal = "\r\033[K\033[?25h" if sys.stderr.isatty() else ""  # ends a progress bar: clears it, shows the cursor
         os.write(2, f"{terminal}Interrupted. {kept()}\n".encode())  # `sys.stderr` may be busy
         os._exit(STATUS)
 
     before = signal.getsignal(signal.SIGINT)
     if before in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():
-        yield  # whoever started the process wants no Ctrl-C here, or handles it
+        yield  # Ctrl-C is ignored or handled outside Python, or this is another thread
         return
     signal.signal(signal.SIGINT, end)
     try:

@@ -1,4 +1,4 @@
-"""Where things are measured: the device, its memory, and how fast that memory can be read and copied."""
+"""The machine of a benchmark: the device, its memory, and the bandwidth of reading and copying the memory."""
 
 import dataclasses
 import os
@@ -13,13 +13,13 @@ from .timing import graph_times, kernel_times, wall_times
 
 
 def default_platform() -> str:
-    """The platform on which arrays are computed unless told otherwise."""
+    """The platform of JAX's default device."""
     return platform_of(jax.devices()[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where the benchmark runs, and bandwidths measured there: bytes per second of reading, and of copying, read plus written."""
+    """The device of a benchmark, and its bandwidths in bytes per second. For copying, read and written bytes both count."""
 
     platform: str
     device: str
@@ -42,7 +42,7 @@ class Machine:
 
 
 def read_bandwidth(platform: str, memory: int) -> float:
-    """Bytes per second of reading memory once, in order, on a device with `memory` bytes: the best of what was tried."""
+    """Bytes per second of reading memory once, in order, on a device with `memory` bytes. The best of several ways."""
     size = _power_of_two(min(memory // 8, 4 << 30 if platform != "cpu" else 256 << 20))
     rows = jax.random.bits(jax.random.key(0), (1 << 15, size >> 17), jnp.uint32)
     largest = jax.jit(lambda x: jnp.max(x, axis=1))
@@ -54,10 +54,10 @@ def read_bandwidth(platform: str, memory: int) -> float:
 
 
 def copy_bandwidth(platform: str, memory: int) -> float:
-    """Bytes per second, read plus written, of copying memory once: the best of XLA's and, on a GPU, PyTorch's copy."""
+    """Bytes per second of copying memory once, read plus written. The better of XLA's copy and, on a GPU, PyTorch's copy."""
     size = _power_of_two(min(memory // 16, 2 << 30 if platform != "cpu" else 256 << 20))
     source = jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(0), (size >> 2,), jnp.uint32), jnp.int32)
-    inverted = jax.jit(lambda x: ~x)  # a plain copy might not be a kernel
+    inverted = jax.jit(lambda x: ~x)  # XLA might do a plain copy without a kernel
     if platform == "cpu":
         return 2 * size / wall_times({"xla": lambda run: inverted(source)}, 5)["xla"].seconds
     best = kernel_times(lambda run: inverted(source), 8).time.least
@@ -65,7 +65,7 @@ def copy_bandwidth(platform: str, memory: int) -> float:
         import torch  # pyright: ignore[reportMissingImports]
 
         best = min(best, _torch_copy(torch, torch.from_dlpack(source)))
-    except Exception:  # not installed, or without this GPU, or no room: XLA's copy stands
+    except Exception:  # PyTorch is not installed, does not see this GPU, or has no memory: XLA's copy counts
         pass
     return 2 * size / best
 

@@ -1,4 +1,4 @@
-"""What the commands take: their help, and their arguments."""
+"""The command line: the help and the arguments of each command."""
 
 import argparse
 import pathlib
@@ -17,11 +17,13 @@ from .tune import PROBLEM
 DESCRIPTION = """\
 Ragged decode attention for JAX: what is installed here, and whether it works.
 
-Prints the versions and devices, every installed backend, which backend would run on each platform and why the
-others would not, a check of each backend that can run here against a float64 oracle (output, log-sum-exp and
-gradients), and the time of one decode step beside jax.nn.dot_product_attention. The report takes about a minute.
+Prints a report, which takes about a minute:
+  - the versions and the devices;
+  - the installed backends, which of them would run on each platform, and why the others would not;
+  - a check of each backend that can run here against a float64 oracle: output, log-sum-exp and gradients;
+  - the time of one decode step, and that of jax.nn.dot_product_attention.
 
-`bench` measures speed at length, `tune` searches the fastest hints, and `explain` says what would run for shapes of your own.
+`bench` measures speed in detail, `tune` searches for the fastest hints, and `explain` says what would run for given shapes.
 `python -m ejk_ragged bench --help` says more.
 """
 EPILOG = f"""\
@@ -34,29 +36,29 @@ examples:
   python -m ejk_ragged                      the whole report
   python -m ejk_ragged --checks window cap  only these checks
   python -m ejk_ragged --json               the same for a program
-  python -m ejk_ragged bench --peers        how fast, beside other implementations
+  python -m ejk_ragged bench --peers        times, next to other implementations
   python -m ejk_ragged explain 64,16384,32:8,128,bfloat16
 """
 
-BENCH_HELP = "how fast: realistic cases, beside other implementations"
+BENCH_HELP = "time realistic cases, next to other implementations"
 BENCH = """\
-How fast decode steps are here: realistic cases, each checked against a float64 oracle and then timed.
+Measures decode steps on this machine. Each realistic case is checked against a float64 oracle and then timed.
 
-On a GPU the time is that of the kernels, as JAX's profiler sees them, with the cache rotated so that none of it comes
-from the GPU's own caches; on a CPU it is wall time, the least of several runs. The output also has the memory's bandwidth,
-measured in the same run: "fraction" is the live bytes of K and V, divided by the time and by that bandwidth. For
-gradients it is the backward operation's: the live K and V read, and gradients of the whole cache written, beside the
-bandwidth of copying. Lengths and data are drawn afresh for every run; the seed is printed.
+On a GPU, the time is that of the kernels, as JAX's profiler sees them. Runs take turns on several copies of the cache, so
+that no run finds its cache in the GPU's own caches. On a CPU, the time is wall time, the least of several runs. The memory's
+bandwidth is measured in the same run. "Fraction" is the live bytes of K and V, divided by the time and by the bandwidth. For
+gradients, "fraction" is that of the backward operation: it reads the live K and V, writes gradients of the whole cache, and
+is compared with the bandwidth of copying. Lengths and data are drawn anew for every run. The seed is printed.
 
-With --tokens and --cache-dtype cases are measured with several query tokens and with quantised caches as well, whose
-bytes count their scales and whose gradient is the query's alone. "Beside plain" is their time, divided by that of the same
-case without.
+--tokens and --cache-dtype add variants with several query tokens and with quantised caches. The bytes of a quantised cache
+include its scales. Only the query has a gradient then. "Beside plain" is the time of a variant, divided by the time of the
+same case with one token and a cache of the query's dtype.
 
-With --page-size all of this is measured with the cache in pages as well, which are in random order. The bytes are those of
-the padded cache and the entries of the page table, and the gradient is the query's alone. "Padded" is the fraction of the
-same call on a padded cache, and "beside padded" is the time, divided by that call's.
+--page-size adds the same with the cache in pages, in random order. The bytes are those of the padded cache and of the
+entries of the page table. Only the query has a gradient then. "Padded" is the fraction of the same call on a padded cache.
+"Beside padded" is the time, divided by the time of the same call on a padded cache.
 
-A peer that is not installed, cannot express a case, fails, or differs from the oracle is named with the reason, not timed.
+A peer is not timed if it is not installed, cannot express a case, fails, or differs from the oracle. The output has the reason.
 """
 LISTED = "\n".join(
     textwrap.fill(" ".join(case.name for case in some), 110, initial_indent=f"  {group:9}", subsequent_indent=" " * 11)
@@ -65,8 +67,8 @@ LISTED = "\n".join(
 BENCH_EPILOG = f"""\
 cases, by group:
 {LISTED}
-Without --cases: shapes and models, or on a CPU the cases for it, and how time follows live tokens and the cache's size.
-Cases that do not fit into memory are given fewer sequences, or skipped, and it is said.
+Without --cases: the groups shapes and models, or the group cpu on a CPU. Also how time follows live tokens and cache size.
+A case that does not fit into memory gets fewer sequences or is skipped. The output says so.
 
 examples:
   python -m ejk_ragged bench
@@ -77,15 +79,14 @@ examples:
   python -m ejk_ragged bench --cases full one --split only
 """
 
-TUNE_HELP = "search the fastest hints for this device, and remember them"
+TUNE_HELP = "search for the fastest hints on this device, and save them"
 TUNE = """\
-Searches the tuning hints that a backend declares, for problems as they are met here, and remembers the best.
+Tries the tuning hints that a backend suggests for a problem, and saves the best hints.
 
-Every candidate is compiled, compared with a float64 oracle and timed as `bench` does it; those that are wrong or do not
-compile are left out. The best is saved by backend and its version, device, and class of problem (dtypes of query and
-cache, heads, head dimension, soft cap or none, and batch, query tokens and cache length up to the next power of two).
-Calls that give no hints of their own pick it up by themselves, and `ejk_ragged.explain` says so. Nothing is ever tuned
-inside a call.
+Each candidate is compiled, compared with a float64 oracle, and timed as `bench` does. A candidate that is wrong or does not
+compile is left out. The best hints are saved per version of a backend, device, and class of problems. A class has the dtypes
+of query and cache, the heads, the head dimension, soft cap or none, and batch, query tokens and cache length up to the next
+power of two. Calls without hints of their own use saved hints, and `ejk_ragged.explain` says so. No call ever tunes.
 """
 TUNE_EPILOG = """\
 examples:
@@ -96,13 +97,13 @@ examples:
   python -m ejk_ragged tune --cases cpu-skew --file hints.json  then: with ejk_ragged.tuned_hints("hints.json"): ...
 """
 
-EXPLAIN_HELP = "which backend would run for these shapes on each platform, and why not the others"
+EXPLAIN_HELP = "say which backend would run for given shapes on each platform, and why the others would not"
 EXPLAIN = f"""\
-Which backend would run on each platform, and why not the others, for problems given by their shapes.
+Says which backend would run on each platform for problems of given shapes, and why the other backends would not.
 
-Nothing of the problem's size is made, and no GPU is needed: a problem is written {PROBLEM},
-that is batch, rows of the cache, query heads and kv heads, head dimension, dtype; then, where they apply, the dtype of a
-quantised cache, the number of query tokens, and that there is a soft cap. The name of a case of `bench` is a problem too.
+No large array is made, and no GPU is needed. A problem is written {PROBLEM}:
+batch, rows of the cache, query heads and kv heads, head dimension, dtype. Three parts are optional: the dtype of a quantised
+cache, the number of query tokens, and the word cap for a soft cap. The name of a case of `bench` is a problem too.
 """
 EXPLAIN_EPILOG = """\
 examples:
@@ -113,7 +114,7 @@ examples:
 
 
 def parser(report: Callable, bench: Callable, tune: Callable, explain: Callable) -> argparse.ArgumentParser:
-    """The command line. What runs a command is in `run` of the parsed arguments, and the command's own parser in `command`."""
+    """The parser. Parsed arguments have the function that runs the command in `run`, and the command's own parser in `command`."""
     whole = argparse.ArgumentParser(
         prog="python -m ejk_ragged",
         description=DESCRIPTION,
@@ -121,8 +122,8 @@ def parser(report: Callable, bench: Callable, tune: Callable, explain: Callable)
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     whole.add_argument("--version", action="version", version=f"ejk-ragged {__version__}")
-    whole.add_argument("--json", action="store_true", help="print JSON; nothing else goes to standard output")
-    whole.add_argument("--checks", nargs="+", metavar="NAME", help="check only these cases, of those below")
+    whole.add_argument("--json", action="store_true", help="print JSON to standard output, and nothing else")
+    whole.add_argument("--checks", nargs="+", metavar="NAME", help="check only these cases of the list below")
     whole.set_defaults(run=report, command=whole)
     commands = whole.add_subparsers(title="commands", metavar="COMMAND")
     for name, run, arguments, texts in (
@@ -133,7 +134,7 @@ def parser(report: Callable, bench: Callable, tune: Callable, explain: Callable)
         texts = dict(zip(("help", "description", "epilog"), texts, strict=True))
         command = commands.add_parser(name, **texts, formatter_class=argparse.RawDescriptionHelpFormatter)
         arguments(command)
-        # Without a default, which would undo a --json that is given before the command's name.
+        # No default here: it would undo a --json that stands before the command's name.
         command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON instead of text")
         command.set_defaults(run=run, command=command)
     return whole
@@ -156,30 +157,36 @@ def _number(kind, text, least, what):
         number = kind(text)
     except ValueError:
         number = None
-    if number is None or not number >= least:  # NaN is not
+    if number is None or not number >= least:  # true for NaN too
         raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
     return number
 
 
 def _named_cases(command, text, default):
-    """`--cases`, and `--rows` as the option was called before."""
+    """The option `--cases`. Its former name, `--rows`, still works."""
     command.add_argument("--cases", nargs="+", metavar="NAME", dest="names", default=default, help=text)
     command.add_argument("--rows", nargs="+", dest="names", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _bench_arguments(command):
-    _named_cases(command, "cases, or groups of them", default=None)
+    _named_cases(command, "cases or groups to measure", default=None)
     command.add_argument(
-        "--backends", nargs="+", default=[], metavar="NAME", help="backends, the first one in front; default: automatic"
+        "--backends",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="backends to measure, the first as reference; default: the automatic choice",
     )
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="instead of each case's own")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype for all cases; default: each case has its own"
+    )
     command.add_argument(
         "--tokens",
         nargs="+",
         default=[],
         type=positive,
         metavar="N",
-        help="also with N query tokens a sequence: named cases, and some of a group",
+        help="also measure N query tokens per sequence: all named cases, but only some cases of a group",
     )
     command.add_argument(
         "--cache-dtype",
@@ -187,7 +194,7 @@ def _bench_arguments(command):
         default=[],
         choices=list(QUANTISED),
         dest="cache_dtypes",
-        help="also with quantised caches, alone and with these tokens",
+        help="also measure quantised caches, with one token and with --tokens",
     )
     command.add_argument(
         "--page-size",
@@ -196,45 +203,56 @@ def _bench_arguments(command):
         type=natural,
         metavar="N",
         dest="page_sizes",
-        help="also with the cache in pages of N rows, beside the padded cache; 0 is the padded cache alone",
+        help="also measure caches in pages of N rows, next to padded caches; 0 means padded caches only",
     )
-    command.add_argument("--scales", choices=cases.SCALES, default="row", help="of quantised caches: one for each (row)")
+    command.add_argument(
+        "--scales",
+        choices=cases.SCALES,
+        default="row",
+        help="quantised caches have one scale per row, per sequence and head, per head, or one number (row)",
+    )
     command.add_argument(
         "--grad",
         nargs="?",
         const="also",
         choices=("also", "only"),
-        help="gradients too, or only them: of named cases, and of some of a group",
+        help="also measure gradients, or only gradients: all named cases, but only some cases of a group",
     )
-    command.add_argument("--peers", action="store_true", help="other implementations too, those that are installed")
+    command.add_argument("--peers", action="store_true", help="also measure the other implementations that are installed")
     command.add_argument(
         "--split",
         nargs="?",
         const="also",
         choices=("also", "only"),
-        help="steps whose cache is split over all devices too, or only them: of named cases, and of some of a group",
+        help="also (or only) measure caches split over all devices: all named cases, but only some cases of a group",
     )
     command.add_argument(
-        "--scaling", action=argparse.BooleanOptionalAction, help="how time follows live tokens and the cache's size"
+        "--scaling", action=argparse.BooleanOptionalAction, help="measure how time follows live tokens and the cache's size"
     )
-    command.add_argument("--seed", type=natural, metavar="N", help="of lengths and data; default: a new one")
-    command.add_argument("--runs", type=positive, default=15, metavar="N", help="of each call (15)")
+    command.add_argument("--seed", type=natural, metavar="N", help="seed of lengths and data; default: a random one")
+    command.add_argument("--runs", type=positive, default=15, metavar="N", help="number of runs of each call (15)")
     command.add_argument(
-        "--out", type=pathlib.Path, metavar="DIR", help="write DEVICE.json there, and pictures if matplotlib is installed"
+        "--out", type=pathlib.Path, metavar="DIR", help="folder for DEVICE.json, and for pictures if matplotlib is installed"
     )
-    command.add_argument("--name", help="of this run, for DEVICE-NAME.json; so that another does not replace it")
+    command.add_argument("--name", help="name of this run: its file is DEVICE-NAME.json, so that other runs do not replace it")
 
 
 def _tune_arguments(command):
-    _named_cases(command, "cases of the benchmark, or groups of them", default=[])
-    command.add_argument("--problem", nargs="+", default=[], metavar=PROBLEM, help="problems of your own")
-    command.add_argument("--backends", nargs="+", default=[], metavar="NAME", help="backends; default: the automatic choice")
-    command.add_argument("--limit", type=seconds, default=300, metavar="SECONDS", help="of time, shared among the problems (300)")
-    command.add_argument("--file", type=pathlib.Path, metavar="PATH", help="where to save; default: the user's cache folder")
-    command.add_argument("--seed", type=natural, metavar="N", help="of lengths and data; default: a new one")
-    command.add_argument("--runs", type=positive, default=15, metavar="N", help="of each call (15)")
+    _named_cases(command, "cases or groups of the benchmark to tune for", default=[])
+    command.add_argument("--problem", nargs="+", default=[], metavar=PROBLEM, help="problems to tune for")
+    command.add_argument(
+        "--backends", nargs="+", default=[], metavar="NAME", help="backends to tune; default: the automatic choice"
+    )
+    command.add_argument(
+        "--limit", type=seconds, default=300, metavar="SECONDS", help="time limit for all problems together, in seconds (300)"
+    )
+    command.add_argument(
+        "--file", type=pathlib.Path, metavar="PATH", help="file for the hints; default: a file in the user's cache folder"
+    )
+    command.add_argument("--seed", type=natural, metavar="N", help="seed of lengths and data; default: a random one")
+    command.add_argument("--runs", type=positive, default=15, metavar="N", help="number of runs of each call (15)")
 
 
 def _explain_arguments(command):
     command.add_argument("problems", nargs="+", metavar="PROBLEM", help=f"{PROBLEM}, or the name of a case of `bench`")
-    command.add_argument("--backend", metavar="NAME", help="as `backend=` in a call; default: the automatic choice")
+    command.add_argument("--backend", metavar="NAME", help="the backend= of the call; default: the automatic choice")

@@ -1,6 +1,6 @@
-"""Other implementations of decode attention whose caches are in pages, as `peers` lists them: on the pool and the table of ours.
+"""Other implementations of decode attention over caches in pages, for the list in `peers`. They get our pool and our page table.
 
-What a step cannot change is prepared once: tensors, and the plans of FlashInfer's wrappers, which depend on lengths and table.
+Work that a step does not repeat is done once, before: making tensors, and FlashInfer's plans, which follow from lengths and table.
 """
 
 import importlib
@@ -18,16 +18,16 @@ from .inputs import pages
 
 
 WORKSPACE_BYTES = 256 << 20  # twice what FlashInfer recommends
-TENSOR_CORES_FROM = 4  # query heads of a kv head, as servers call FlashInfer
-BLOCK = 128 * 128  # elements of a block of keys in JAX's operation: two blocks of keys and two of values fit into a multiprocessor
+TENSOR_CORES_FROM = 4  # query heads per kv head from which FlashInfer is told to use tensor cores, as servers do
+BLOCK = 128 * 128  # elements per block of keys in JAX's operation: a multiprocessor has room for two blocks each of keys and values
 
 
 class CannotExpress(Exception):
-    """A peer has no way to say what a case asks for."""
+    """A case asks for something that a peer has no argument for."""
 
 
 def tensor(torch: Any, x: jax.Array):
-    """A tensor of PyTorch on the memory of `x`, or on a copy where the exchange of arrays has no name for the dtype."""
+    """A PyTorch tensor that shares the memory of `x`. It is a copy if DLPack has no name for the dtype."""
     if x.dtype.name.startswith("float8"):
         return torch.from_dlpack(jax.lax.bitcast_convert_type(x, jnp.uint8)).view(getattr(torch, x.dtype.name))
     return torch.from_dlpack(x)
@@ -39,12 +39,12 @@ def jax_operation(module: str, name: str):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             return getattr(importlib.import_module(f"jax.experimental.pallas.ops.gpu.{module}"), name)
-    except Exception as error:  # the module, its name, or what it imports in its turn
+    except Exception as error:  # the module, the function, or one of the module's own imports may be missing
         raise CannotExpress(f"JAX {jax.__version__} has no such operation") from error
 
 
 def jax_paged(case: Case):
-    """JAX's own example of decode attention over pages. Its kv heads are in front of its pages, and its query is scaled before."""
+    """JAX's own example of decode attention over pages. It takes kv heads before pages, and a query that is scaled already."""
     paged_attention = jax_operation("paged_attention", "paged_attention")
     assert case.page_size is not None
     scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
@@ -52,7 +52,7 @@ def jax_paged(case: Case):
     block = math.gcd(max(BLOCK // (case.head_dim * case.page_size), 1), pages(case) // splits)
 
     def scales(key, scale):
-        """[kv heads, pages, rows of a page], whatever axes the scale has."""
+        """A scale with any axes, as [kv heads, pages, rows of a page]."""
         if scale is None:
             return None
         heads_first = scale.swapaxes(0, 1) if scale.ndim == 3 else scale.reshape(-1, 1, 1)
@@ -76,7 +76,7 @@ def jax_paged(case: Case):
 
 
 def _listed(case: Case, page_table, ends) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pages as FlashInfer lists them: where those of each sequence begin, all of them, and the rows in the last of each."""
+    """FlashInfer's lists: where the pages of each sequence begin, the pages of all sequences, and the rows in each last page."""
     counts = -(-ends // case.page_size)
     first = np.concatenate([[0], np.cumsum(counts)])
     listed = np.concatenate([entries[:count] for entries, count in zip(page_table, counts, strict=True)])
@@ -124,7 +124,7 @@ def flashinfer(case: Case):
 
 
 def xqa(case: Case):
-    """FlashInfer's newer kernel for decode steps, which came from TensorRT-LLM; on Hopper its backend is xqa."""
+    """FlashInfer's newer kernel for decode steps, from TensorRT-LLM. On Hopper its backend is called xqa."""
     import torch  # pyright: ignore[reportMissingImports]
     from flashinfer.decode import trtllm_batch_decode_with_kv_cache  # pyright: ignore[reportMissingImports]
 
@@ -135,7 +135,7 @@ def xqa(case: Case):
     scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
     options = {"window_left": _left(case), "kv_layout": "NHD", "backend": "xqa", "q_len_per_req": tokens}
     options["max_seq_len"] = pages(case) * (case.page_size or 0)
-    workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")  # its semaphores begin at 0
+    workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")  # zeros, because the workspace holds semaphores
 
     def prepare(query, key, value, sequence_start, sequence_end, page_table, softmax_aux=None, key_scale=1.0, value_scale=1.0):
         given: dict[str, Any] = {"bmm1_scale": scale * float(key_scale), "bmm2_scale": float(value_scale)}
@@ -155,13 +155,13 @@ def xqa(case: Case):
 
 
 def _bits_of_causal_mask(batch: int, tokens: int) -> jax.Array:
-    """Which tokens each token sees, as bits of two integers of 16 bits, [batch, tokens, 2]."""
+    """The tokens that each token sees, as the bits of two 16-bit integers: [batch, tokens, 2]."""
     bits = ((2 << np.arange(tokens)) - 1).astype(np.uint32).view(np.int16).reshape(tokens, 2)
     return jnp.asarray(np.broadcast_to(bits, (batch, tokens, 2)))
 
 
 def flashinfer_mla(case: Case):
-    """FlashInfer's wrapper for MLA, absorbed. Its query and its cache are given in two parts, which are views of one cache here."""
+    """FlashInfer's wrapper for MLA, absorbed. It takes query and cache in two parts each. Here the parts are views of one array."""
     import torch  # pyright: ignore[reportMissingImports]
     from flashinfer.mla import BatchMLAPagedAttentionWrapper  # pyright: ignore[reportMissingImports]
 

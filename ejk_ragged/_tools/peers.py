@@ -1,7 +1,8 @@
-"""Other implementations of decode attention, to be held beside ours where they are installed.
+"""Other implementations of decode attention, to compare with ours where they are installed.
 
-`PEERS` lists them, each with what it is able to express. Each is a function that takes a `Case` and gives a call on JAX arrays, by
-the names of our arguments, whose result is shaped like the query. Those for caches in pages are in `paged_peers`.
+`PEERS` lists the implementations with the features that each can express. Each implementation is a function that takes a `Case` and
+returns a call. The call takes JAX arrays by the names of our arguments, and returns a result in the shape of the query. The
+implementations for caches in pages are in `paged_peers`.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from .inputs import settings
 from .paged_peers import CannotExpress, jax_operation, tensor
 
 
-# What a case may ask for: what a peer lacks that does not have it, and whether the case asks for it.
+# The features that a case may ask for, by name: the words for a peer without the feature, and whether a case asks for the feature.
 FEATURES: dict[str, tuple[str, Callable[[Case], bool]]] = {
     "padded": ("caches in pages only", lambda case: case.page_size is None),
     "pages": ("no pages", lambda case: case.page_size is not None),
@@ -41,13 +42,13 @@ class Peer:
     """An implementation to compare with.
 
     Attributes:
-        name: for reports.
-        make: the call for a case; raises `CannotExpress`, or ImportError where it is not installed.
-        able: which of `FEATURES` it is able to express.
-        platforms: where it runs.
-        gradients: whether it is compared in gradients too.
-        torch: whether it takes PyTorch tensors and JAX cannot trace it; then `make` gives two functions,
-            `prepare`, which takes the JAX arrays and makes the tensors once, and the call, which takes them.
+        name: name in reports.
+        make: returns the call for a case. Raises `CannotExpress`, or ImportError if the implementation is not installed.
+        able: names of the `FEATURES` that the implementation can express.
+        platforms: the platforms on which it runs.
+        gradients: whether gradients are compared, too.
+        torch: whether the implementation takes PyTorch tensors, so that JAX cannot trace it. `make` then returns two functions:
+            `prepare` makes the tensors from the JAX arrays, once, and the call takes the tensors.
     """
 
     name: str
@@ -58,10 +59,10 @@ class Peer:
     torch: bool = False
 
     def call(self, case: Case):
-        """What `make` gives, unless the case asks for what the peer is not able to express.
+        """The call that `make` returns.
 
         Raises:
-            CannotExpress: it says what the peer lacks.
+            CannotExpress: the case asks for features that the peer lacks. The message names them.
         """
         lacks = [words for name, (words, asked) in FEATURES.items() if asked(case) and name not in self.able]
         if lacks:
@@ -70,12 +71,12 @@ class Peer:
 
 
 def _unless_full(case, end):
-    """Lengths, where there is anything to say: without them a peer may be faster."""
+    """`end`, or None if all sequences are full: a peer may be faster without lengths."""
     return None if case.lengths == ("full",) else end
 
 
 def _seen(case, start, end, xp=jnp):
-    """Which keys each token sees, [B, 1, T, S], for those that take a mask; in the arrays of `xp`, JAX's or PyTorch's."""
+    """The mask of the keys that each token sees, [B, 1, T, S]. `xp` is the module of the arrays: `jnp` or `torch`."""
     place = {} if xp is jnp else {"device": end.device}
     rows, back = xp.arange(case.seq_len, **place)[None, None], xp.arange((case.num_tokens or 1) - 1, -1, -1, **place)[None]
     start, end = start[:, None], end[:, None] - back  # of each token
@@ -85,13 +86,16 @@ def _seen(case, start, end, xp=jnp):
 
 
 def _lengths_or_mask(case, start, end) -> dict[str, Any]:
-    """For `jax.nn` and those who follow it: their causality and their window stand at the first rows of the cache, not at the end
-    of a sequence, so several tokens take a mask."""
+    """The argument with the lengths, or with a mask for several tokens, for `jax.nn` and implementations with the same arguments.
+
+    Several tokens need a mask, because the causal mask and the window of `jax.nn` are aligned with the first rows of the cache and
+    not with the end of a sequence.
+    """
     return {"mask": _seen(case, start, end)} if case.num_tokens else {"key_value_seq_lengths": _unless_full(case, end)}
 
 
 def _in_four_axes(call):
-    """`call` takes and gives [B, T, H, D]; what this gives does so with [B, H, D] too."""
+    """`call`, which takes and returns [B, T, H, D], as a function that also takes and returns [B, H, D]."""
 
     @functools.wraps(call)
     def either(query, **rest):
@@ -134,7 +138,7 @@ def tokamax(case: Case):
 
 
 def ejkernel(case: Case, kind: str):
-    """The project whose signature ours follows; its Pallas kernel, and its Triton kernel."""
+    """A kernel of ejkernel, whose arguments ours follow: its Pallas kernel or its Triton kernel."""
     import importlib
 
     if kind == "triton" and case.seq_len > 4096:
@@ -149,11 +153,11 @@ def ejkernel(case: Case, kind: str):
 
 
 def flash_attention_3(case: Case):
-    """Its causality stands at a sequence's end, as ours does. Of 8 bits it has caches with a query of 8 bits only."""
+    """FlashAttention-3 for JAX. Its causal mask is aligned with a sequence's end, as ours is. 8-bit caches need 8-bit queries."""
     from flash_attn3_jax import flash_mha_with_kvcache  # pyright: ignore[reportMissingImports]
 
     left = -1 if case.sliding_window is None else case.sliding_window[0]
-    splits = max(1, min(16, 132 // (case.batch * case.num_kv_heads)))  # it leaves the choice to its callers; one a multiprocessor
+    splits = max(1, min(16, 132 // (case.batch * case.num_kv_heads)))  # the caller has to choose: one program per multiprocessor
 
     @_in_four_axes
     def call(query, key, value, sequence_start, sequence_end):
@@ -173,13 +177,13 @@ def flash_attention_3(case: Case):
 
 
 def torch_sdpa(case: Case):
-    """PyTorch's attention on the same memory: as it is where one token sees all rows, with a boolean mask where it does not."""
+    """PyTorch's attention on the same memory. It gets no mask if one token sees all rows, and a boolean mask otherwise."""
     import torch  # pyright: ignore[reportMissingImports]
     from torch.nn.attention import sdpa_kernel, SDPBackend  # pyright: ignore[reportMissingImports]
 
     if not torch.cuda.is_available():
         raise CannotExpress("PyTorch sees no GPU")
-    # Not its plain products, which would copy the cache once a query head.
+    # All backends but the plain products, which would copy the cache once per query head.
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     options = {"scale": case.softmax_scale, "enable_gqa": case.num_q_heads != case.num_kv_heads}
     several = case.num_tokens is not None
@@ -199,8 +203,8 @@ def torch_sdpa(case: Case):
 
 
 def fa3(case: Case):
-    """FlashAttention-3 of the distribution fa3-fwd: forward, bfloat16, without pages and windows. For values in the key's rows
-    its query has a second part."""
+    """FlashAttention-3 of the distribution fa3-fwd: forward, bfloat16, without pages and windows. If the value is in the key's
+    rows, its query has two parts."""
     import torch  # pyright: ignore[reportMissingImports]
     from fa3_fwd_interface import flash_attn_with_kvcache  # pyright: ignore[reportMissingImports]
 

@@ -8,19 +8,22 @@ import matplotlib as mpl
 from .tables import kind_of, seconds_of
 
 
-mpl.use("agg")  # needs no screen, and must be chosen first
+mpl.use("agg")  # a renderer that needs no screen. It must be chosen before pyplot is imported
 import matplotlib.pyplot as plt
+from matplotlib import patheffects
 
 
 OURS = "#00796b"
 CASES_OF_PANEL = 8
-SHADES = (OURS, "#4db6ac", "#b2dfdb", "#26a69a", "#80cbc4")  # of ours
-DARK = ("#e65100", "#1565c0", "#6a1b9a", "#4e342e", "#33691e", "#ad1457")  # for lines
+SHADES = (OURS, "#4db6ac", "#b2dfdb", "#26a69a", "#80cbc4")  # colours of our implementation
+DARK = ("#e65100", "#1565c0", "#6a1b9a", "#4e342e", "#33691e", "#ad1457")  # colours of lines
+# A white edge, so that the reference line does not strike out the numbers on bars.
+EDGE = [patheffects.withStroke(linewidth=2.5, foreground="white")]
 THEIRS = ("#b0bec5", "#ffb74d", "#90caf9", "#ce93d8", "#bcaaa4", "#aed581", "#f48fb1")
 
 
 def draw(data: dict[str, Any], stem: pathlib.Path) -> list[pathlib.Path]:
-    """PNG files whose names begin with `stem`."""
+    """Draws the pictures of a run. Returns the PNG files, whose names begin with `stem`."""
     machine, scaling = data["machine"], data.get("scaling")
     scaling = scaling if scaling and scaling["live"] and scaling["size"] else None
     of = lambda kind, direction="forward": [
@@ -34,7 +37,7 @@ def draw(data: dict[str, Any], stem: pathlib.Path) -> list[pathlib.Path]:
         "tokens": (_tokens, varied["tokens"], machine),
         "cache": (_cache, varied["cache"], of("plain"), machine),
         "scaling": (_scaling, scaling, machine),
-        "summary": (_summary, scaling and of("plain"), scaling, machine),  # of whole runs
+        "summary": (_summary, scaling and of("plain"), scaling, machine),  # only for runs with all parts
     }
     return [_save(make(what, *rest), stem, kind) for kind, (make, what, *rest) in pictures.items() if what]
 
@@ -47,7 +50,7 @@ def _save(figure, stem, kind):
 
 
 def _fractions(cases, machine, what, bandwidth):
-    """Bars: the fraction of the bandwidth by case, ours and the peers'. `bandwidth` is "read" or "copy"."""
+    """Bars with the fraction of the bandwidth, by case, of our implementation and of the peers. `bandwidth` is "read" or "copy"."""
     names = list(dict.fromkeys(c["name"] for case in cases for c in case["candidates"] if "fraction" in c))
     ours = dict.fromkeys(c["name"] for case in cases for c in case["candidates"] if c["ours"])
     theirs = [name for name in names if name not in ours]
@@ -64,7 +67,7 @@ def _fractions(cases, machine, what, bandwidth):
             at = [j + (i - (len(names) - 1) / 2) * width for j in range(len(panel))]
             bars = axes.bar(at, fractions, width * 0.92, label=name, color=colors[name])
             if name in ours:
-                axes.bar_label(bars, [f"{f:.2f}" if f else "" for f in fractions], fontsize=8)
+                axes.bar_label(bars, [f"{f:.2f}" if f else "" for f in fractions], fontsize=8, path_effects=EDGE)
         labels = ["\n".join(filter(None, [case["case"], *case["variant"].split(", ")])) for case in panel]
         axes.set_xticks(range(len(panel)), labels)
         axes.set_xlim(-0.6, min(len(cases), CASES_OF_PANEL) - 0.4)
@@ -76,7 +79,7 @@ def _fractions(cases, machine, what, bandwidth):
 
 
 def _tokens(cases, machine):
-    """Time against query rows, tokens times heads of a group, relative to that of one token; a line for each case."""
+    """Time against query rows (tokens times query heads per kv head), relative to the time of one token. One line per case."""
     figure, axes = plt.subplots(figsize=(6.5, 3.4))
     for name, color in zip(dict.fromkeys(case["case"] for case in cases), (OURS, *DARK) * len(cases), strict=False):
         mine = sorted((case for case in cases if case["case"] == name), key=lambda case: case["num_tokens"])
@@ -97,7 +100,7 @@ def _tokens(cases, machine):
 
 
 def _cache(cases, plain, machine):
-    """Bars: time as a part of that of the same case in 16 bits, and a line at what the bytes would allow."""
+    """Bars with the time, divided by the time of the same case in 16 bits. A line marks the ratio of the bytes."""
     moved = {case["case"]: case["moved_bytes"] for case in plain}
     names = list(dict.fromkeys(case["case"] for case in cases))
     kinds = list(dict.fromkeys(case["variant"] for case in cases))
@@ -107,7 +110,7 @@ def _cache(cases, plain, machine):
         mine = [case for case in cases if case["variant"] == kind]
         at = [names.index(case["case"]) + (i - (len(kinds) - 1) / 2) * width for case in mine]
         bars = axes.bar(at, [case["beside_plain"] for case in mine], width * 0.92, label=kind, color=color)
-        axes.bar_label(bars, [f"{case['beside_plain']:.2f}" for case in mine], fontsize=7)
+        axes.bar_label(bars, [f"{case['beside_plain']:.2f}" for case in mine], fontsize=7, path_effects=EDGE)
         limits = [case["moved_bytes"] / moved[case["case"]] for case in mine]
         axes.hlines(limits, [x - width / 2 for x in at], [x + width / 2 for x in at], color="black", linewidth=1.2)
     axes.plot([], [], color="black", linewidth=1.2, label="what the bytes allow")
@@ -124,7 +127,7 @@ def _cache(cases, plain, machine):
 
 
 def _summary(cases, scaling, machine):
-    """For the first page: the fraction by case, beside the best of all others, and time against the cache's size."""
+    """The picture of the README: the fraction by case, next to the best of the others, and time against the cache's size."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=(3, 1), squeeze=True)
     best = {
         ours: [max((c.get("fraction", 0) for c in case["candidates"] if c["ours"] == ours), default=0) for case in cases]
@@ -132,7 +135,7 @@ def _summary(cases, scaling, machine):
     }
     others = dict.fromkeys(c["name"] for case in cases for c in case["candidates"] if not c["ours"] and "fraction" in c)
     bars = left.bar([i - 0.2 for i in range(len(cases))], best[True], 0.4, color=OURS, label="ejk-ragged")
-    left.bar_label(bars, [f"{f:.2f}" for f in best[True]], fontsize=7)
+    left.bar_label(bars, [f"{f:.2f}" for f in best[True]], fontsize=7, path_effects=EDGE)
     if others:
         at = [i + 0.2 for i in range(len(cases))]
         left.bar(at, best[False], 0.4, color=THEIRS[0], label=f"the best of {', '.join(others)}")
@@ -151,7 +154,7 @@ def _summary(cases, scaling, machine):
 
 
 def _scaling(scaling, machine):
-    """Time against live tokens, with a line through the origin, and against the cache's size."""
+    """Time against live tokens, with a line through the origin, and time against the cache's size."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     _against(left, scaling["live"], "live_tokens", "live tokens, the cache's size fixed")
     _against(right, scaling["size"], "seq_len", "rows of the cache, live tokens fixed")
@@ -165,7 +168,7 @@ def _scaling(scaling, machine):
 
 
 def _against(axes, points, x, label):
-    """Times of `points` against their size `x`, with the 10th and the 90th percentile."""
+    """The times of `points` against their size `x`. Error bars are the 10th and the 90th percentile."""
     times = [point["seconds"] * 1e6 for point in points]
     low = [max(0.0, t - point["time"]["p10"] * 1e6) for t, point in zip(times, points, strict=True)]
     high = [max(0.0, point["time"]["p90"] * 1e6 - t) for t, point in zip(times, points, strict=True)]

@@ -1,4 +1,4 @@
-"""How far a long-running command is, on the error stream."""
+"""Shows the progress of a long-running command, on standard error."""
 
 import contextlib
 import itertools
@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def progress(total: int, lines: bool = True) -> Iterator[Callable[[str], None]]:
-    """Gives a function to be called with the name of each of `total` parts when the part begins.
+    """A context that gives a function. Call the function at the beginning of each of `total` parts, with the name of the part.
 
-    A terminal shows a bar where rich is installed, and else one line that is written over. Elsewhere each part has a line of its
-    own, unless `lines` is False.
+    A terminal shows a bar if rich is installed, and otherwise one line that is overwritten. If standard error is not a terminal,
+    each part has a line of its own, or no line if `lines` is False.
     """
     numbers = itertools.count(1)
     count = lambda text: f"{next(numbers)} of {total}: {text}"

@@ -1,6 +1,6 @@
-"""The quick report of `python -m ejk_ragged`: what is installed, what would run where, whether it is right, and how fast a step is.
+"""The report of `python -m ejk_ragged`: what is installed, which backend would run, whether it is right, and the time of a step.
 
-Each section is gathered as plain data, which `--json` prints, and shown as text by a function of that data.
+One function gathers each section as plain data, which `--json` prints. Another function turns the data into text.
 """
 
 import importlib.metadata
@@ -28,7 +28,8 @@ PACKAGES = ("ejk-ragged", "jax", "jaxlib", "equinox", "jaxtyping", "numpy")
 
 
 def realistic() -> Case:
-    """The decode step that is explained and timed; a CPU's takes an accelerator less time than a launch does."""
+    """The decode step that is explained and timed. An accelerator gets a larger step than a CPU: it would compute the CPU's step in
+    less time than it takes to launch it."""
     return CPU_STEP if default_platform() == "cpu" else MODELS[0]
 
 
@@ -57,7 +58,7 @@ def installation() -> dict[str, Any]:
 
 
 def dispatch(explanation: Explanation) -> dict[str, Any]:
-    """Which backend does a call on each platform, and why not the others."""
+    """The backend that would run on each platform, and why the others would not, as data."""
     choices = {
         name: {
             "forward": choice.forward,
@@ -73,9 +74,9 @@ def dispatch(explanation: Explanation) -> dict[str, Any]:
 
 
 def checks(cases: Sequence[Case] = CHECKS) -> list[dict[str, Any]]:
-    """Every backend that can run here beside the oracle, forward and gradients, the cache full of NaN outside the live ranges.
+    """Compares every backend that can run here with the oracle: output, log-sum-exp and gradients, with NaN in the dead rows.
 
-    Errors and tolerances are relative; an error of None is infinite or not a number.
+    Errors and tolerances are relative. An error of None is infinite or NaN.
     """
     able = [
         info.name for info in backends() if info.broken is None and (info.platforms is None or default_platform() in info.platforms)
@@ -103,7 +104,7 @@ def _check(backend, case) -> dict[str, Any]:
 
     try:
         verdicts = verify(call, arguments)
-    except Exception as error:  # whatever a backend raises is a finding about it
+    except Exception as error:  # any error that a backend raises is a failed check
         return {"ok": False, "raised": f"{type(error).__name__}: {error}"}
     compared = [
         {"what": v.what, "ok": v.ok, "error": v.error if math.isfinite(v.error) else None, "tolerance": v.tolerance}
@@ -113,9 +114,9 @@ def _check(backend, case) -> dict[str, Any]:
 
 
 def step(case: Case, runs: int = 7) -> dict[str, Any]:
-    """Seconds of one decode step, warm, beside `jax.nn.dot_product_attention` on the same arrays: the least of `runs`.
+    """Times one decode step, and `jax.nn.dot_product_attention` on the same arrays. A time is the least of `runs`, after a warm-up.
 
-    Bytes are those of the live rows of K and V, which is what a step has to read.
+    Bytes are those of the live rows of K and V, which a step has to read.
     """
     arguments: dict[str, Any] = {n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in case.draw().items()}
 
@@ -130,7 +131,7 @@ def step(case: Case, runs: int = 7) -> dict[str, Any]:
     for name, call in calls.items():
         try:
             jax.block_until_ready(call(0))
-        except Exception as error:  # of a backend, or that there is none
+        except Exception as error:  # a backend raised an error, or there is no backend
             return {"error": f"{name}: {type(error).__name__}: {error}"}
     seconds = {name: timing.seconds for name, timing in wall_times(calls, runs).items()}
     ours, theirs = seconds.values()
@@ -149,7 +150,7 @@ def step(case: Case, runs: int = 7) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
-    """Left-aligned columns, as wide as they must be."""
+    """A table as text. Columns are left-aligned, and as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join((indent + line).rstrip() for line in lines)

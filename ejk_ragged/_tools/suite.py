@@ -1,4 +1,4 @@
-"""The benchmark as a user meets it: which cases are run in which variants, and the files that are left."""
+"""The benchmark as a user runs it: the cases and their variants, and the files that it writes."""
 
 import contextlib
 import dataclasses
@@ -35,24 +35,26 @@ def new_seed() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What is measured.
+    """The parts of the benchmark that the user asks for.
 
     Attributes:
-        names: of cases or groups; None is what suits the platform, and the scaling with it.
-        backends: names; none is the automatic choice.
-        dtype: of all cases, instead of each case's own.
-        tokens: also with so many query tokens a sequence: cases that are named, and some of those in a group.
-        cache_dtypes: also with quantised caches, and with these and the tokens.
-        scales: of the quantised caches, as in `Case`.
-        page_sizes: all of this also with the cache in pages of so many rows; 0 says nothing, as padded caches are measured anyway.
-        grad: None, "also" for gradients beside the forward steps, "only" for gradients alone: of cases that are named, and of some
-            of those in a group.
-        peers: also measure other implementations.
-        split: None, "also" for steps whose cache is split over all devices, or "only"; of cases as with `grad`.
-        scaling: also measure how time follows live tokens and the cache's size.
-        seed: of lengths and data.
-        runs: of each call.
-        name: of the run, where a device has several that are to be kept.
+        names: names of cases or groups. None means the cases that suit the platform, and the scaling.
+        backends: names of backends. An empty sequence means the automatic choice.
+        dtype: dtype of all cases. None means each case's own.
+        tokens: numbers of query tokens per sequence to measure, in addition to one. They apply to all named cases, and to some
+            cases of a group.
+        cache_dtypes: dtypes of quantised caches to measure, in addition, with one token and with `tokens`.
+        scales: scales of the quantised caches, as in `Case`.
+        page_sizes: page sizes to measure, in addition to padded caches. A size of 0 has no effect.
+        grad: None, "also" to measure gradients in addition to forward steps, or "only" to measure gradients alone. It applies to
+            all named cases, and to some cases of a group.
+        peers: whether to measure other implementations, too.
+        split: None, "also" to measure caches that are split over all devices, too, or "only". It applies to the same cases as
+            `grad`.
+        scaling: whether to measure how time follows live tokens and the cache's size. None: only if `names` is None.
+        seed: seed of lengths and data.
+        runs: number of runs of each call.
+        name: name of the run, or None. Files of runs with different names do not replace each other.
     """
 
     names: Sequence[str] | None = None
@@ -71,13 +73,13 @@ class Asked:
     name: str | None = None
 
     def among(self, some: set[str]) -> Callable[[Case], bool]:
-        """Whether a case is one of `some`, or is named."""
+        """A function that says whether a case is in `some` or is named by the user."""
         return lambda case: case.name in some or case.name in (self.names or ())
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One measurement: what it is called, in which list of the data its result stands, and what measures it."""
+    """One measurement: its name, the list of the data for its result, and the function that measures."""
 
     name: str
     kind: str
@@ -90,13 +92,13 @@ def default_cases() -> list[Case]:
 
 
 def run(keep: Callable[[dict[str, Any]], Any] = lambda data: None, **asked: Any) -> dict[str, Any]:
-    """The whole benchmark, as data.
+    """Runs the whole benchmark, and returns the data.
 
-    A part that fails is named with the reason, and the others go on.
+    If a part fails, the data have the reason, and the other parts go on.
 
     Args:
-        keep: called with the data after each part, that a run which is cut short leaves something.
-        asked: as `Asked` has it.
+        keep: a function that is called with the data after each part, so that a run that is cut short leaves its results.
+        asked: the fields of `Asked`.
     """
     ask, began = Asked(**asked), time.monotonic()
     machine = Machine.here(copying=ask.grad is not None)
@@ -118,7 +120,7 @@ def _nothing_yet(ask: Asked, machine: Machine) -> dict[str, Any]:
 
 
 def _variants(ask: Asked) -> list[Case]:
-    """Every case that is asked for, in every variant."""
+    """The cases that the user asks for, each in all its variants."""
     found: list[Case] = []
     for case in cases.named(ask.names) if ask.names else default_cases():
         plain = dataclasses.replace(case, dtype=ask.dtype or case.dtype)
@@ -128,7 +130,7 @@ def _variants(ask: Asked) -> list[Case]:
 
 
 def _of_cases(ask: Asked, machine: Machine) -> Iterator[Part]:
-    """Forward steps, and gradients."""
+    """The parts that measure forward steps, and then those that measure gradients."""
     every = _variants(ask)
     forward = every if "only" not in (ask.grad, ask.split) else []
     backward = filter(ask.among(cases.GRADIENT_CASES), every) if ask.grad else []
@@ -140,7 +142,7 @@ def _of_cases(ask: Asked, machine: Machine) -> Iterator[Part]:
 
 
 def _of_splits(ask: Asked, machine: Machine) -> Iterator[Part]:
-    """Steps whose cache, which is padded, is split over all devices."""
+    """The parts that measure a padded cache that is split over all devices."""
     first = ask.backends[0] if ask.backends else None
     for case in filter(ask.among(cases.SPLIT_CASES), _variants(ask)) if ask.split else []:
         if case.page_size is None:
@@ -149,7 +151,7 @@ def _of_splits(ask: Asked, machine: Machine) -> Iterator[Part]:
 
 
 def _of_scaling(ask: Asked, machine: Machine) -> Iterator[Part]:
-    """How time follows sizes: where it is asked for, and with what suits the platform."""
+    """The part that measures how time follows sizes, if there is one."""
     first = ask.backends[0] if ask.backends else None
     if ask.scaling or (ask.scaling is None and ask.names is None and ask.split != "only"):
         base = SCALING["cpu" if machine.platform == "cpu" else "elsewhere"]
@@ -157,7 +159,7 @@ def _of_scaling(ask: Asked, machine: Machine) -> Iterator[Part]:
 
 
 def _measure(part: Part, data: dict[str, Any]):
-    """Puts the result of one part, or the reason why there is none, in its place."""
+    """Measures one part, and adds the result to the data, or the reason why there is none."""
     try:
         result = part.work()
         if part.kind == "scaling":
@@ -175,7 +177,7 @@ def _measure(part: Part, data: dict[str, Any]):
 
 
 def _beside(before, result) -> dict[str, Any]:
-    """Its time beside that of the same case without tokens and 8 bits, or, in pages, of the same variant without pages."""
+    """The time of a variant, divided by the time of the plain case. For a cache in pages, divided by that of the padded cache."""
     alike = ("case", "direction", "differentiated", "batch")
     variant = ("num_tokens", "cache_dtype")  # all quantised caches of a run have the same scales
     in_pages = result["page_size"] is not None
@@ -195,7 +197,7 @@ def _ratio(result, other) -> float | None:
 
 
 def failed(data: dict[str, Any]) -> bool:
-    """Whether anything of ours was wrong or failed."""
+    """Whether a result of this package was wrong, or a part failed."""
     ours = [found for case in data["cases"] for found in case["candidates"] if found["ours"]]
     ours += [way for case in data["splits"] for way in case["ways"].values()]
     ours += data.get("scaling", {}).get("left_out", {}).values()
@@ -215,7 +217,7 @@ def _versions() -> dict[str, str]:
 
 
 def write(data: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
-    """The data, as JSON. The file is whole at any moment: old or new."""
+    """Writes the data as JSON. Readers see the old file or the new file, and never a part of one."""
     folder.mkdir(parents=True, exist_ok=True)
     file = _stem(data, folder).with_suffix(".json")
     new = file.with_suffix(".new")
@@ -225,7 +227,7 @@ def write(data: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
 
 
 def draw(data: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
-    """The pictures, where matplotlib is installed."""
+    """Draws the pictures if matplotlib is installed. Returns their files."""
     try:
         from . import plots
     except ImportError:
@@ -234,6 +236,6 @@ def draw(data: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _stem(data, folder) -> pathlib.Path:
-    """What its files begin with: the device's name, and the run's."""
+    """The beginning of the names of a run's files: the name of the device, and the name of the run."""
     text = " ".join(filter(None, (data["machine"]["device"], data["name"]))).lower()
     return folder / "-".join("".join(c if c.isalnum() else " " for c in text).split())

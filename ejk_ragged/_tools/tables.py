@@ -1,4 +1,4 @@
-"""What the benchmark has found, for reading: the tables, the same on a terminal and in the documentation, and lines of text."""
+"""The results of the benchmark as tables and lines of text. The terminal and the documentation show the same tables."""
 
 import contextlib
 import sys
@@ -26,20 +26,20 @@ PICTURES = {("forward", "plain"): "forward", ("gradient", "plain"): "gradient"} 
 
 
 def of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Title, the kind of the picture that goes with it, columns, rows and notes of each table that has rows."""
+    """The tables that have rows. Each has a title, the kind of its picture, columns, rows and notes."""
     tables = [_table(data, direction, kind) for direction, kind in TITLES]
     return [made for made in (*tables, _split_table(data)) if made]
 
 
 def kind_of(case) -> str:
-    """In which of the tables a case stands."""
+    """The kind of the table that a case belongs to."""
     if case["page_size"]:
         return "pages"
     return "cache" if case["cache_dtype"] else "tokens" if case["variant"] else "plain"
 
 
 def seconds_of(case) -> float | None:
-    """Of our first candidate: the time that its fraction is of."""
+    """The time from which the fraction of our first candidate is computed, or None."""
     found = _first(case)
     return found["timings"][_clocked(case)]["seconds"] if "timings" in found else None
 
@@ -50,7 +50,7 @@ def fraction_of(case) -> float | None:
 
 
 def line(case) -> str:
-    """A case in a line: everyone's time, or that there is none."""
+    """A case as one line: the time of each candidate, or that it was not timed."""
     return ", ".join(f"{c['name']} {_time(_whole(case, c)) if 'timings' in c else 'not timed'}" for c in case["candidates"])
 
 
@@ -63,7 +63,7 @@ def _clocked(case) -> str:
 
 
 def _whole(case, found) -> float:
-    """What users wait for, and what ratios to peers are of."""
+    """The time that a user waits for. Ratios to peers are ratios of this time."""
     return found["timings"][case["direction"]]["seconds"]
 
 
@@ -84,7 +84,7 @@ def _table(data, direction, kind) -> dict[str, Any] | None:
 
 
 class Column(NamedTuple):
-    """A column that holds a case beside another one: its name, what it shows of the case, how, and what a title says of it."""
+    """A column that compares a case with another case: its name, its key in the data, its format, and its words in the title."""
 
     name: str
     key: str
@@ -109,7 +109,7 @@ COMPARED = (
 
 
 def _others(shown) -> list[str]:
-    """Whoever was timed in any of the cases, but for our first candidate."""
+    """The candidates that were timed in at least one case, without our first candidate."""
     names = dict.fromkeys(c["name"] for case in shown for c in case["candidates"] if "timings" in c)
     return [name for name in names if name != _first(shown[0]).get("name")]
 
@@ -129,7 +129,7 @@ def _cells(case, times: int, compared, others) -> list[str]:
 
 
 def _notes(case) -> list[tuple[str, str, str]]:
-    """Who was not timed in a case, and why; and what became of its batch."""
+    """The candidates that were not timed in a case, with the reasons, and whether the batch was reduced."""
     label = _label(case)
     return [(label, c["name"], c["refused"]) for c in case["candidates"] if "refused" in c] + _fewer(label, case)
 
@@ -144,7 +144,7 @@ def _fewer(label, case) -> list[tuple[str, str, str]]:
 
 
 def _split_table(data) -> dict[str, Any] | None:
-    """Likewise: a time for each way to split the cache, and how many times as fast as one device that is."""
+    """The table of split caches: for each way to split, the time, and how many times as fast as one device it is."""
     shown = data["splits"]
     if not shown:
         return None
@@ -171,7 +171,7 @@ def _way(found) -> str:
 
 
 def _ours(case, found, times) -> list[str]:
-    """As many times as there are columns for, and the fraction."""
+    """The cells of our first candidate: one or two times, and the fraction."""
     if "timings" not in found:
         return ["-"] * (times + 1)
     seconds = [_whole(case, found), found["timings"][_clocked(case)]["seconds"]][-times:]
@@ -190,8 +190,10 @@ def _time(seconds: float) -> str:
 
 
 def _grouped(notes: Sequence[tuple[str, str, str]], count: int) -> list[str]:
-    """Notes, of a case, who is meant, and a reason, on `count` cases: as one where only the case differs, and then where only who
-    is meant does."""
+    """Joins notes, each of (case, candidate, reason), on `count` cases.
+
+    Notes that differ only in the case are joined first. Then notes are joined that differ only in the candidate.
+    """
     cases: dict[tuple[str, str], list[str]] = {}
     for case, who, why in notes:
         cases.setdefault((who, why), []).append(case)
@@ -203,7 +205,7 @@ def _grouped(notes: Sequence[tuple[str, str, str]], count: int) -> list[str]:
 
 
 def text(data: Mapping[str, Any]) -> str:
-    """All of it, as text."""
+    """The results as text."""
     parts = []
     for made in data["tables"]:
         parts += [made["title"], plain_table([made["columns"], *made["rows"]]), *[f"  {note}" for note in made["notes"]], ""]
@@ -215,7 +217,7 @@ def text(data: Mapping[str, Any]) -> str:
 
 
 def show(data: dict[str, Any]):
-    """Prints it; with tables in colour on a terminal, where rich is installed."""
+    """Prints the results. A terminal shows tables in colour if rich is installed."""
     if sys.stdout.isatty():
         with contextlib.suppress(ImportError):
             return _show_rich(data)

@@ -1,4 +1,4 @@
-"""How long the device takes: kernel times from JAX's profiler on a GPU, wall time on a CPU, and others where these don't do."""
+"""The clocks of the benchmark: kernel times from JAX's profiler, wall times, loops on devices, and CUDA graphs."""
 
 import dataclasses
 import math
@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 
-LOOP_SECONDS = 0.1  # what a loop on the device takes, about
+LOOP_SECONDS = 0.1  # approximate time of a loop on the device
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Seconds over several runs: median, 10th and 90th percentile, and the least."""
+    """The times of several runs, in seconds: median, 10th and 90th percentile, and the least."""
 
     median: float
     p10: float
@@ -33,15 +33,15 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What one call takes.
+    """The time of one call.
 
     Attributes:
-        clock: "kernels" (how long any of its kernels runs), "graph" (one call of a replayed CUDA graph), "loop" (one call in
-            a loop on the device) or "wall".
-        seconds: what is reported: the least of wall times, the median of all others.
-        time: the spread of what the clock says.
-        span: on a GPU, from the start of the first kernel to the end of the last one.
-        kernels: on a GPU, name and median seconds of each kernel, in order.
+        clock: "kernels" (the time for which any of the call's kernels runs), "graph" (a replayed CUDA graph of the call), "loop"
+            (the call in a loop on the device) or "wall".
+        seconds: the reported time: the least for the clock "wall", and the median for the other clocks.
+        time: the times of all runs, by the clock.
+        span: the time from the start of the first kernel to the end of the last kernel. Only for the clock "kernels".
+        kernels: name and median seconds of each kernel, in order. Only for the clock "kernels".
     """
 
     clock: str
@@ -58,11 +58,11 @@ class Timing:
 
 
 class NotTimed(Exception):
-    """A call whose time cannot be told, and why."""
+    """The time of a call cannot be measured. The message has the reason."""
 
 
 def wall_times(calls: Mapping[Any, Callable[[int], Any]], runs: int) -> dict[Any, Timing]:
-    """Wall times of JAX calls, the argument being the number of the run. They take turns, so that a busy moment meets all."""
+    """Wall times of JAX calls. A call takes the number of the run. The calls take turns, so that a busy moment affects all."""
     seconds = {name: [] for name in calls}
     for run in range(runs + 1):
         for name, call in calls.items():
@@ -74,12 +74,12 @@ def wall_times(calls: Mapping[Any, Callable[[int], Any]], runs: int) -> dict[Any
 
 
 def loop_times(loop: Callable[[int], Callable[[], Any]], calls: int, runs: int) -> Timing:
-    """Times of one call where `loop(n)` gives a function that runs n rounds of `calls` calls on the device, or on several.
+    """The time of one call in a loop. `loop(n)` returns a function that runs n rounds of `calls` calls, on one device or several.
 
-    From the difference between loops of two lengths, so that what it takes to start them and to wait for them does not count.
+    The time comes from the difference between loops of two lengths. So the time to start a loop and to wait for it does not count.
 
     Raises:
-        NotTimed: a call is too short to be told from the noise.
+        NotTimed: a call is so short that noise hides its time.
     """
 
     def seconds(run):
@@ -106,7 +106,7 @@ def kernel_times(call: Callable[[int], Any], runs: int, wait: Callable[[Any], An
     Raises:
         NotTimed: the trace does not hold the same number of kernels for every run.
     """
-    for run in range(-3, 0):  # clocks as they are in the middle of work, but no copy of a cache that the first runs read
+    for run in range(-3, 0):  # warms up, with other copies of the cache than those of the first timed runs
         wait(call(run))
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
@@ -123,7 +123,7 @@ def kernel_times(call: Callable[[int], Any], runs: int, wait: Callable[[Any], An
 
 
 def kernels_in(folder: str) -> list[tuple[float, float, str]]:
-    """Start and duration in nanoseconds, and name, of the kernels in a trace, in the order in which they started."""
+    """The kernels in a trace, in the order in which they started: start and duration in nanoseconds, and name."""
     (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
     data = jax.profiler.ProfileData.from_file(str(file))
     events = [
@@ -152,7 +152,7 @@ def _of_events(events, runs) -> Timing:
 
 
 def _busy(intervals: Sequence[tuple[float, float]]) -> float:
-    """How long any of the intervals, sorted by their beginnings, lasts: a kernel that waits for another counts once with it."""
+    """The length of the union of intervals, which are sorted by their beginnings. Time in which two kernels run counts once."""
     total, until = 0.0, -math.inf
     for begin, end in intervals:
         total += max(end - max(begin, until), 0)
@@ -161,7 +161,7 @@ def _busy(intervals: Sequence[tuple[float, float]]) -> float:
 
 
 def graph_times(torch: Any, call: Callable[[int], Any], runs: int) -> Timing:
-    """Times of a PyTorch call from CUDA graphs, each holding one run and replayed between two events."""
+    """Times of a PyTorch call from CUDA graphs. Each graph holds one run, and is replayed between two events."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for run in range(3):

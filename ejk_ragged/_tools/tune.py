@@ -1,4 +1,4 @@
-"""The tuner: the hints that a backend declares for a problem are tried, and the best of those that are right is remembered."""
+"""The tuner. It tries the hints that a backend suggests for a problem, and saves the fastest hints that give right results."""
 
 import functools
 import pathlib
@@ -22,7 +22,7 @@ from .timing import kernel_times, wall_times
 
 
 AT_ONCE = 8  # candidates that are compiled together
-GAIN = 0.98  # of the default's time; whatever is slower than this is no gain but noise
+GAIN = 0.98  # hints are better if they take at most this part of the default's time. A smaller gain may be noise
 
 
 PROBLEM = "B,S,Hq:Hkv,D,DTYPE[,CACHE][,T4][,cap]"
@@ -32,11 +32,10 @@ _PATTERN = re.compile(
 
 
 def parse(text: str) -> Case:
-    """A problem as it is written on a command line: sizes and dtype, and perhaps the dtype of a quantised cache, the number of
-    query tokens, and that there is a soft cap.
+    """The problem that a text of the command line names, in the form of `PROBLEM`.
 
     Raises:
-        ValueError: it is not written so.
+        ValueError: the text has another form.
     """
     match = _PATTERN.fullmatch(text.replace(" ", ""))
     if match is None:
@@ -62,10 +61,11 @@ def tune(
     deadline: float,
     runs: int = 15,
 ) -> dict[str, Any]:
-    """Tries the candidates of one problem until they are done or `deadline` (of `time.monotonic`) has come.
+    """Tries the hints of one problem, until all are tried or `deadline` has come. `deadline` is a time of `time.monotonic`.
 
     Returns:
-        What was tried, with seconds or the reason against it; and, where anything was timed, the entry to be saved and its key.
+        The hints that were tried, each with seconds or with the reason against it. If a time was measured, also the best hints, the
+        default, and the key for the file.
     """
     case = fit(case, machine.memory, 1)
     inputs = draw_cold(case, seed, machine, runs)
@@ -97,17 +97,17 @@ def tune(
 
 
 def _problem(case, inputs, machine, backend):
-    """The problem as a call has it, and who does it."""
+    """The problem of a call, and the backend that is selected for it."""
     problem = decode_step(case, backend, function=explain)(**inputs.arguments()).problem
     return problem, registry.select(machine.platform, problem, backend)
 
 
 def _try(case, backend, inputs, sample, machine, batch, runs) -> list[dict[str, Any]]:
-    """Compiles some hints together, checks each, and times those that are right."""
+    """Compiles programs with some hints at once, checks each result, and times the programs that are right."""
     found: dict[FwdParams, dict[str, Any]] = {}
     lowered, calls = {}, {}
     for hints in batch:
-        with findings(found, hints):  # hints that a compiler cannot take are no reason to stop
+        with findings(found, hints):  # a compiler may reject hints
             lowered[hints] = jax.jit(decode_step(case, backend, hints)).lower(**inputs.arguments())
     with ThreadPoolExecutor(AT_ONCE) as threads:
         compiling = {hints: threads.submit(one.compile) for hints, one in lowered.items()}
@@ -128,7 +128,7 @@ def _call(program, inputs, run):
 
 
 def as_dict(hints: FwdParams) -> dict[str, Any]:
-    """The given hints as `FwdParams` takes them, for a file."""
+    """The given hints as keyword arguments of `FwdParams`, for a file."""
     return {name: dict(value) if name == "others" else value for name, value in vars(hints).items() if value not in (None, ())}
 
 
@@ -147,9 +147,9 @@ def run(
     advance: Callable[[str], Any] = lambda text: None,
     keep: Callable[[dict[str, Any]], Any] = lambda result: None,
 ) -> list[dict[str, Any]]:
-    """Tunes every case for every backend, within `limit` seconds altogether, and saves each as it is found.
+    """Tunes each case for each backend, within `limit` seconds in total. The best hints of a case are saved at once.
 
-    `keep` is called with each result that is saved. A result that is not saved says why in "not_saved".
+    `keep` is called with each result that is saved. A result that is not saved has the reason in "not_saved".
     """
     machine = Machine.here()
     jobs = [(case, backend) for case in cases for backend in backends or [None]]
@@ -161,7 +161,7 @@ def run(
         if left <= 0:
             results.append({"case": case.name, "refused": "the time limit had come"})
             continue
-        deadline = time.monotonic() + left / (len(jobs) - i)  # so that the last ones have their share
+        deadline = time.monotonic() + left / (len(jobs) - i)  # leaves the later problems an equal share of the time
         try:
             result: dict[str, Any] = {"case": case.name} | tune(case, machine, backend, seed, deadline, runs)
         except Exception as error:
@@ -177,10 +177,10 @@ def run(
 
 
 def _save(file, result) -> str | None:
-    """Saves the best hints of a result; otherwise says why not."""
+    """Saves the best hints of a result. Returns None, or the reason why they are not saved."""
     best, key = result["best"], result["key"]
     if not key:
-        return "its sizes are no class of problems"
+        return "its sizes belong to no class of problems"
     try:
         return _hints.save(
             file, {key: {"fwd_params": best["fwd_params"], "seconds": best["seconds"], "problem": result["problem"]}}
@@ -194,7 +194,7 @@ def saved(result: dict[str, Any]) -> bool:
 
 
 def text(results: Sequence[dict[str, Any]], file: pathlib.Path) -> str:
-    """What was found, for reading."""
+    """The results as text."""
     lines = []
     for result in results:
         if "best" not in result:

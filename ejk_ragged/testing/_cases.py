@@ -71,7 +71,7 @@ class Case:
     def _pages(self):
         return -(-self.seq_len // self.page_size) + 1  # pyright: ignore[reportOperatorIssue]
 
-    def ranges(self, seed: int = 0):
+    def ranges(self, seed: int = 0) -> tuple[np.ndarray | None, np.ndarray | None]:
         """sequence_start and sequence_end, each integers [B] or None."""
         rng = np.random.default_rng([seed, 1])
         match self.lengths:

@@ -5,7 +5,12 @@ The oracle is plain loops over sequences, tokens and heads. It shares no code wi
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from numpy.typing import ArrayLike
+
+
+AnyArray = jax.Array | np.ndarray
 
 
 class Gradients(NamedTuple):
@@ -43,8 +48,8 @@ def oracle(
     query_lengths=None,
     key_scale=None,
     value_scale=None,
-):
-    """The output and the log-sum-exp in float64. The arguments are the arguments of `ragged_decode_attention`.
+) -> tuple[np.ndarray, np.ndarray]:
+    """The output and the log-sum-exp in float64. The arguments are those of `ragged_decode_attention`, with arrays of NumPy or JAX.
 
     Returns:
         A pair (out, lse). out has the shape of the query, except that the last axis is the value's head dimension. lse has the
@@ -143,8 +148,16 @@ def oracle_gradients(
 
 
 def live_rows(
-    b, seq_len, sequence_start=None, sequence_end=None, sliding_window=None, query_lengths=None, *, token=0, num_tokens=1
-):
+    b: int,
+    seq_len: int,
+    sequence_start: AnyArray | None = None,
+    sequence_end: AnyArray | None = None,
+    sliding_window: tuple[int, int] | None = None,
+    query_lengths: AnyArray | None = None,
+    *,
+    token: int = 0,
+    num_tokens: int = 1,
+) -> np.ndarray:
     """The indices of the keys that token `token` of sequence `b` sees."""
     start = 0 if sequence_start is None else int(sequence_start[b])
     end = seq_len if sequence_end is None else int(sequence_end[b])
@@ -159,7 +172,7 @@ def live_rows(
     return np.arange(low, max(low, stop))
 
 
-def seen_rows(b, seq_len, *lengths, num_tokens=1):
+def seen_rows(b: int, seq_len: int, *lengths: Any, num_tokens: int = 1) -> np.ndarray:
     """The indices of the keys that any token of sequence `b` sees. `lengths` are the lengths that `live_rows` takes."""
     seen = [live_rows(b, seq_len, *lengths, token=t, num_tokens=num_tokens) for t in range(num_tokens)]
     return np.unique(np.concatenate(seen))
@@ -241,13 +254,13 @@ TOLERANCES = {
 }
 
 
-def tolerance(dtype, size, gradient=False):
+def tolerance(dtype: Any, size: int, gradient: bool = False) -> float:
     """The relative error that is accepted for an array of `size` elements, from a query of `dtype` (a name or a dtype)."""
     large, tiny = TOLERANCES[np.dtype(dtype).name if not isinstance(dtype, str) else dtype]
     return (large if size >= 256 else tiny) * (2 if gradient else 1)
 
 
-def relative_error(got, want, size=0.0):
+def relative_error(got: ArrayLike, want: ArrayLike, size: float = 0.0) -> float:
     """The relative L2 error, `norm(got - want) / max(norm(want), size)`.
 
     Equal infinities are no error. The error is infinite for NaN, for other infinities, and for a wrong shape. If `want` and `size`
