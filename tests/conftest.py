@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 
 import hypothesis
 import jax
@@ -38,9 +39,21 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 def pytest_configure(config):
     if "not optimised" in config.option.markexpr:
         os.environ.setdefault("XLA_FLAGS", QUICK)
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes that tests start
     config.addinivalue_line("markers", "optimised: what XLA makes for CPUs is under test, as users have it")
     for name in registry.names():
         config.addinivalue_line("markers", f"{name}: the shared suite's share of the backend {name}")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Traces the lines of each test function for its first parameters only. Tracing takes a quarter of the time, and lines that
+    only other parameters reach do not count."""
+    if config.pluginmanager.hasplugin("_cov"):
+        traced = set()
+        for item in items:
+            if item.function in traced:
+                item.add_marker("no_cover")
+            traced.add(item.function)
 
 
 def pytest_generate_tests(metafunc):
@@ -64,17 +77,22 @@ def _untuned():
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled():
-    """Drops what a file compiled. A process may hold a limited number of memory mappings, and some hundred tests reach that
-    limit."""
+    """Drops what was compiled when that has become much. Linux allows a process 65530 memory mappings, and some thousand programs
+    reach this limit."""
     yield
-    jax.clear_caches()
+    mappings = pathlib.Path("/proc/self/maps")
+    if not mappings.exists() or mappings.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def _compiler(request):
     """Lets XLA optimise where its code for CPUs is under test."""
     optimised = request.node.get_closest_marker("optimised") is not None
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu" and not optimised)
+    quick = jax.default_backend() == "cpu" and not optimised
+    if jax.config.read("jax_disable_most_optimizations") != quick:
+        jax.clear_caches()  # a program that was compiled in the other way must not be found
+        jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture

@@ -158,6 +158,12 @@ def _bits(x):
     return np.atleast_1d(x).view(np.uint8)
 
 
+def planned(lowered) -> Any:
+    """The compiled program. On a CPU its memory and its HLO are those that users have, and its machine code is not optimised: XLA
+    plans the memory before LLVM makes the code, and optimising the code takes half of the time."""
+    return lowered.compile({"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None)
+
+
 def draw(case, seed=0) -> tuple[dict[str, Any], dict[str, Any]]:
     """A case's arrays, on the default device, and its settings."""
     arguments = case.draw(seed)

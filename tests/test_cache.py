@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import SPECS
-from support import assert_close, assert_right
+from support import assert_close, assert_right, planned
 from test_traffic import collectives
 
 from ejk_ragged import KVCache, quantize, ragged_decode_attention
@@ -243,8 +243,8 @@ def large(layout, dtype):
 
 def assert_in_place(function, cache, *rest):
     """Every array of the donated cache must be written in place, and the program must hold nothing else of the cache's size."""
-    compiled = jax.jit(function, donate_argnums=0).lower(cache, *rest).compile()
-    memory: Any = compiled.memory_analysis()
+    compiled = planned(jax.jit(function, donate_argnums=0).lower(cache, *rest))
+    memory = compiled.memory_analysis()
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)]
     assert memory.alias_size_in_bytes >= sum(sizes)
     assert memory.temp_size_in_bytes < 0.05 * max(sizes), memory.temp_size_in_bytes / max(sizes)

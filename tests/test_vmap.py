@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from support import assert_close, draw, floats_of, weights
+from support import assert_close, draw, floats_of, planned, weights
 
 from ejk_ragged import ragged_decode_attention
 from ejk_ragged.testing import Case, TextbookBackend
@@ -299,9 +299,7 @@ def shapes_of(arrays, mapped=()):
 
 def temporary_bytes(function, arrays):
     """The bytes that the compiled program needs in addition to its arguments and results."""
-    memory = jax.jit(function).lower(**arrays).compile().memory_analysis()
-    assert memory is not None
-    return memory.temp_size_in_bytes
+    return planned(jax.jit(function).lower(**arrays)).memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.optimised

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from support import planned
 
 from ejk_ragged import ragged_decode_attention
 
@@ -77,9 +78,8 @@ def temporary(function, shape, write, dtype):
     aval = jax.ShapeDtypeStruct
     cache = aval(shape, dtype)
     arrays = aval((shape[0], 8, shape[-1]), query), cache, cache, aval(shape[:1], jnp.int32)
-    program = jax.jit(lambda *args: function(write, *args), donate_argnums=(1, 2)).lower(*arrays).compile()
-    analysis: Any = program.memory_analysis()
-    return analysis.temp_size_in_bytes / (cache.size * dtype.itemsize)
+    program = jax.jit(lambda *args: function(write, *args), donate_argnums=(1, 2))
+    return planned(program.lower(*arrays)).memory_analysis().temp_size_in_bytes / (cache.size * dtype.itemsize)
 
 
 @pytest.mark.optimised
