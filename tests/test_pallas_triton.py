@@ -406,7 +406,7 @@ def test_tiles_of_wide_quantised_caches(head_dim, facts):
 
 def test_rows_that_are_key_and_value_are_widened_once():
     """Registers have no room for two widened tiles."""
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct
     queries = Queries(shape((2, 1, 16, 576), "bfloat16"))
     cache = Cache(shape((2, 128, 1, 576), "int8"), None, shape((2, 1, 128), "float32"), shape((2, 1, 128), "float32"))
     one = Problem.of(queries, cache, Settings(softmax_scale=0.1, value_columns=(0, 512)))
