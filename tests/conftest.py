@@ -45,17 +45,6 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{name}: the shared suite's share of the backend {name}")
 
 
-def pytest_collection_modifyitems(config, items):
-    """Traces the lines of each test function for its first parameters only. Tracing takes a quarter of the time, and lines that
-    only other parameters reach do not count."""
-    if config.pluginmanager.hasplugin("_cov"):
-        traced = set()
-        for item in items:
-            if item.function in traced:
-                item.add_marker("no_cover")
-            traced.add(item.function)
-
-
 def pytest_generate_tests(metafunc):
     if "subject" in metafunc.fixturenames:
         names = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in registry.names()]
