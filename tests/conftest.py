@@ -2,7 +2,6 @@
 
 import functools
 import os
-import pathlib
 
 import hypothesis
 import jax
@@ -41,6 +40,7 @@ def pytest_configure(config):
         os.environ.setdefault("XLA_FLAGS", QUICK)
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes that tests start
     config.addinivalue_line("markers", "optimised: what XLA makes for CPUs is under test, as users have it")
+    config.addinivalue_line("markers", "ours: the outcome depends on this package alone, so one release of JAX is enough")
     for name in registry.names():
         config.addinivalue_line("markers", f"{name}: the shared suite's share of the backend {name}")
 
@@ -66,22 +66,17 @@ def _untuned():
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled():
-    """Drops what was compiled when that has become much. Linux allows a process 65530 memory mappings, and some thousand programs
-    reach this limit."""
+    """Drops what a file compiled. A process may hold a limited number of memory mappings, and some hundred tests reach that
+    limit."""
     yield
-    mappings = pathlib.Path("/proc/self/maps")
-    if not mappings.exists() or mappings.read_bytes().count(b"\n") > 25_000:
-        jax.clear_caches()
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def _compiler(request):
     """Lets XLA optimise where its code for CPUs is under test."""
     optimised = request.node.get_closest_marker("optimised") is not None
-    quick = jax.default_backend() == "cpu" and not optimised
-    if jax.config.read("jax_disable_most_optimizations") != quick:
-        jax.clear_caches()  # a program that was compiled in the other way must not be found
-        jax.config.update("jax_disable_most_optimizations", quick)
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu" and not optimised)
 
 
 @pytest.fixture
