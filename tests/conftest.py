@@ -38,9 +38,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 def pytest_configure(config):
     if "not optimised" in config.option.markexpr:
         os.environ.setdefault("XLA_FLAGS", QUICK)
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes that tests start
     config.addinivalue_line("markers", "optimised: what XLA makes for CPUs is under test, as users have it")
-    config.addinivalue_line("markers", "ours: the outcome depends on this package alone, so one release of JAX is enough")
     for name in registry.names():
         config.addinivalue_line("markers", f"{name}: the shared suite's share of the backend {name}")
 

@@ -415,7 +415,6 @@ def test_any_problem(subject, data):
             assert_right(functools.partial(subject.call, fwd_params=hints), arguments, gradients=gradients, seed=seed)
 
 
-@pytest.mark.ours  # the oracle, which the call is compared with on every release, does not depend on JAX
 @pytest.mark.parametrize("name", ["cap", "window", "sinks-shared", "sinks-kv"])
 def test_finite_differences(subject, name, x64):
     """A check that is independent of the oracle: the slope of the call's own output, in float64."""

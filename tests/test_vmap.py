@@ -29,8 +29,6 @@ GROUPS = {
 }
 GROUPS_OF_TOKENS = GROUPS | {"lengths": (*GROUPS["lengths"], "query_lengths"), "scales": ("key_scale", "value_scale")}
 SUBSETS = ["+".join(subset) for count in range(1, 6) for subset in itertools.combinations(GROUPS, count)]
-# JAX hands each argument over by itself. How several arguments go together is up to this package.
-ours = lambda subsets: [pytest.param(one, marks=pytest.mark.ours) if 0 < one.count("+") < 4 else one for one in subsets]
 SHIFTS = {"sequence_start": 1, "sequence_end": -3, "query_lengths": -1}
 
 
@@ -79,7 +77,7 @@ def assert_maps(call, names, case=CASE):
     assert_close(jax.jit(functools.partial(both, vmapped))(floats), both(looped, floats))
 
 
-@pytest.mark.parametrize("subset", ours(SUBSETS))
+@pytest.mark.parametrize("subset", SUBSETS)
 def test_any_subset(subset):
     assert_maps(call, names_of(subset))
 
@@ -245,7 +243,7 @@ PARTS = ("query", "pool", "table", "lengths", "sinks")
 SUBSETS_OF_PAGES = ["+".join(subset) for count in range(1, 6) for subset in itertools.combinations(PARTS, count)]
 
 
-@pytest.mark.parametrize("subset", [*ours(SUBSETS_OF_PAGES), "key", "value+table", "key+query"])
+@pytest.mark.parametrize("subset", [*SUBSETS_OF_PAGES, "key", "value+table", "key+query"])
 def test_pages(subset):
     """The table has junk too. An entry of another map's pool would be seen."""
     assert_maps(call, names_of(subset, GROUPS | POOL), PAGES)

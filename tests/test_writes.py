@@ -44,23 +44,23 @@ def by_mask(cache, new, end, rows=1):
 WRITES = [by_index, by_slice, by_mask]
 
 
-def step(write, query, key, value, end):
+def step(attend, write, query, key, value, end):
     """Writes one row per sequence, then attends."""
     new = (query[:, 0] if key.ndim == 3 else query[:, : key.shape[2]]).astype(key.dtype)
     key, value = (write(x, new, end) for x in (key, value))
     k, v = (x[:, :, None] if x.ndim == 3 else x for x in (key, value))
-    return ragged_decode_attention(query, k, v, sequence_end=end + 1, **scales(key)), key, value
+    return attend(query, k, v, sequence_end=end + 1, **scales(key)), key, value
 
 
 def scales(key) -> dict[str, Any]:
     return {"key_scale": 0.1, "value_scale": 0.1} if key.dtype == jnp.int8 else {}
 
 
-def in_scan(write, query, key, value, end):
+def in_scan(attend, write, query, key, value, end):
     """Four steps, with the cache in the carry."""
 
     def one(carry, _):
-        out, key, value = step(write, query, carry[0], carry[1], carry[2])
+        out, key, value = step(attend, write, query, carry[0], carry[1], carry[2])
         return (key, value, carry[2] + 1), out
 
     (key, value, _), outs = lax.scan(one, (key, value, end), None, length=4)
@@ -71,15 +71,21 @@ PROGRAMS = {"step": step, "scan": in_scan}
 
 
 def temporary(function, shape, write, dtype):
-    """Temporary memory of the compiled program, as a fraction of one cache array."""
-    if write is by_index and ("float8" in dtype.name or (dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11))):
-        pytest.skip(f"on CPUs XLA's scatter converts a whole {dtype.name} array, also in a program that only writes")
+    """Temporary memory that attention adds to the compiled program, as a fraction of one cache array.
+
+    The write alone takes no such memory, except where XLA's scatter converts the whole array on CPUs.
+    """
     query = jnp.float32 if dtype.itemsize == 1 else dtype
     aval = jax.ShapeDtypeStruct
     cache = aval(shape, dtype)
     arrays = aval((shape[0], 8, shape[-1]), query), cache, cache, aval(shape[:1], jnp.int32)
-    program = jax.jit(lambda *args: function(write, *args), donate_argnums=(1, 2))
-    return planned(program.lower(*arrays)).memory_analysis().temp_size_in_bytes / (cache.size * dtype.itemsize)
+
+    def taken(attend):
+        program = jax.jit(functools.partial(function, attend, write), donate_argnums=(1, 2))
+        return planned(program.lower(*arrays)).memory_analysis().temp_size_in_bytes / (cache.size * dtype.itemsize)
+
+    converts = write is by_index and ("float8" in dtype.name or (dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11)))
+    return taken(ragged_decode_attention) - (taken(lambda query, *_, **__: query) if converts else 0)
 
 
 @pytest.mark.optimised
@@ -92,7 +98,7 @@ def test_a_donated_cache_is_written_in_place(program, shape, write, dtype):
     assert temporary(PROGRAMS[program], SHAPES[shape], write, jnp.dtype(dtype)) < ALLOWED
 
 
-def heads_first(fence, write, query, key, value, end):
+def heads_first(fence, attend, write, query, key, value, end):
     """`step` on a cache [B, Hkv, S, D], with sequences and kv heads mapped. `fence` comes between the writes and the call."""
     batch, heads, _, dim = key.shape
     grouped = query.reshape(batch, heads, -1, dim)
@@ -100,7 +106,7 @@ def heads_first(fence, write, query, key, value, end):
 
     def one(query, key, value, end):
         k, v = (x[None, :, None] for x in (key, value))
-        return ragged_decode_attention(query[None], k, v, sequence_end=end[None], **scales(key))[0]
+        return attend(query[None], k, v, sequence_end=end[None], **scales(key))[0]
 
     of_heads = jax.vmap(one, (0, 0, 0, None))
     k, v = fence((key, value))
@@ -115,7 +121,10 @@ UNFENCED = functools.partial(heads_first, lambda arrays: arrays)
 @pytest.mark.optimised
 @pytest.mark.xla
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_before_rows_by_index(dtype):
+def test_heads_before_rows_by_index(request, dtype):
+    if "float8" in dtype:
+        reason = "XLA's scatter makes four copies of a float8 cache, and attention a fifth; docs/performance/cpu.md says what to do"
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
     assert temporary(UNFENCED, (2, 4, 65536, 64), by_index, jnp.dtype(dtype)) < ALLOWED
 
 
@@ -123,7 +132,7 @@ def test_heads_before_rows_by_index(dtype):
 @pytest.mark.xla
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 11),
-    reason="with JAX 0.10 XLA drops optimization_barrier on CPUs before it inserts copies; the docs advise it for JAX 0.11 on",
+    reason="docs/performance/cpu.md promises this from JAX 0.11 on: XLA's CPU compiler of JAX 0.10 removes the barrier, and copies",
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("write", WRITES)
