@@ -57,6 +57,38 @@ def test_rows_with_bounds_of_their_own_in_two_blocks(interpreted):
     assert_right(interpreted(FwdParams(block_size_heads=8)), case.draw(poison=True), gradients=False)
 
 
+ROWS = {"dtype": "bfloat16", "softmax_scale": 0.1, "cache_dtype": "int8", "scales": "row"}
+
+
+@has_mosaic_gpu
+@pytest.mark.parametrize(
+    ("case", "programs"),
+    [
+        # Parts of 192 columns; the value begins within the first part. Two tokens with bounds of their own, and a page that ends.
+        (Case("", 2, 128, 8, 1, 576, num_tokens=2, value_columns=(64, 576), page_size=32, sliding_window=(50, 0), **ROWS), 2),
+        # Parts of 64 columns, in the first of which there is no value. Two blocks of query rows, and a key narrower than its rows.
+        (Case("", 2, 192, 20, 1, 256, row_dim=320, value_columns=(64, 320), num_tokens=2, logits_soft_cap=9.0, **ROWS), 3),
+        # One part, and scales that all rows of a head share.
+        (Case("", 2, 128, 4, 2, 128, value_columns=(0, 64), **ROWS | {"scales": "head", "cache_dtype": "float8_e4m3fn"}), 1),
+    ],
+    ids=["576", "320", "128"],
+)
+def test_tiles_of_8_bits_that_are_widened_part_by_part(case, programs, interpreted):
+    """Rows outside the ranges have scales of NaN, and one program has more parts than places."""
+    case = dataclasses.replace(case, lengths=("ranges", (3, case.seq_len - 5), (60, 70)))
+    assert_right(interpreted(programs=programs), case.draw(poison=True), gradients=False)
+
+
+@has_mosaic_gpu
+def test_the_weight_of_a_single_row_is_exact(interpreted):
+    """A weight of 1 times a scale is rounded. The output is not off by this rounding, but by its own only."""
+    case = Case("", 4, 64, 8, 1, 64, lengths=("ranges", *[(i, i + 1) for i in range(4)]), value_columns=(0, 64), **ROWS)
+    arguments = case.draw(poison=True)
+    got, want = interpreted()(**arguments), oracle(**arguments)[0]
+    same = np.asarray(got) == want.astype(got.dtype)
+    assert same.mean() > 0.99  # a number between two of 16 bits may be rounded to either of them
+
+
 @has_mosaic_gpu
 def test_gaps_between_tokens(interpreted):
     """Three maps of one cache see ranges far from each other. The rows between the ranges are junk."""
@@ -111,10 +143,13 @@ def paged(page_size, scales=(), **options):
     return arrays(rows=(300, page_size), **options), named
 
 
-def latent(group, page_size=None, tokens=()):
-    """Like `arrays`, for MLA: values in the first 512 columns of the key's rows. Also returns keyword arguments."""
-    sizes = {"head_dim": 576, "group": group, "tokens": tokens}
+def latent(group, page_size=None, tokens=(), held=None):
+    """Like `arrays`, for MLA: values in the first 512 columns of the key's rows. A cache of 8 bits has scales by row. Also returns
+    keyword arguments."""
+    sizes = {"head_dim": 576, "group": group, "tokens": tokens, "held": held}
     (query, key, _, *lengths), named = paged(page_size, **sizes) if page_size else (arrays(**sizes), {})
+    if held:
+        named |= {"key_scale": jax.ShapeDtypeStruct((300, 4, page_size) if page_size else (4, 4, 1000), "float32")}
     return (query, key, None, *lengths), named | {"value_columns": (0, 512), "softmax_scale": 0.1}
 
 
@@ -174,6 +209,8 @@ CALLS = {
     "MLA, 16 heads": latent(16),
     "MLA, 128 heads": latent(128),
     "MLA, 16 heads and 4 tokens, in pages": latent(16, page_size=8, tokens=(4,)),
+    "MLA in int8, 16 heads": latent(16, held="int8"),
+    "MLA in float8_e4m3fn, 128 heads and 2 tokens, in pages": latent(128, page_size=64, tokens=(2,), held="float8_e4m3fn"),
     "int8": (
         arrays(held="int8", tokens=(3,)),
         {"key_scale": 1.0, "value_scale": 1.0, "softmax_aux": np.zeros((28, 2), np.float32)},
@@ -200,13 +237,19 @@ def test_lowers_for_cuda_anywhere(name):
 
 
 @has_mosaic_gpu
-@pytest.mark.parametrize("name", ["plain", "head_dim 256, many rows", "head_dim 512, many rows"])
+@pytest.mark.parametrize("name", ["plain", "head_dim 256, many rows", "head_dim 512, many rows", "MLA in int8, 16 heads"])
 def test_lowers_where_gradients_are_asked_for(name):
     """With gradients the output is not rounded, and weights have two terms. There is room for both."""
     (query, *rest), options = CALLS[name]
-    call = functools.partial(ragged_decode_attention, backend="mosaic_gpu", **options)
-    grad = lambda query, *rest: jax.vjp(lambda query: call(query, *rest), query)[1](query)
-    text = jax.jit(grad).trace(query, *rest).lower(lowering_platforms=("cuda",)).as_text()
+    traced = {name: x for name, x in options.items() if isinstance(x, jax.ShapeDtypeStruct)}
+    static = {name: x for name, x in options.items() if name not in traced}
+    call = functools.partial(ragged_decode_attention, backend="mosaic_gpu", **static)
+
+    def grad(query, *rest, **named):
+        out, vjp = jax.vjp(lambda query: call(query, *rest, **named), query)
+        return vjp(out)
+
+    text = jax.jit(grad).trace(query, *rest, **traced).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count(CUSTOM_CALL) == 2
 
 
@@ -351,8 +394,9 @@ def test_with_splits_nothing_but_the_schedule_knows_the_batch():
         (PAGED | {"value_dim": 40}, None, "head dimensions that 64 divides, not 128 and 40"),
         ({"value_dim": 520}, None, "a value_dim of up to 512 that is a multiple of 8, not 520"),
         ({"head_dim": 648}, None, "a head_dim of up to 640 that is a multiple of 8, not 648"),
-        ({"head_dim": 264}, None, "head dimensions above 256, in caches of 16 bits where 64 divides the head dimensions"),
-        (LATENT | {"cache_dtype": INT8}, None, "values in the key's rows, and head dimensions above 256, in caches of 16 bits"),
+        ({"head_dim": 264}, None, "head dimensions above 256, where 64 divides the head dimensions"),
+        ({"head_dim": 512, "cache_dtype": INT8}, None, "head dimensions above 256 where the value lies in the key's rows"),
+        (LATENT | {"cache_dtype": INT8, "junk_between_tokens": True}, None, "and no junk lies between tokens"),
         (LATENT | {"value_columns": (8, 136)}, None, "64 divides the head dimensions and the first column of the value"),
         (LATENT | {"seq_len": 1001}, None, "8 divides the rows"),
         ({"head_dim": 100}, None, "not 100"),
@@ -369,6 +413,8 @@ def test_says_what_it_cannot_do(changes, device, reason):
         LATENT,
         PAGED,
         PAGED | LATENT,
+        LATENT | {"cache_dtype": INT8},
+        PAGED | LATENT | {"cache_dtype": INT8, "page_size": 32},
         {"cache_dtype": INT8},
         PAGED | {"cache_dtype": INT8, "page_size": 32, "value_dim": 64},
     ):
@@ -399,6 +445,9 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
         (LATENT, HOPPER, "more than 32 query rows, and values in wide rows of the key"),
         (LATENT | {"batch": 1, "num_q_heads": 33 * 4}, HOPPER, "more than 32 query rows, and values in wide rows of the key"),
         (LATENT | {"num_q_heads": 32 * 4}, HOPPER, ""),
+        (LATENT | {"cache_dtype": INT8, "num_q_heads": 4}, HOPPER, "values in wide rows of the key, in 8 bits"),
+        (LATENT | {"cache_dtype": INT8}, HOPPER, "values in wide rows of the key, in 8 bits"),
+        (LATENT | {"cache_dtype": INT8, "most_keys": 256}, HOPPER, ""),
         (LATENT | {"junk_between_tokens": True}, HOPPER, ""),
         (LATENT | {"head_dim": 256, "value_dim": 128, "row_dim": 256, "value_columns": (0, 128)}, HOPPER, ""),
         ({"head_dim": 512}, HOPPER, ""),

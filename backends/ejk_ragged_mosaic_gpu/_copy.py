@@ -41,24 +41,30 @@ def copy(program: Program):
         copy_query(piece)
         # The slice has as many dimensions as products take, with zeros beyond the last one. JAX refuses such a slice if it knows
         # the start, so the start is computed at run time.
-        dims = [(pl.ds(0 if plan.direct else piece.number * 0, dim), dim) for dim in plan.columns.values()]
+        dims = plan.place_columns.values()
+
+        def columns(part, dim):
+            return pl.ds(part * dim if plan.direct else piece.number * 0, dim)
 
         def tile(i, places):
             following = places_of(piece, i + 1)  # looks up the next tile's entries, so that they are there in time
             for half in range(plan.halves):
-                slot = lax.rem((piece.tiles_before + i) * plan.halves + half, plan.stages)
-                copy_half(slot, places[half * len(places) // plan.halves :][: len(places) // plan.halves])
+                number = (piece.tiles_before + i) * plan.halves + half
+                for part in range(plan.parts):
+                    slot = lax.rem(number * plan.parts + part, plan.stages)
+                    copy_half(slot, part, places[half * len(places) // plan.halves :][: len(places) // plan.halves])
             return following
 
-        def copy_half(slot, places):
-            for name, ref, (columns, dim) in zip(names, program.cache, dims, strict=False):
+        def copy_half(slot, column_part, places):
+            for name, ref, dim in zip(names, program.cache, dims, strict=False):
                 copy_part = into(name, slot)
                 for part, (page, row) in enumerate(places):
                     rows = pl.ds(pl.multiple_of(row, plan.align), plan.part_rows)
                     where = pl.ds(part * plan.part_rows, plan.part_rows)
                     source = ref.at[page, rows, program.head]
                     whole = plan.direct and dim == ref.shape[-1]
-                    copy_part(source if whole else source.at[:, columns], (where,) if len(places) > 1 else ())
+                    source = source if whole else source.at[:, columns(column_part, dim)]
+                    copy_part(source, (where,) if len(places) > 1 else ())
                     if name == "narrow_k":
                         copy_scales(slot, page, rows, where)
 

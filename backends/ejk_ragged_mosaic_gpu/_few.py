@@ -11,7 +11,10 @@ from jax.experimental import pallas as pl
 
 from ._jax import LOWEST, OF_COLUMNS, plgpu, store, TILE, TRANSPOSED
 from ._line import Piece
-from ._program import AT_ONCE, LOG2_E, product, Program, tile_of
+from ._program import AT_ONCE, load_of_rows, LOG2_E, over, plus_products, Program, tile_of
+
+
+TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def compute_pieces(program: Program, warpgroup):
@@ -22,7 +25,7 @@ def compute_pieces(program: Program, warpgroup):
 
 def _compute_piece(program: Program, piece: Piece):
     plan, shared = program.plan, program.shared
-    rows, keys, dim = plan.block_rows, plan.schedule.block_keys, plan.value_dim
+    rows, keys = plan.block_rows, plan.schedule.block_keys
     q_slot = lax.rem(piece.number, plan.query_slots)
     plgpu.barrier_wait(shared.q_full.at[q_slot])
     bounds = [
@@ -31,50 +34,102 @@ def _compute_piece(program: Program, piece: Piece):
     ]
 
     def tile(i, carry):
-        acc, high, total = carry
-        slot = lax.rem(piece.tiles_before + i, plan.stages)
+        sums, high, total, *rounded = carry
+        number = (piece.tiles_before + i) * plan.parts
+        slots = [lax.rem(number + part, plan.places["k"]) for part in range(plan.parts)]
         first = program.first_key(piece, i)
         row = program.row_of(piece, first)
         sees = program.sees(piece, first, row, bounds, (keys, rows), 0)
 
-        plgpu.barrier_wait(shared.k_full.at[slot])
-        k = _laid_out(program, "k", slot)
-        k = k if plan.tile_dim == plan.block_dim else k.at[:, pl.ds(0, plan.block_dim)]
-        x = product(k, shared.q.at[q_slot, 0].transpose((1, 0)))
+        x = _products(program, slots, shared.q.at[q_slot, 0])
+        key_scale, value_scale = (_scale(program, piece, name, slots[0]) for name in "kv")
         if plan.value_start is None:
-            plgpu.barrier_arrive(shared.k_free.at[slot])
+            plgpu.barrier_arrive(shared.k_free.at[slots[0]])
+        x = x if key_scale is None else x * (over(key_scale, x) if key_scale.ndim else key_scale)
         x = jnp.where(sees, program.logits(x), tile_of((keys, rows), -jnp.inf))
         new_high = jnp.maximum(jnp.maximum(high, jnp.max(x, axis=0)), LOWEST)
         fade = jnp.exp2(high - new_high)
         p = jnp.exp2(x - lax.broadcast_in_dim(new_high, x.shape, [1]))
         total = total * lax.broadcast_in_dim(fade, total.shape, [1]) + p
-        for i, term in enumerate(program.terms(p)):
-            shared.p.at[i].transpose((1, 0))[...] = plgpu.layout_cast(term, TRANSPOSED)
+        if rounded:
+            p, in_rows = _in_scales(p, value_scale)
+        terms = list(program.terms(p))
+        for place, term in enumerate(terms):
+            shared.p.at[place].transpose((1, 0))[...] = plgpu.layout_cast(term, TRANSPOSED)
         plgpu.commit_smem()
+        if rounded:
+            again = in_rows(sum(term.astype(jnp.float32) for term in terms))
+            rounded = [rounded[0] * lax.broadcast_in_dim(fade, total.shape, [1]) + again]
 
         if plan.value_start is None:
-            plgpu.barrier_wait(shared.v_full.at[slot])
-        v = _laid_out(program, "v", slot, sees, program.at_an_end(piece, row))
-        terms = [shared.p.at[i].transpose((1, 0)) for i in range(plan.terms)]
-        acc = acc * lax.broadcast_in_dim(fade, acc.shape, [1]) + product(v.transpose((1, 0)), *terms)
-        plgpu.barrier_arrive(shared.v_free.at[slot] if plan.value_start is None else shared.k_free.at[slot])
-        return acc, new_high, total
+            plgpu.barrier_wait(shared.v_full.at[slots[0]])
+        weights = [shared.p.at[place].transpose((1, 0)) for place in range(plan.terms)]
+        new_sums = []
+        for part, slot in enumerate(slots):
+            v = _laid_out(program, "v", slot, part, sees, program.at_an_end(piece, row))
+            if v is not None:
+                acc = sums[len(new_sums)]
+                acc = acc * lax.broadcast_in_dim(fade, acc.shape, [1])
+                new_sums.append(plus_products(program, acc, *[(v.transpose((1, 0)), weight) for weight in weights]))
+            plgpu.barrier_arrive(shared.v_free.at[slot] if plan.value_start is None else shared.k_free.at[slot])
+        return new_sums, new_high, total, *rounded
 
     low = plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), OF_COLUMNS)
-    acc, high, total = lax.fori_loop(0, piece.num_tiles, tile, (tile_of((dim, rows), 0), low, tile_of((keys, rows), 0)))
+    sums = [tile_of((size, rows), 0) for _, size in filter(None, plan.value_parts)]
+    totals = [tile_of((keys, rows), 0)] * (2 if program.by_row("v") else 1)
+    sums, high, *totals = lax.fori_loop(0, piece.num_tiles, tile, (sums, low, *totals))
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
-    _store(program, piece, acc, high, jnp.sum(total, axis=0))
+    total, *rounded = (jnp.sum(x, axis=0) for x in totals)
+    scale = program.scale_of(piece, "v")
+    if rounded:  # the output in units of the weights as they were rounded, so that the weight of a single row is exact
+        ratio = jnp.where(rounded[0] > 0, total / rounded[0], total)
+        sums = [acc * lax.broadcast_in_dim(ratio, acc.shape, [1]) for acc in sums]
+    _store(program, piece, sums if scale is None else [acc * scale for acc in sums], high, total)
 
 
-def _laid_out(program, name, slot, sees=None, at_an_end=False):
-    """A tile that has arrived, in the layout that products take.
+def _products(program, slots, query):
+    """q . k of a tile whose parts are in these slots, [keys, query rows]."""
+    plan, shared = program.plan, program.shared
+
+    def multiply(acc):
+        for part, slot in enumerate(slots):
+            plgpu.barrier_wait(shared.k_full.at[slot])
+            k, first = _laid_out(program, "k", slot, part), part * plan.part_dim
+            size = min(plan.part_dim, plan.block_dim - first)
+            if size > 0:
+                k = k if size == plan.part_dim else k.at[:, pl.ds(0, size)]
+                plgpu.wgmma(acc, k, query.at[:, pl.ds(first, size)].transpose((1, 0)))
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((plan.schedule.block_keys, plan.block_rows), jnp.float32))
+
+
+def _scale(program, piece, name, slot):
+    """The scales of "k" or "v": one per row of the tile whose first part is in this slot [keys], one for all of them, or None."""
+    if not program.by_row(name):
+        return program.scale_of(piece, name)
+    return load_of_rows(getattr(program.shared, f"{name}_scale").at[slot])
+
+
+def _in_scales(p, scale):
+    """Weights [keys, query rows] times the value scales of their rows, and a function of these products, rounded, that returns
+    weights again. Where the scale is next to nothing, weights are not changed."""
+    tiny = jnp.abs(scale) < TINY
+    inverse, kept = jnp.where(tiny, 0, 1 / scale), jnp.where(tiny, 1, 0)
+    return p * over(scale, p), lambda rounded: rounded * over(inverse, p) + p * over(kept, p)
+
+
+def _laid_out(program, name, slot, part, sees=None, at_an_end=False):
+    """A part of a tile that has arrived, in the layout that products take; None for values if the part has no column of theirs.
 
     If a mask of the rows that each query row sees is given, rows that no query row sees become zeros: such a row may hold NaN, and
     0 times NaN is NaN. Such rows lie `at_an_end` of the range or between tokens.
     """
     plan, shared = program.plan, program.shared
     if name == "v" and plan.value_start is not None:
-        arrived = shared.k.at[slot, :, pl.ds(plan.value_start, plan.value_dim)]
+        if plan.value_parts[part] is None:
+            return None
+        arrived = shared.k.at[slot, :, pl.ds(*plan.value_parts[part])]
     else:
         arrived = getattr(shared, name).at[slot]
     tile = arrived if plan.direct else getattr(shared, f"{name}_tile")
@@ -92,16 +147,19 @@ def _laid_out(program, name, slot, sees=None, at_an_end=False):
 
     if not plan.direct or (sees is not None and program.problem.junk_between_tokens):
         lay_out()
-    elif sees is not None:
+    elif sees is not None and not plan.wide_stages:  # who widens a tile clears it
         pl.when(at_an_end)(lay_out)
     return tile
 
 
-def _store(program, piece, acc, high, total):
+def _store(program, piece, sums, high, total):
     """Writes the results of a piece from registers to memory. No thread waits for the writes."""
     plan, results = program.plan, program.results
     slot, query_rows = plan.schedule.slot(program.number, piece.sequence), program.query_rows()
-    parts = results.parts.at[slot, program.head, query_rows, pl.ds(0, plan.value_dim)]
-    store(parts.transpose((1, 0)), plgpu.layout_cast(acc, TRANSPOSED))
+    first = 0
+    for acc in sums:
+        parts = results.parts.at[slot, program.head, query_rows, pl.ds(first, acc.shape[0])]
+        store(parts.transpose((1, 0)), plgpu.layout_cast(acc, TRANSPOSED))
+        first += acc.shape[0]
     for i, values in enumerate((high / LOG2_E, total)):
         store(results.stats.at[slot, program.head, i, query_rows], values)

@@ -6,7 +6,6 @@ second warpgroup those of the second half. Weights, and what goes from half to h
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from ._jax import plgpu, store
 from ._line import Piece
-from ._program import load_of_rows, over, product, Program, tile_of, tiling
+from ._program import load_of_rows, over, plus_products, product, Program, tile_of, tiling
 from ._results import write_result
 from ._softmax import Softmax
 
@@ -144,15 +143,7 @@ class _Halves:
         acc = acc * over(fade, acc)
         if weights is None or program.interpreted:
             weights = [shared.p.at[half, term] for term in range(plan.terms)]
-        if program.interpreted:
-            acc = functools.reduce(lambda acc, weight: acc + product(weight, values), weights, acc)
-        else:
-
-            def multiply(out):
-                for weight in weights:
-                    plgpu.wgmma(out, weight, values)
-
-            acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
+        acc = plus_products(program, acc, *[(weight, values) for weight in weights])
         if half != self.me:
             plgpu.barrier_arrive(shared.p_free.at[half])
         for name in plan.columns:

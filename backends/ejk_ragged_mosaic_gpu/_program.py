@@ -4,6 +4,7 @@ Inside, logits are in base 2, because `exp2` is one instruction. The scale conta
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -188,6 +189,18 @@ def sinks_at(ref, sequence, head, query_rows):
 def over(x, like):
     """`x`, one number per row of the matrix `like`, over all its columns."""
     return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def plus_products(program, acc, *products):
+    """`acc` and the products of pairs of operands, in float32. In the interpreter, all operands have to be in shared memory."""
+    if program.interpreted:
+        return functools.reduce(lambda acc, operands: acc + product(*operands), products, acc)
+
+    def multiply(out):
+        for a, b in products:
+            plgpu.wgmma(out, a, b)
+
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
 def product(a, *terms):

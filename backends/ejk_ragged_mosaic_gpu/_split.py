@@ -16,7 +16,7 @@ from ._jax import launch, plgpu
 from ._line import Ranges
 from ._program import Program, TILED, tiling
 from ._tiles import Tiles
-from ._widen import widen
+from ._widen import widen, widen_parts
 
 
 def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how):
@@ -103,7 +103,7 @@ def _kernel(*refs, tree, problem, plan, results, interpreted, **shared):
     else:
         pl.when(warpgroup < plan.warpgroups)(lambda: _multiply(program, warpgroup))
     if plan.wide_stages:
-        pl.when(warpgroup == plan.warpgroups)(lambda: widen(program))
+        pl.when(warpgroup == plan.warpgroups)(lambda: (widen if plan.many else widen_parts)(program))
     pl.when(warpgroup == lax.axis_size("warpgroup") - 1)(lambda: copy(program))
 
 
@@ -116,7 +116,7 @@ def _rings(problem, plan, cache):
     ]
     arrivals: dict[str, Any] = {"q": (plan.block_rows // plan.copy_rows, plan.warpgroups)}
     shared: dict[str, Any] = {"q": ((plan.row_groups, plan.warpgroup_rows, plan.block_dim), problem.dtype)}
-    for name, columns in plan.columns.items():
+    for name, columns in plan.place_columns.items():
         shared[name] = (keys, columns), problem.dtype
         arrivals[name] = 1 if plan.wide_stages else parts, plan.warpgroups
         if plan.wide_stages:

@@ -41,8 +41,9 @@ class Tiles:
         paged: whether the cache is a pool of pages.
         part_rows: rows of a tile that one copy takes: all, or those that lie in one page.
         stages: places for tiles of keys that a program holds as they are copied, and for tiles of values. In a pair, a tile has
-            two places, one per half.
-        wide_stages: the same for widened tiles of a cache of 8 bits; 0 for other caches.
+            two places, one per half. A tile of 8 bits has one place per part.
+        wide_stages: the same for widened tiles, or parts of tiles, of a cache of 8 bits; 0 for other caches.
+        part_dim: columns of a part of a tile. A tile is one part but for wide tiles of 8 bits, which have columns of several parts.
         direct: whether copies lay a tile out as products want it. For this, 8 must divide the rows and 64 the head dimensions.
             Other tiles are copied as they are, and a warpgroup lays them out.
         table: size of the table of sequences that each program makes. 0 if each program works on one sequence only.
@@ -67,6 +68,7 @@ class Tiles:
     part_rows: int
     stages: int
     wide_stages: int
+    part_dim: int
     direct: bool
     table: int
     schedule: Schedule
@@ -102,6 +104,28 @@ class Tiles:
         return {"k": self.tile_dim} | ({"v": self.value_dim} if self.value_start is None else {})
 
     @property
+    def parts(self) -> int:
+        """Places in shared memory per tile of keys, each with some of the columns."""
+        return self.tile_dim // self.part_dim
+
+    @property
+    def value_parts(self) -> list[tuple[int, int] | None]:
+        """For each part of a tile the value's columns in the part: the first one and their number, or None if there are none."""
+        if self.value_start is None:
+            return [(0, self.value_dim)]
+        found = []
+        for first in range(0, self.tile_dim, self.part_dim):
+            start = max(self.value_start - first, 0)
+            size = min(self.value_start + self.value_dim - first, self.part_dim) - start
+            found.append((start, size) if size > 0 else None)
+        return found
+
+    @property
+    def place_columns(self) -> dict[str, int]:
+        """Columns of a place of each ring."""
+        return self.columns | {"k": self.part_dim}
+
+    @property
     def num_rows(self) -> int:
         """Query rows of a kv head."""
         return self.tokens * self.token_rows
@@ -128,7 +152,7 @@ class Tiles:
         """Registers of a thread that multiplies, of one that widens, if any does, and of one that copies; empty: as the compiler
         likes."""
         if not self.many:
-            return ()
+            return WIDENING_REGISTERS[1] if self.wide_stages else ()
         if self.pair:
             return PAIR_REGISTERS
         return (WIDENING_REGISTERS if self.wide_stages else REGISTERS)[self.warpgroups]
@@ -157,7 +181,7 @@ class Tiles:
     def shared_bytes(self) -> int:
         """Bytes of shared memory that a program needs, each array beginning at a multiple of 1024."""
         keys, rows, dim = self.place_rows, self.block_rows, self.block_dim
-        tiles = keys * sum(self.columns.values()) * ITEMSIZE
+        tiles = keys * sum(self.place_columns.values()) * ITEMSIZE
         narrow = [tiles // ITEMSIZE * self.stages, *[keys * 4 * places for places in (self.stages, self.wide_stages) * 2]]
         weights = 2 * self.terms if self.pair else 0 if self.many else MOST_TERMS
         arrays = narrow if self.wide_stages else []

@@ -20,6 +20,8 @@ STAGE_BYTES = 64 * 1024  # of tiles that are on their way or worked on; more til
 NARROW_BYTES = 48 * 1024  # the same for tiles of 8 bits
 PAIR_STAGES = 3  # halves of tiles per pair
 WIDE_STAGES = 3  # widened tiles per program: with 2, the warpgroups that multiply wait more often
+PARTS = 192, 128, 64  # columns of a part of a wide tile of 8 bits, which is widened part by part
+FEW_NARROW_BYTES = 72 * 1024, 48 * 1024  # of narrow parts, for up to 16 query rows and for more
 WIDE = 256  # head dimensions of one warpgroup, at most
 LEAST_SCALES = 32  # per copy of scales: 128 bytes, the least that a copy takes
 # The second kernel.
@@ -31,7 +33,7 @@ BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 # Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless no
 # more than SHORT rows of a sequence are seen, or a full cache has fewer than MUCH bytes: they take some microseconds longer to
 # begin and end. For twice the query rows half as many bytes are much, because pallas_triton reads them once for each 64 query
-# rows. Where the value lies in wide rows of the key, these kernels are faster from FEW query rows on.
+# rows. Where the value lies in wide rows of the key, these kernels are faster from FEW query rows on, and always in 8 bits.
 LEADING_ROWS, SHORT, MUCH = 64, 256, 128 << 20
 
 # An H100, for lowering without a device.
@@ -67,14 +69,16 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 
 
 def least_rows(problem: Problem) -> int:
-    """Query rows of the smallest block. Only query rows that are rows of the products meet widened tiles."""
-    return 64 if problem.quantised else 8
+    """Query rows of the smallest block. Widened tiles meet query rows that are rows of the products, but for wide tiles."""
+    return 64 if problem.quantised and not is_wide(problem) else 8
 
 
 def default_stages(problem: Problem, keys: int, rows: int) -> int:
     """Stages of about `STAGE_BYTES`: two at least, so that keys are on their way while values are worked on."""
     if is_wide(problem) and rows == 64:
         return PAIR_STAGES
+    if is_wide(problem) and problem.quantised:
+        return max(FEW_NARROW_BYTES[rows > 16] // (keys * _part_dim(problem)), 2)
     dims = _tile_dim(problem) + round_up(problem.value_dim, 64) * (problem.value_columns is None)
     if problem.quantised:
         return max(NARROW_BYTES // (keys * dims), 2)
@@ -100,10 +104,13 @@ def leads(problem: Problem, target: Target) -> str:
     if capability is None or not all(isinstance(n, int) for n in problem.sizes) or problem.keeps_accum_dtype:
         return ""
     rows, takes_many = problem.num_tokens * problem.group, _takes_many(problem)
-    if is_wide(problem):
-        latent = problem.value_columns is not None and _tile_dim(problem) > WIDE
-        return f"more than {FEW} query rows, and values in wide rows of the key" if latent and takes_many and rows > FEW else ""
     keys = problem.seq_len if problem.most_keys is None else min(problem.seq_len, problem.most_keys)
+    if is_wide(problem):
+        if problem.value_columns is None or _tile_dim(problem) <= WIDE or not takes_many:
+            return ""
+        if problem.quantised:
+            return "values in wide rows of the key, in 8 bits" if keys > SHORT else ""
+        return f"more than {FEW} query rows, and values in wide rows of the key" if rows > FEW else ""
     row_bytes = (problem.head_dim + problem.value_dim) * problem.num_kv_heads * problem.cache_dtype.itemsize
     much = keys > SHORT and problem.batch * keys * row_bytes * rows >= MUCH * LEADING_ROWS
     if rows >= LEADING_ROWS and takes_many and much and (not problem.quantised or problem.head_dim == 128):
@@ -115,11 +122,13 @@ def leads(problem: Problem, target: Target) -> str:
 
 def does_not_fit(problem: Problem, target: Target) -> str | None:
     """Why not even the smallest tiles fit, or None."""
-    if is_wide(problem) and (problem.quantised or not _direct(problem)):
+    if is_wide(problem) and not _direct(problem):
         return (
-            f"it takes values in the key's rows, and head dimensions above {WIDE}, in caches of 16 bits where 64 divides the head "
-            "dimensions and the first column of the value, and 8 divides the rows"
+            f"it takes values in the key's rows, and head dimensions above {WIDE}, where 64 divides the head dimensions and the "
+            "first column of the value, and 8 divides the rows"
         )
+    if is_wide(problem) and problem.quantised and problem.value_columns is None:
+        return f"of quantised caches it takes head dimensions above {WIDE} where the value lies in the key's rows"
     if problem.quantised and not _takes_many(problem):
         return "it widens quantised caches where 64 divides the head dimensions, 8 the rows, and no junk lies between tokens"
     needs = lambda problem: _bytes(problem, BLOCK_KEYS, least_rows(problem), 1, target)
@@ -134,9 +143,9 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
     """Query rows of a block."""
     there = problem.num_tokens * problem.group
     if is_wide(problem):
-        most = 64 if _takes_many(problem) else FEW
+        most = 64 if _takes_many(problem) and not problem.quantised else FEW
         wanted = min(wanted or there, most)
-        return round_up(wanted, 8) if wanted <= FEW else 64
+        return round_up(min(wanted, most), 8) if min(wanted, most) <= FEW else 64
     if problem.quantised:
         return min(round_up(min(wanted or there, there), 64), max(WIDENING_REGISTERS) * 64)
     if not _takes_many(problem):
@@ -174,6 +183,14 @@ def _tile_dim(problem: Problem) -> int:
     """Columns of the key's rows that are copied."""
     _, end = problem.value_columns or (0, 0)
     return round_up(max(problem.head_dim, end), 64)
+
+
+def _part_dim(problem: Problem) -> int:
+    """Columns of a part of a tile of keys."""
+    dim = _tile_dim(problem)
+    if not problem.quantised or not is_wide(problem):
+        return dim
+    return next(part for part in PARTS if dim % part == 0)
 
 
 def cannot_copy(problem: Problem) -> str | None:
@@ -220,6 +237,9 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         tokens, token_rows = problem.num_tokens, problem.group
     else:  # up to 8 are one tile, which may be larger than what there is
         tokens, token_rows = 1, round_up(there, 8) if many or there > 8 else there
+    wide_stages = WIDE_STAGES if problem.quantised else 0
+    if wide_stages and not many:  # parts of one tile, and those that are widened meanwhile
+        wide_stages = _tile_dim(problem) // _part_dim(problem) + 2
     plan = Tiles(
         many=many,
         pair=pair,
@@ -238,12 +258,13 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         paged=problem.paged,
         part_rows=_part_rows(problem, keys) if problem.paged or not pair else keys // 2,
         stages=stages,
-        wide_stages=WIDE_STAGES if problem.quantised else 0,
+        wide_stages=wide_stages,
+        part_dim=_part_dim(problem),
         direct=_direct(problem),
         table=0 if alone else round_up(problem.batch, 8) + BLOCK_SEQUENCES - 8,  # where the last sum begins, and what it writes
         schedule=schedule,
     )
-    if many and plan.shared_bytes() > shared_memory(target):
+    if (many or wide_stages) and plan.shared_bytes() > shared_memory(target):
         return dataclasses.replace(plan, query_slots=1)
     return plan
 
