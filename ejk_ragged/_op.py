@@ -145,6 +145,7 @@ def _bind(primitive, layout, request, *args, **params):
     """
     queries, cache = args[:2]
     front = cache.key.shape[:-4]
+    request = dataclasses.replace(request, settings=dataclasses.replace(request.settings, maps=front))
     if front and cache.page_table is not None:
         maps = jnp.arange(math.prod(front), dtype=jnp.int32).reshape(*front, 1, 1)
         cache = dataclasses.replace(cache, page_table=cache.pages() + maps * cache.key.shape[-4])

@@ -182,7 +182,8 @@ class Cache:
 class Settings:
     """The static facts of a call other than shapes and dtypes. They accompany the operation through every transformation.
 
-    A backend must obey the first six fields. `fwd_params` are hints, and `most_keys` serves only to choose defaults.
+    A backend must obey the first six fields. `fwd_params` are hints. `most_keys` serves only to choose defaults, and `maps` only to
+    avoid copies.
 
     Attributes:
         softmax_scale: factor on the logits.
@@ -196,6 +197,8 @@ class Settings:
         fwd_params: tuning hints.
         most_keys: an upper bound of the keys that a token sees, from the sliding window. The bound is a power of 16, so that calls
             with similar windows share a program. None: no bound but the lengths.
+        maps: sizes of the axes over which `vmap` maps the cache, the outermost first. The first axis of each array of the cache is
+            these axes and the array's own first axis, joined. A reshape of the array back to all these axes costs nothing.
     """
 
     softmax_scale: float
@@ -206,6 +209,7 @@ class Settings:
     junk_between_tokens: bool = False
     fwd_params: FwdParams = FwdParams()
     most_keys: int | None = None
+    maps: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -127,6 +127,7 @@ OTHERS = {
     "accumulation dtype": {"settings": dataclasses.replace(SETTINGS, keeps_accum_dtype=True)},
     "junk between tokens": {"settings": dataclasses.replace(SETTINGS, junk_between_tokens=True)},
     "most keys": {"settings": dataclasses.replace(SETTINGS, most_keys=16)},
+    "maps": {"settings": dataclasses.replace(SETTINGS, maps=(2,))},
     "backend": {"backend": TextbookBackend()},
     "tuned": {"tuned": Tuned("some bytes", {})},
     "tuned otherwise": {"tuned": Tuned("other bytes", {})},

@@ -56,7 +56,7 @@ def scales(key) -> dict[str, Any]:
     return {"key_scale": 0.1, "value_scale": 0.1} if key.dtype == jnp.int8 else {}
 
 
-def in_scan(attend, write, query, key, value, end):
+def in_scan(attend, write, query, key, value, end, step=step):
     """Four steps, with the cache in the carry."""
 
     def one(carry, _):
@@ -98,8 +98,8 @@ def test_a_donated_cache_is_written_in_place(program, shape, write, dtype):
     assert temporary(PROGRAMS[program], SHAPES[shape], write, jnp.dtype(dtype)) < ALLOWED
 
 
-def heads_first(fence, attend, write, query, key, value, end):
-    """`step` on a cache [B, Hkv, S, D], with sequences and kv heads mapped. `fence` comes between the writes and the call."""
+def heads_first(attend, write, query, key, value, end):
+    """`step` on a cache [B, Hkv, S, D], with sequences and kv heads mapped."""
     batch, heads, _, dim = key.shape
     grouped = query.reshape(batch, heads, -1, dim)
     key, value = (write(x, grouped[:, :, 0].astype(x.dtype), end, rows=2) for x in (key, value))
@@ -109,33 +109,37 @@ def heads_first(fence, attend, write, query, key, value, end):
         return attend(query[None], k, v, sequence_end=end[None], **scales(key))[0]
 
     of_heads = jax.vmap(one, (0, 0, 0, None))
-    k, v = fence((key, value))
-    out = jax.vmap(of_heads)(grouped, k, v, end + 1)
+    out = jax.vmap(of_heads)(grouped, key, value, end + 1)
     return out.reshape(query.shape), key, value
 
 
-FENCED = functools.partial(heads_first, lax.optimization_barrier)
-UNFENCED = functools.partial(heads_first, lambda arrays: arrays)
+def layers_first(attend, write, query, key, value, end):
+    """`step` on a cache [layers, B, S, Hkv, D], with layers mapped. `vmap` turns each write by slice into a scatter."""
+    out, key, value = jax.vmap(functools.partial(step, attend, write), (None, 0, 0, None))(query, key, value, end)
+    return out.sum(0), key, value
+
+
+MAPPED = {
+    "heads first": (heads_first, (2, 4, 65536, 64)),
+    "heads first, one sequence": (heads_first, (1, 4, 65536, 64)),
+    "layers first": (layers_first, (2, 2, 32768, 4, 64)),
+}
 
 
 @pytest.mark.optimised
 @pytest.mark.xla
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_before_rows_by_index(request, dtype):
-    if "float8" in dtype:
-        reason = "XLA's scatter makes four copies of a float8 cache, and attention a fifth; docs/performance/cpu.md says what to do"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
-    assert temporary(UNFENCED, (2, 4, 65536, 64), by_index, jnp.dtype(dtype)) < ALLOWED
-
-
-@pytest.mark.optimised
-@pytest.mark.xla
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 11),
-    reason="docs/performance/cpu.md promises this from JAX 0.11 on: XLA's CPU compiler of JAX 0.10 removes the barrier, and copies",
-)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("batch", [1, 2])
-def test_heads_before_rows_with_a_barrier(batch, write, dtype):
-    assert temporary(FENCED, (batch, 4, 65536, 64), write, jnp.dtype(dtype)) < ALLOWED
+@pytest.mark.parametrize("cache", ["heads first", "heads first, one sequence"])
+def test_a_mapped_cache_is_written_in_place(cache, write, dtype):
+    function, shape = MAPPED[cache]
+    assert temporary(function, shape, write, jnp.dtype(dtype)) < ALLOWED
+
+
+@pytest.mark.optimised
+@pytest.mark.xla
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("cache", MAPPED)
+def test_a_mapped_cache_in_the_carry_is_written_in_place(cache, write):
+    function, shape = MAPPED[cache]
+    assert temporary(functools.partial(in_scan, step=function), shape, write, jnp.dtype("float32")) < ALLOWED

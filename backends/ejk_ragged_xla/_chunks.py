@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._bits import from_bits, to_bits, widen
-from ._rows import Reader, squeezed
+from ._rows import held, Reader
 
 
 # Rows per chunk, unless the hint `block_size_keys` is given. docs/developers/xla-on-cpus.md has the figures. On a GPU, 1024 rows
@@ -89,20 +89,20 @@ def walk(problem, target, queries, cache, begin, step, per_sequence, written=())
     """
     order = _one_after_another if target.platform == "cpu" else _together
     states, written = order(
-        _Walk(problem, target, queries, cache, squeezed(cache), begin, step), per_sequence, [to_bits(x) for x in written]
+        _Walk(problem, target, queries, cache, held(cache, problem.maps), begin, step), per_sequence, [to_bits(x) for x in written]
     )
     return states, [from_bits(x, problem.cache_dtype) for x in written]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """The arguments of `walk`. `squeezed` is the cache without axes of size 1."""
+    """The arguments of `walk`. `held` is the cache in the shapes of `_rows.held`."""
 
     problem: Any
     target: Any
     queries: Any
     cache: Any
-    squeezed: Any
+    held: Any
     begin: Any
     step: Any
 
@@ -117,8 +117,8 @@ class _Walk:
         live = (here >= start[:, None]) & (here < end[:, None])
         new = live & (here >= row)
         # Without the barrier, XLA's CPU compiler of JAX 0.10 widens the whole bfloat16 cache before the loop.
-        place, held = lax.optimization_barrier((place, self.squeezed))
-        cache = jax.tree.map(lambda x, like: x.reshape(like.shape), held, self.cache)
+        place, cache = lax.optimization_barrier((place, self.held))
+        cache = jax.tree.map(lambda x, like: x.reshape(like.shape), cache, self.cache)
         seen = jnp.any(live, axis=0)[None, :, None]
         k, v = self.key_value(reader, cache, heads, place, b)
         k_scale, v_scale = (self.scale(reader, x, heads, place, b, seen) for x in (cache.key_scale, cache.value_scale))

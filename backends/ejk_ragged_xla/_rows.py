@@ -12,14 +12,19 @@ from jax import lax
 from jax.core import min_dim
 
 
-def squeezed(cache):
-    """The arrays of the cache, for use in loops: without axes of size 1, except the first axis.
+def held(cache, maps):
+    """The arrays of the cache in the shapes in which loops hold them: most likely the shapes in which the caller holds them.
 
-    Axes of size 1 come from callers that reshape a pool, and from `vmap`. XLA may give such an array an unusual order in memory. If
-    a loop then wants the usual order, XLA copies the cache. The first axis stays, because XLA copies a cache that a program writes
-    and then reshapes. So a cache of one sequence must not be reshaped here.
+    XLA's CPU compiler copies a cache that a program writes in one shape and a loop takes in another shape. So the axes `maps` of
+    `vmap` are split off the first axis. Axes of size 1, except the first axis, are removed, because a caller adds such axes to pass
+    one sequence or one kv head, or to reshape a pool. The first axis stays, because it is part of a cache of one sequence.
     """
-    return jax.tree.map(lambda x: lax.squeeze(x, [axis for axis, size in enumerate(x.shape) if axis and size == 1]), cache)
+
+    def one(x):
+        x = x.reshape(*maps, -1, *x.shape[1:])
+        return lax.squeeze(x, [axis for axis, size in enumerate(x.shape) if axis and size == 1])
+
+    return jax.tree.map(one, cache)
 
 
 @dataclasses.dataclass(frozen=True)
