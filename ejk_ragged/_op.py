@@ -141,7 +141,7 @@ def _bind(primitive, layout, request, *args, **params):
     """Binds the primitive to operands with any number of leading axes.
 
     The leading axes of a pool join its pages, and the entries of the page tables are moved to match. All other leading axes join
-    the batch. On one device this copies nothing.
+    the batch. On one device this copies nothing. The operands are those of one device, so `maps` of the settings has local sizes.
     """
     queries, cache = args[:2]
     front = cache.key.shape[:-4]

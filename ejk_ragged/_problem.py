@@ -198,7 +198,8 @@ class Settings:
         most_keys: an upper bound of the keys that a token sees, from the sliding window. The bound is a power of 16, so that calls
             with similar windows share a program. None: no bound but the lengths.
         maps: sizes of the axes over which `vmap` maps the cache, the outermost first. The first axis of each array of the cache is
-            these axes and the array's own first axis, joined. A reshape of the array back to all these axes costs nothing.
+            these axes and the array's own first axis, joined. A reshape of the array back to all these axes costs nothing. On
+            several devices, the sizes are those on one device.
     """
 
     softmax_scale: float

@@ -194,8 +194,8 @@ def test_other_classes(backend, change):
 
 
 def test_one_class(backend):
-    """Sizes count up to the next power of two. The scale and the cap do not count."""
-    same = dataclasses.replace(PROBLEM, batch=4, seq_len=33, softmax_scale=1.0)
+    """Sizes count up to the next power of two. The scale, the cap and the axes of `vmap` do not count."""
+    same = dataclasses.replace(PROBLEM, batch=4, seq_len=33, softmax_scale=1.0, maps=(2,))
     assert _hints.key_of(backend, same, TARGET) == _hints.key_of(backend, PROBLEM, TARGET)
     caps = [dataclasses.replace(PROBLEM, logits_soft_cap=cap) for cap in (3.0, 4.0)]
     assert _hints.key_of(backend, caps[0], TARGET) == _hints.key_of(backend, caps[1], TARGET)

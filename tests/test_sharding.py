@@ -204,6 +204,23 @@ def test_mapped_axis_that_is_split(mesh, names):
     assert_close(jax.jit(function)(split), function(stacked))
 
 
+@pytest.mark.xla
+@pytest.mark.parametrize("size", [4, 3])
+def test_a_backend_gets_the_sizes_of_maps_on_one_device(auto, size):
+    """The XLA backend reshapes the cache by `problem.maps`. The partitioner splits the mapped axis, so the number of maps on all
+    devices does not divide the first axis of the cache on one device."""
+    one = functools.partial(ragged_decode_attention, backend="xla")
+    arrays, _ = draw(Case("", 1, 64, 8, 4, 16))
+    args: list[Any] = [jnp.stack([arrays[name] * (1 + i) for i in range(size)]) for name in ("query", "key", "value")]
+
+    def function(spec, query, *cache):
+        return jax.vmap(one)(query, *(jax.lax.with_sharding_constraint(x, NamedSharding(auto, spec)) for x in cache))
+
+    want = jnp.stack([one(*(x[i] for x in args)) for i in range(size)])
+    for spec in (P("x"), P(("x", "y")), P("x", None, "y", "z")):
+        assert_close(jax.jit(functools.partial(function, spec))(*args), want)
+
+
 def heads_first(call):
     """A call on a cache [B, Hkv, S, D] and queries [B, Hkv, G, D]: nested maps of one head of one sequence."""
 
