@@ -57,33 +57,43 @@ def test_rows_with_bounds_of_their_own_in_two_blocks(interpreted):
     assert_right(interpreted(FwdParams(block_size_heads=8)), case.draw(poison=True), gradients=False)
 
 
-ROWS = {"dtype": "bfloat16", "softmax_scale": 0.1, "cache_dtype": "int8", "scales": "row"}
+IN_ROWS = Case("", 2, 128, 8, 1, 576, "bfloat16", softmax_scale=0.1, cache_dtype="int8", scales="row", value_columns=(64, 576))
 
 
 @has_mosaic_gpu
 @pytest.mark.parametrize(
-    ("case", "programs"),
+    ("changes", "programs"),
     [
-        # Parts of 192 columns; the value begins within the first part. Two tokens with bounds of their own, and a page that ends.
-        (Case("", 2, 128, 8, 1, 576, num_tokens=2, value_columns=(64, 576), page_size=32, sliding_window=(50, 0), **ROWS), 2),
+        # Parts of 192 columns; the value begins within the first part. Two tokens with bounds of their own, in pages.
+        ({"num_tokens": 2, "page_size": 32, "sliding_window": (50, 0)}, 2),
         # Parts of 64 columns, in the first of which there is no value. Two blocks of query rows, and a key narrower than its rows.
-        (Case("", 2, 192, 20, 1, 256, row_dim=320, value_columns=(64, 320), num_tokens=2, logits_soft_cap=9.0, **ROWS), 3),
+        (
+            {
+                "num_q_heads": 20,
+                "num_tokens": 2,
+                "head_dim": 256,
+                "row_dim": 320,
+                "value_columns": (64, 320),
+                "logits_soft_cap": 9.0,
+            },
+            3,
+        ),
         # One part, and scales that all rows of a head share.
-        (Case("", 2, 128, 4, 2, 128, value_columns=(0, 64), **ROWS | {"scales": "head", "cache_dtype": "float8_e4m3fn"}), 1),
+        ({"num_kv_heads": 2, "head_dim": 128, "value_columns": (0, 64), "scales": "head", "cache_dtype": "float8_e4m3fn"}, 1),
     ],
     ids=["576", "320", "128"],
 )
-def test_tiles_of_8_bits_that_are_widened_part_by_part(case, programs, interpreted):
+def test_tiles_of_8_bits_that_are_widened_part_by_part(changes, programs, interpreted):
     """Rows outside the ranges have scales of NaN, and one program has more parts than places."""
-    case = dataclasses.replace(case, lengths=("ranges", (3, case.seq_len - 5), (60, 70)))
+    case = dataclasses.replace(IN_ROWS, lengths=("ranges", (3, 123), (60, 70)), **changes)
     assert_right(interpreted(programs=programs), case.draw(poison=True), gradients=False)
 
 
 @has_mosaic_gpu
 def test_the_weight_of_a_single_row_is_exact(interpreted):
     """A weight of 1 times a scale is rounded. The output is not off by this rounding, but by its own only."""
-    case = Case("", 4, 64, 8, 1, 64, lengths=("ranges", *[(i, i + 1) for i in range(4)]), value_columns=(0, 64), **ROWS)
-    arguments = case.draw(poison=True)
+    lengths = ("ranges", *[(i, i + 1) for i in range(4)])
+    arguments = dataclasses.replace(IN_ROWS, batch=4, seq_len=64, head_dim=64, value_columns=(0, 64), lengths=lengths).draw()
     got, want = interpreted()(**arguments), oracle(**arguments)[0]
     same = np.asarray(got) == want.astype(got.dtype)
     assert same.mean() > 0.99  # a number between two of 16 bits may be rounded to either of them

@@ -51,24 +51,19 @@ def _compute_piece(program: Program, piece: Piece):
         fade = jnp.exp2(high - new_high)
         p = jnp.exp2(x - lax.broadcast_in_dim(new_high, x.shape, [1]))
         total = total * lax.broadcast_in_dim(fade, total.shape, [1]) + p
-        if rounded:
-            p, in_rows = _in_scales(p, value_scale)
-        terms = list(program.terms(p))
+        terms = list(program.terms(p * over(value_scale, p) if rounded else p))
         for place, term in enumerate(terms):
             shared.p.at[place].transpose((1, 0))[...] = plgpu.layout_cast(term, TRANSPOSED)
         plgpu.commit_smem()
-        if rounded:
-            again = in_rows(sum(term.astype(jnp.float32) for term in terms))
-            rounded = [rounded[0] * lax.broadcast_in_dim(fade, total.shape, [1]) + again]
+        rounded = [x * lax.broadcast_in_dim(fade, x.shape, [1]) + _without_scales(terms, p, value_scale) for x in rounded]
 
         if plan.value_start is None:
             plgpu.barrier_wait(shared.v_full.at[slots[0]])
         weights = [shared.p.at[place].transpose((1, 0)) for place in range(plan.terms)]
         new_sums = []
         for part, slot in enumerate(slots):
-            v = _laid_out(program, "v", slot, part, sees, program.at_an_end(piece, row))
-            if v is not None:
-                acc = sums[len(new_sums)]
+            if plan.value_parts[part]:
+                v, acc = _laid_out(program, "v", slot, part, sees, program.at_an_end(piece, row)), sums[len(new_sums)]
                 acc = acc * lax.broadcast_in_dim(fade, acc.shape, [1])
                 new_sums.append(plus_products(program, acc, *[(v.transpose((1, 0)), weight) for weight in weights]))
             plgpu.barrier_arrive(shared.v_free.at[slot] if plan.value_start is None else shared.k_free.at[slot])
@@ -111,24 +106,22 @@ def _scale(program, piece, name, slot):
     return load_of_rows(getattr(program.shared, f"{name}_scale").at[slot])
 
 
-def _in_scales(p, scale):
-    """Weights [keys, query rows] times the value scales of their rows, and a function of these products, rounded, that returns
-    weights again. Where the scale is next to nothing, weights are not changed."""
+def _without_scales(terms, p, scale):
+    """The weights whose products with scales, one per row, are the sum of `terms`: `p` but for rounding. Where a scale is next to
+    nothing, they are `p`."""
     tiny = jnp.abs(scale) < TINY
     inverse, kept = jnp.where(tiny, 0, 1 / scale), jnp.where(tiny, 1, 0)
-    return p * over(scale, p), lambda rounded: rounded * over(inverse, p) + p * over(kept, p)
+    return sum(term.astype(jnp.float32) for term in terms) * over(inverse, p) + p * over(kept, p)
 
 
 def _laid_out(program, name, slot, part, sees=None, at_an_end=False):
-    """A part of a tile that has arrived, in the layout that products take; None for values if the part has no column of theirs.
+    """A part of a tile that has arrived, or the value's columns in the part, in the layout that products take.
 
     If a mask of the rows that each query row sees is given, rows that no query row sees become zeros: such a row may hold NaN, and
     0 times NaN is NaN. Such rows lie `at_an_end` of the range or between tokens.
     """
     plan, shared = program.plan, program.shared
     if name == "v" and plan.value_start is not None:
-        if plan.value_parts[part] is None:
-            return None
         arrived = shared.k.at[slot, :, pl.ds(*plan.value_parts[part])]
     else:
         arrived = getattr(shared, name).at[slot]
