@@ -39,12 +39,6 @@ def copy(program: Program):
     def work(piece):
         places = places_of(piece, 0)
         copy_query(piece)
-        # The slice has as many dimensions as products take, with zeros beyond the last one. JAX refuses such a slice if it knows
-        # the start, so the start is computed at run time.
-        dims = plan.place_columns.values()
-
-        def columns(part, dim):
-            return pl.ds(part * dim if plan.direct else piece.number * 0, dim)
 
         def tile(i, places):
             following = places_of(piece, i + 1)  # looks up the next tile's entries, so that they are there in time
@@ -52,19 +46,21 @@ def copy(program: Program):
                 number = (piece.tiles_before + i) * plan.halves + half
                 for part in range(plan.parts):
                     slot = lax.rem(number * plan.parts + part, plan.stages)
-                    copy_half(slot, part, places[half * len(places) // plan.halves :][: len(places) // plan.halves])
+                    copy_part(slot, part, places[half * len(places) // plan.halves :][: len(places) // plan.halves])
             return following
 
-        def copy_half(slot, column_part, places):
-            for name, ref, dim in zip(names, program.cache, dims, strict=False):
-                copy_part = into(name, slot)
-                for part, (page, row) in enumerate(places):
+        def copy_part(slot, part, places):
+            for name, ref, width in zip(names, program.cache, plan.place_columns.values(), strict=False):
+                copy_rows = into(name, slot)
+                # The slice has as many dimensions as products take, with zeros beyond the last one. JAX refuses such a slice if it
+                # knows the start, so the start is computed at run time.
+                columns = pl.ds(part * width if plan.direct else piece.number * 0, width)
+                for i, (page, row) in enumerate(places):
                     rows = pl.ds(pl.multiple_of(row, plan.align), plan.part_rows)
-                    where = pl.ds(part * plan.part_rows, plan.part_rows)
+                    where = pl.ds(i * plan.part_rows, plan.part_rows)
                     source = ref.at[page, rows, program.head]
-                    whole = plan.direct and dim == ref.shape[-1]
-                    source = source if whole else source.at[:, columns(column_part, dim)]
-                    copy_part(source, (where,) if len(places) > 1 else ())
+                    whole = plan.direct and width == ref.shape[-1]
+                    copy_rows(source if whole else source.at[:, columns], (where,) if len(places) > 1 else ())
                     if name == "narrow_k":
                         copy_scales(slot, page, rows, where)
 

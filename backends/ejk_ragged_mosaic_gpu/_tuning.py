@@ -145,7 +145,7 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
     if is_wide(problem):
         most = 64 if _takes_many(problem) and not problem.quantised else FEW
         wanted = min(wanted or there, most)
-        return round_up(min(wanted, most), 8) if min(wanted, most) <= FEW else 64
+        return round_up(wanted, 8) if wanted <= FEW else 64
     if problem.quantised:
         return min(round_up(min(wanted or there, there), 64), max(WIDENING_REGISTERS) * 64)
     if not _takes_many(problem):
