@@ -1,6 +1,7 @@
 """Calls inside `lax.scan` and `while_loop`, with a cache that grows and is donated."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +139,7 @@ def test_quantised_cache_written_while_it_decodes(subject):
     (cache, end), outs = run(before, steps)
     assert all(x.is_deleted() for x in jax.tree.leaves(before))
     np.testing.assert_array_equal(end, START + STEPS)
-    cache = {name: np.asarray(x) for name, x in cache.items()}
+    cache: dict[str, Any] = {name: np.asarray(x) for name, x in cache.items()}
     for i in range(STEPS):
         sequence, rows = np.arange(BATCH), np.asarray(START) + i
         for name, written in zip(("key", "value"), steps[1:], strict=True):

@@ -6,6 +6,7 @@ The kernels run in the interpreter, which also looks for races. test_mosaic_gpu.
 import dataclasses
 import functools
 import types
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +91,7 @@ def test_output_that_is_not_rounded(capfd):
     out, lse = backend.forward(dataclasses.replace(problem, fwd_params=resolve(problem, target)), target, queries, cache)
     names = "key_scale", "value_scale"
     by_row = {name: np.broadcast_to(scale, (12, 1, 32)) for name, scale in zip(names, scales, strict=True)}
-    exact = {"page_table": np.asarray(table), "sequence_end": np.asarray(end[:, 0])} | by_row
+    exact: dict[str, Any] = {"page_table": np.asarray(table), "sequence_end": np.asarray(end[:, 0])} | by_row
     want, want_lse = oracle(np.asarray(queries.query[:, 0]), np.asarray(cache.key), np.asarray(cache.value), **exact)
     assert out.dtype == jnp.float32
     assert relative_error(out[:, 0], want) < 2e-5

@@ -1,6 +1,7 @@
 """The oracle itself: its results against values worked out by hand, and its gradients against finite differences."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -165,7 +166,8 @@ def test_pages_by_hand():
     is junk."""
     rng = np.random.default_rng(0)
     key, value, query = rng.standard_normal((3, 2, 1, 4)), rng.standard_normal((3, 2, 1, 3)), rng.standard_normal((2, 2, 4))
-    want = oracle(query, *(np.stack([[x[2, 0], x[2, 1], x[0, 0]], [x[0, 0], x[0, 1], x[1, 0]]]) for x in (key, value)))
+    by_hand = lambda x: np.stack([[x[2, 0], x[2, 1], x[0, 0]], [x[0, 0], x[0, 1], x[1, 0]]])
+    want = oracle(query, by_hand(key), by_hand(value))
     got = oracle(query, key, value, sequence_end=[3, 3], page_table=np.array([[2, 0, -7], [0, 1, 99]]))
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y)
@@ -204,7 +206,11 @@ def test_unknown_lengths():
 
 def test_verdicts_of_the_output_alone():
     arguments = CHECKS[3].draw()
-    call = lambda return_lse, **kw: tuple(map(jnp.float32, oracle(**{name: np.asarray(x) for name, x in kw.items()})))
+
+    def call(return_lse, **given: Any):
+        exact: dict[str, Any] = {name: np.asarray(x) for name, x in given.items()}
+        return tuple(map(jnp.float32, oracle(**exact)))
+
     assert [verdict.what for verdict in verify(call, arguments, gradients=False) if verdict.ok] == ["out", "lse"]
     cut = lambda **kw: tuple(x[1:] for x in call(**kw))
     assert [str(verdict) for verdict in verify(cut, arguments, gradients=False)] == [

@@ -159,7 +159,7 @@ def test_scan_that_writes_its_pool(kv_heads, kind):
     np.testing.assert_array_equal(end, np.full(BATCH, STEPS))
     value = {} if kv_heads == 2 else {"value": None, "value_columns": (0, 8), "softmax_scale": 0.3}
     for i in range(STEPS):
-        arguments = {name: np.asarray(x) for name, x in cache.items()} | value
+        arguments: dict[str, Any] = {name: np.asarray(x) for name, x in cache.items()} | value
         want, _ = oracle(np.asarray(steps[0][i]), **arguments, sequence_end=np.full(BATCH, 1 + i), page_table=np.asarray(TABLE))
         np.testing.assert_allclose(outs[i], want, rtol=1e-5, atol=1e-5)
 

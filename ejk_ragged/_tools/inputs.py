@@ -221,7 +221,7 @@ class Sample:
         self.kv_heads = np.unique([last if case.num_tokens else 0, last])
         group = case.num_q_heads // case.num_kv_heads
         self.heads = np.concatenate([np.arange(h * group, (h + 1) * group) for h in self.kv_heads])
-        sampled = {name: self.of(name, x) for name, x in arguments.items()} | settings(case)
+        sampled: dict[str, Any] = {name: self.of(name, x) for name, x in arguments.items()} | settings(case)
         if gradients:
             d_out = self.of("query", inputs.d_out)
             want = oracle_gradients(**sampled, d_out=d_out, d_lse=np.zeros(d_out.shape[:-1]))

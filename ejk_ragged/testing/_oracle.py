@@ -33,21 +33,21 @@ class Gradients(NamedTuple):
 
 
 def oracle(
-    query,
-    key,
-    value,
-    sequence_start=None,
-    sequence_end=None,
-    softmax_scale=None,
-    sliding_window=None,
-    logits_soft_cap=None,
-    softmax_aux=None,
+    query: AnyArray,
+    key: AnyArray,
+    value: AnyArray | None,
+    sequence_start: ArrayLike | None = None,
+    sequence_end: ArrayLike | None = None,
+    softmax_scale: float | None = None,
+    sliding_window: tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    softmax_aux: ArrayLike | None = None,
     *,
-    page_table=None,
-    value_columns=None,
-    query_lengths=None,
-    key_scale=None,
-    value_scale=None,
+    page_table: ArrayLike | None = None,
+    value_columns: tuple[int, int] | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_scale: ArrayLike | None = None,
+    value_scale: ArrayLike | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The output and the log-sum-exp in float64. The arguments are those of `ragged_decode_attention`, with arrays of NumPy or JAX.
 
@@ -73,23 +73,23 @@ def oracle(
 
 
 def oracle_gradients(
-    query,
-    key,
-    value,
-    sequence_start=None,
-    sequence_end=None,
-    softmax_scale=None,
-    sliding_window=None,
-    logits_soft_cap=None,
-    softmax_aux=None,
+    query: AnyArray,
+    key: AnyArray,
+    value: AnyArray | None,
+    sequence_start: ArrayLike | None = None,
+    sequence_end: ArrayLike | None = None,
+    softmax_scale: float | None = None,
+    sliding_window: tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    softmax_aux: ArrayLike | None = None,
     *,
-    page_table=None,
-    value_columns=None,
-    query_lengths=None,
-    key_scale=None,
-    value_scale=None,
-    d_out,
-    d_lse,
+    page_table: ArrayLike | None = None,
+    value_columns: tuple[int, int] | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_scale: ArrayLike | None = None,
+    value_scale: ArrayLike | None = None,
+    d_out: AnyArray,
+    d_lse: AnyArray,
 ) -> Gradients:
     """The gradients of sum(out * d_out) + sum(lse * d_lse).
 
@@ -150,18 +150,18 @@ def oracle_gradients(
 def live_rows(
     b: int,
     seq_len: int,
-    sequence_start: AnyArray | None = None,
-    sequence_end: AnyArray | None = None,
+    sequence_start: ArrayLike | None = None,
+    sequence_end: ArrayLike | None = None,
     sliding_window: tuple[int, int] | None = None,
-    query_lengths: AnyArray | None = None,
+    query_lengths: ArrayLike | None = None,
     *,
     token: int = 0,
     num_tokens: int = 1,
 ) -> np.ndarray:
     """The indices of the keys that token `token` of sequence `b` sees."""
-    start = 0 if sequence_start is None else int(sequence_start[b])
-    end = seq_len if sequence_end is None else int(sequence_end[b])
-    present = num_tokens if query_lengths is None else min(max(int(query_lengths[b]), 0), num_tokens)
+    start = 0 if sequence_start is None else int(np.asarray(sequence_start)[b])
+    end = seq_len if sequence_end is None else int(np.asarray(sequence_end)[b])
+    present = num_tokens if query_lengths is None else min(max(int(np.asarray(query_lengths)[b]), 0), num_tokens)
     if token >= present:
         return np.arange(0)
     left, right = (-1, -1) if sliding_window is None else sliding_window
@@ -178,7 +178,9 @@ def seen_rows(b: int, seq_len: int, *lengths: Any, num_tokens: int = 1) -> np.nd
     return np.unique(np.concatenate(seen))
 
 
-def _operands(query, key, value, softmax_aux, page_table, value_columns, key_scale, value_scale):
+def _operands(
+    query, key, value, softmax_aux, page_table, value_columns, key_scale, value_scale
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The operands in float64: query [B, T, Hq, D], keys and values [B, S, Hkv, ...] with their scales applied, sinks [Hq, N]."""
     query, key = (np.asarray(x).astype(np.float64) for x in (query, key))
     head_dim, heads = query.shape[-1], query.shape[-2]

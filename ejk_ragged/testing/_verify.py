@@ -50,7 +50,7 @@ def verify(call: Callable, arguments: dict[str, Any], gradients: bool = True, se
     Returns:
         One verdict per result that was compared.
     """
-    exact = {name: np.asarray(x) if isinstance(x, jax.Array) else x for name, x in arguments.items()}
+    exact: dict[str, Any] = {name: np.asarray(x) if isinstance(x, jax.Array) else x for name, x in arguments.items()}
     arguments = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
     query, key = arguments["query"], arguments["key"]
     frozen = key.dtype != query.dtype or arguments.get("page_table") is not None
