@@ -376,7 +376,7 @@ def test_a_lock_dies_with_its_process(file):
     assert [left.name for left in file.parent.iterdir()] == [file.name]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows keeps only a read-only flag of a mode, and ignores the umask")
+@pytest.mark.skipif(os.name != "posix", reason="tests the umask and the modes of group and others, which Windows does not have")
 def test_mode(file, backend):
     """A new file has the mode that the umask gives. An old file keeps the mode that the user gave it."""
     for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):

@@ -69,7 +69,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 
 
 def least_rows(problem: Problem) -> int:
-    """Query rows of the smallest block. Widened tiles meet query rows that are rows of the products, but for wide tiles."""
+    """Query rows of the smallest block. With an 8-bit cache, query rows are rows of the products, unless tiles are wide."""
     return 64 if problem.quantised and not is_wide(problem) else 8
 
 
