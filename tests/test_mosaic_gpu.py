@@ -2,6 +2,7 @@
 for cuda on any machine; export, hints and refusals. The shared suite tests the rest, in the dtypes that the backend takes.
 Before JAX 0.11 the backend only says that it cannot run."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -11,6 +12,8 @@ import sys
 import types
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -264,6 +267,28 @@ def test_lowers_where_gradients_are_asked_for(name):
 
 
 @has_mosaic_gpu
+@hypothesis.settings(max_examples=hypothesis.settings().max_examples // 2)
+@hypothesis.given(
+    head_dim=st.sampled_from([64, 128, 192, 320, 576]),
+    more=st.sampled_from([0, 8, 16, 64, 128, 192]),
+    first=st.sampled_from([0, 0, 8, 64]),
+    held=st.sampled_from([None, "int8", "float8_e4m3fn"]),
+    group=st.sampled_from([4, 40]),
+)
+@hypothesis.example(head_dim=128, more=64, first=0, held="int8", group=4)  # lines of 128 columns do not fit
+def test_rows_of_the_cache_are_copied_or_refused(head_dim, more, first, held, group):
+    """Rows may have more columns than the key and the value. Copies take lines of a row, and cannot begin anywhere. The
+    interpreter copies from anywhere."""
+    query, key, _, *lengths = arrays(head_dim=head_dim, group=group, held=held)
+    key = jax.ShapeDtypeStruct((*key.shape[:-1], head_dim + more), key.dtype)
+    scale = {"key_scale": jax.ShapeDtypeStruct((4, 4, 1000), "float32")} if held else {}
+    options = {"value_columns": (first, head_dim), "softmax_scale": 0.1} | scale
+    refused = first % 64 or more % 64
+    with pytest.raises(ValueError, match="64 divides") if refused else contextlib.nullcontext():
+        assert lowered((query, key, None, *lengths), **options).count(CUSTOM_CALL) == 2
+
+
+@has_mosaic_gpu
 def test_lowers_with_64_bit_types(x64):
     assert lowered(arrays()).count(CUSTOM_CALL) == 2
 
@@ -407,8 +432,10 @@ def test_with_splits_nothing_but_the_schedule_knows_the_batch():
         ({"head_dim": 264}, None, "head dimensions above 256, where 64 divides the head dimensions"),
         ({"head_dim": 512, "cache_dtype": INT8}, None, "head dimensions above 256 where the value lies in the key's rows"),
         (LATENT | {"cache_dtype": INT8, "junk_between_tokens": True}, None, "and no junk lies between tokens"),
-        (LATENT | {"value_columns": (8, 136)}, None, "64 divides the head dimensions and the first column of the value"),
-        (LATENT | {"seq_len": 1001}, None, "8 divides the rows"),
+        (LATENT | {"value_columns": (8, 136)}, None, "the first column of the value"),
+        (LATENT | {"row_dim": 584}, None, "64 divides the head dimensions, the number of columns of a row"),
+        (LATENT | PAGED | {"row_dim": 584}, None, "64 divides the head dimensions, the number of columns of a row"),
+        (LATENT | {"seq_len": 1001}, None, "8 divides the number of rows"),
         ({"head_dim": 100}, None, "not 100"),
         ({"batch": 100_000}, None, "table of 100000 sequences"),
         ({"batch": jax.export.symbolic_shape("b")[0]}, None, "not symbolic"),

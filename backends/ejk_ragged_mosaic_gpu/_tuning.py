@@ -1,6 +1,7 @@
 """The shape of the work for a problem: the defaults with their reasons, the checks of hints, and what does not fit."""
 
 import dataclasses
+import functools
 import math
 
 from ejk_ragged import FwdParams, Problem, Target
@@ -124,8 +125,8 @@ def does_not_fit(problem: Problem, target: Target) -> str | None:
     """Why not even the smallest tiles fit, or None."""
     if is_wide(problem) and not _direct(problem):
         return (
-            f"it takes values in the key's rows, and head dimensions above {WIDE}, where 64 divides the head dimensions and the "
-            "first column of the value, and 8 divides the rows"
+            f"it takes values in the key's rows, and head dimensions above {WIDE}, where 64 divides the head dimensions, the "
+            "number of columns of a row and the first column of the value, and 8 divides the number of rows"
         )
     if is_wide(problem) and problem.quantised and problem.value_columns is None:
         return f"of quantised caches it takes head dimensions above {WIDE} where the value lies in the key's rows"
@@ -170,8 +171,8 @@ def _takes_many(problem: Problem) -> bool:
 
 def _direct(problem: Problem) -> bool:
     first, _ = problem.value_columns or (0, 0)
-    dims = problem.head_dim, problem.value_dim, first
-    return problem.seq_len % 8 == 0 and problem.row_dim % 8 == 0 and not any(dim % 64 for dim in dims)
+    dims = problem.head_dim, problem.value_dim, problem.row_dim, first
+    return problem.seq_len % 8 == 0 and not any(dim % 64 for dim in dims)
 
 
 def is_wide(problem: Problem) -> bool:
@@ -190,7 +191,9 @@ def _part_dim(problem: Problem) -> int:
     dim = _tile_dim(problem)
     if not problem.quantised or not is_wide(problem):
         return dim
-    return next(part for part in PARTS if dim % part == 0)
+    # Products want lines of `line` columns, and copies take whole lines of the cache's rows.
+    line = functools.partial(math.gcd, 128)
+    return next(part for part in PARTS if dim % part == 0 and problem.row_dim % line(part) == 0)
 
 
 def cannot_copy(problem: Problem) -> str | None:
@@ -201,11 +204,9 @@ def cannot_copy(problem: Problem) -> str | None:
     if _part_rows(problem, BLOCK_KEYS) % least:
         what = f"of a quantised cache, whose scales it copies {least} at once" if problem.quantised else "of a page"
         return f"a copy takes {least} rows {what}, which do not divide pages of {problem.page_size}"
-    return (
-        None
-        if _direct(problem)
-        else f"its pages have head dimensions that 64 divides, not {problem.head_dim} and {problem.value_dim}"
-    )
+    if _direct(problem) or is_wide(problem):  # `does_not_fit` knows what wide rows need
+        return None
+    return f"its pages have head dimensions that 64 divides, not {problem.head_dim} and {problem.value_dim}"
 
 
 def _part_rows(problem: Problem, keys: int) -> int:
