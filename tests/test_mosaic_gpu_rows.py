@@ -182,7 +182,7 @@ WIDE = {
         {"pair": False, "many": False},
     ),
     "few query rows, a value behind the key": (
-        Case("", 2, 128, 4, 1, 64, "float16", TWO, row_dim=200, value_columns=(64, 192)),
+        Case("", 2, 128, 4, 1, 64, "float16", TWO, row_dim=256, value_columns=(64, 192)),
         2,
         {"pair": False, "tile_dim": 192},
     ),
