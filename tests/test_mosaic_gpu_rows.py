@@ -277,3 +277,46 @@ def test_quantised(interpreted, name):
     """Rows, scales and entries that nobody sees are junk."""
     case, programs, hints = QUANTISED[name]
     assert_right(interpreted(hints, programs=programs), case.draw(poison=True), gradients=False)
+
+
+def expected(arguments):
+    on_host: dict[str, Any] = {name: np.asarray(x) if hasattr(x, "shape") else x for name, x in arguments.items()}
+    return oracle(**on_host)[0]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+def test_value_scales_of_any_size(interpreted, dtype):
+    """Values times scales are in units of the largest scale so far, so that they stay in the range of float16, and the unit
+    changes from tile to tile. Sequence 0 has scales that grow, and sequence 1 has scales that shrink. All scales of sequence 2 are
+    0, and those of sequence 3 are the smallest of float32. Some values are the largest of the dtype."""
+    case = Case("", 4, 256, 32, 1, 64, "bfloat16", num_tokens=2, cache_dtype=dtype, scales="row")
+    arguments = case.draw()
+    limits = jnp.iinfo(dtype) if dtype == "int8" else jnp.finfo(dtype)
+    value = np.array(arguments["value"])
+    value[:, ::7, :, ::2], value[:, ::7, :, 1::2] = limits.min, limits.max
+    exponents = np.linspace(-30, 15, 256)
+    scale = np.stack([10.0**exponents, 10.0 ** exponents[::-1], 0 * exponents, 1e-38 + 0 * exponents])[:, None]
+    arguments |= {"value": jnp.asarray(value), "value_scale": jnp.asarray(scale, jnp.float32)}
+    out = np.asarray(interpreted(programs=2)(**arguments), np.float64)
+    want = expected(arguments)
+    for i in (0, 1):
+        assert relative_error(out[i], want[i]) < 2.5e-3
+    assert np.abs(out[2]).max() == 0
+    assert np.isfinite(out[3]).all()
+
+
+def test_weights_next_to_nothing(interpreted):
+    """The first row has nearly all of the weight, and its value is 0. So the output is what rows with weights around 1e-7 add. In
+    float16 such a weight has one or two bits."""
+    case = Case("", 1, 256, 64, 1, 64, "bfloat16", cache_dtype="int8", scales="row")
+    arguments = case.draw()
+    query = np.zeros((1, 64, 64), np.float32)
+    query[..., 0] = 8
+    key, value = np.array(arguments["key"]), np.array(arguments["value"])
+    key[..., 0] = np.linspace(0, 20, 256)[:, None]
+    key[:, 0, :, 0], value[:, 0] = 127, 0
+    scale = jnp.full((1, 1, 256), 1 / 8, jnp.float32)
+    arguments |= {"query": jnp.asarray(query, "bfloat16"), "key": jnp.asarray(key), "value": jnp.asarray(value), "key_scale": scale}
+    arguments["softmax_scale"] = 16 / 127
+    want = expected(arguments)
+    assert relative_error(np.asarray(interpreted()(**arguments)), want) < 2.5e-3

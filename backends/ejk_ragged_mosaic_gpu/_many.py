@@ -37,9 +37,8 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
     def compute():
         acc, *stats = nothing
         carry = lax.fori_loop(0, piece.num_tiles - 1, tiles.step, tiles.begin(acc, [*stats, *softmax.unit()]))
-        acc, (high, total, *unit) = tiles.last(*carry)
-        scale = over(unit[0], acc) if unit else program.scale_of(piece, "v")
-        return acc if scale is None else acc * scale, high, total
+        acc, stats = tiles.last(*carry)
+        return softmax.results(acc, *stats)
 
     write_result(softmax, compute, nothing, lambda: query, pl.ds(0, plan.value_dim))
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
@@ -130,13 +129,14 @@ class _Tiles:
         return self.softmax.tile(first, program.row_of(piece, first), products, stats, *scales)
 
     def scales(self, slot):
-        """Scales of keys and values: one per row of the tile of keys in this slot, one for all of them, or None."""
-
-        def of_rows(name):
-            return plgpu.load(getattr(self.program.shared, f"{name}_scale").at[slot], layout=OF_COLUMNS, optimized=False)
-
-        program = self.program
-        return [of_rows(name) if program.by_row(name) else program.scale_of(self.piece, name) for name in "kv"]
+        """For the tile in this slot: scales of keys, one per row [keys], one for all, or None; factors of the weights [keys], or
+        None; the unit of the values, where rows have value scales of their own, or None."""
+        program, shared = self.program, self.program.shared
+        of_rows = lambda ref: plgpu.load(ref.at[slot], layout=OF_COLUMNS, optimized=False)
+        key_scale = of_rows(shared.k_scale) if program.by_row("k") else program.scale_of(self.piece, "k")
+        if not program.by_row("v"):
+            return key_scale, None, None
+        return key_scale, None if program.plan.scales_values else of_rows(shared.v_scale), shared.v_unit[slot]
 
     def slot(self, i):
         return lax.rem(self.piece.tiles_before + i, self.program.plan.places["k"])

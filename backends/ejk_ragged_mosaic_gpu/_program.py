@@ -120,11 +120,18 @@ class Program:
         return factor if self.problem.logits_soft_cap is None and factor > float(jnp.finfo(jnp.float32).tiny) else 1.0
 
     def terms(self, p):
-        """`p` as a sum of numbers in the query's dtype: one, or two where the result is not rounded to 16 bits."""
+        """`p` as a sum of numbers of 16 bits: one, or two where the result is not rounded to 16 bits."""
         for _ in range(self.plan.terms):
-            rounded = p.astype(self.problem.dtype)
+            rounded = p.astype(self.plan.value_dtype(self.problem))
             yield rounded
             p = p - rounded.astype(jnp.float32)
+
+    @property
+    def headroom(self) -> float:
+        """A power of two by which the cache's numbers stay in the range of float16."""
+        dtype = self.problem.cache_dtype
+        largest = -jnp.iinfo(dtype).min if jnp.issubdtype(dtype, jnp.integer) else float(jnp.finfo(dtype).max)
+        return 2.0 ** math.floor(math.log2(float(jnp.finfo(jnp.float16).max) / largest))
 
     def scale_of(self, piece: Piece, name):
         """The scale of "k" or "v" that all rows of the piece share, or None: there is none, or one per row."""

@@ -10,18 +10,20 @@ from jax import lax
 from ._jax import LOWEST, OF_ROWS, plgpu
 from ._line import Piece
 from ._program import LOG2_E, of_rows, over, Program, tile_of
+from ._widen import LEAST_UNIT
 
 
-LEAST_UNIT = float(jnp.finfo(jnp.float32).tiny)  # of the output, where all value scales are 0
+# Weights of float16 are relative to 2 ** 15 in place of 1, so that those next to nothing keep their accuracy.
+FLOAT16_WEIGHTS = 15
 
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
     """The softmax of some query rows over the tiles of a piece.
 
-    `stats` go from tile to tile, [query rows] each: the largest logit without its factor, and the sum of weights. If rows have
-    value scales of their own, `stats` also have the largest value scale so far. The output is in units of this scale, so that a
-    weight times a scale keeps the accuracy of the weight.
+    `stats` go from tile to tile: the largest logit without its factor, and the sum of weights, [query rows] each. If rows have
+    value scales of their own, `stats` also have the unit of the output: values of 8 bits were multiplied by their scales in this
+    unit, which grows from tile to tile.
 
     Attributes:
         program, piece: whose tiles.
@@ -55,26 +57,28 @@ class Softmax:
         return cls(program, piece, query_rows, bounds, seen_by_all)
 
     def nothing(self):
-        """`stats` before the first tile, but for the value scale."""
+        """`stats` before the first tile, but for the unit of the output."""
         return [of_rows(self.query_rows.size, LOWEST), of_rows(self.query_rows.size, 0)]
 
     def unit(self):
-        """The value scale before the first tile, where rows have value scales of their own."""
-        return [of_rows(self.query_rows.size, LEAST_UNIT)] if self.program.by_row("v") else []
+        """The unit of the output before the first tile, where rows have value scales of their own."""
+        return [jnp.float32(LEAST_UNIT)] if self.program.by_row("v") else []
 
-    def tile(self, first, row, products, stats, key_scale: Any = None, value_scale: Any = None):
+    def tile(self, first, row, products, stats, key_scale: Any = None, weight_scale: Any = None, new_unit: Any = None):
         """Weights of a tile, the new `stats`, and the factor by which this tile shrinks the output so far.
 
         Args:
             first: the first row whose turn it is.
             row: the row at which the tile was read. Rows before `first` had their turn.
             products: q . k, [query rows, keys].
-            key_scale, value_scale: one number per row of the tile [keys], one number, or None.
+            key_scale: one number per row of the tile [keys], one number, or None.
+            weight_scale: what multiplies the weights, one number per row of the tile [keys], or None.
+            new_unit: the unit of the tile's values, where rows have value scales of their own, or None.
         """
         program, piece = self.program, self.piece
         high, total, *unit = stats
         if key_scale is not None:
-            products = products * _over_rows(key_scale, products)
+            products = products * (_over_rows(key_scale, products) if key_scale.ndim else key_scale)
 
         def masked(x):
             sees = program.sees(piece, first, row, self.bounds, x.shape, 1)
@@ -85,20 +89,36 @@ class Softmax:
         x = lax.cond((row < jnp.maximum(first, start)) | (row + x.shape[1] > end), masked, lambda x: x, x)
         new_high = jnp.maximum(jnp.maximum(high, jnp.max(x, axis=1)), LOWEST)
         fade = jnp.exp2((high - new_high) * factor)
-        p = jnp.exp2((x - over(new_high, x)) * factor)
+        exponent = (x - over(new_high, x)) * factor
+        p = jnp.exp2(exponent + self.shift if self.shift else exponent)
         stats = [new_high, total * fade + jnp.sum(p, axis=1)]
+        if weight_scale is not None:
+            p = p * _over_rows(weight_scale, p)
         if unit:
-            scale = _over_rows(value_scale, p)
-            new_unit = jnp.maximum(unit[0], jnp.max(jnp.abs(scale), axis=1))
-            p, fade = p * (scale * over(1 / new_unit, p)), fade * (unit[0] / new_unit)
+            fade = fade * (unit[0] / new_unit)
             stats.append(new_unit)
         return list(program.terms(p)), stats, fade
+
+    def results(self, acc, high, total, *unit):
+        """The sums of the output, the largest logit, and the sum of the weights, of `stats` and of sums in the units of weights and
+        values."""
+        program = self.program
+        scale = program.scale_of(self.piece, "v")
+        if unit:
+            scale = unit[0] / program.headroom if program.plan.scales_values else unit[0]
+        acc = acc if scale is None else acc * scale
+        return (acc * 2.0**-self.shift, high, total * 2.0**-self.shift) if self.shift else (acc, high, total)
+
+    @property
+    def shift(self) -> int:
+        """The base-2 logarithm of the largest weight."""
+        return FLOAT16_WEIGHTS if self.program.plan.wide_stages else 0
 
     def natural(self, high):
         """The largest logit with its factor, as results have it."""
         return jnp.maximum(high * (self.program.factor / LOG2_E), LOWEST)
 
 
-def _over_rows(scale: Any, like):
-    """A scale per row of a tile, or a single scale, as it is multiplied with a matrix [query rows, keys]."""
-    return lax.broadcast_in_dim(scale, like.shape, [1]) if scale.ndim else scale
+def _over_rows(x, like):
+    """A number per row of the tile, over the matrix [query rows, keys]."""
+    return lax.broadcast_in_dim(x, like.shape, [1])

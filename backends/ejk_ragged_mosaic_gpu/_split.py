@@ -51,7 +51,8 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
     if plan.pair:
         shared |= _pair.shared(plan, dtype)
     elif not plan.many or how["interpret"]:
-        shared["p"] = plgpu.SMEM((readers if plan.many else plan.terms, plan.warpgroup_rows, keys), dtype, transforms=TILED)
+        weights = readers if plan.many else plan.terms, plan.warpgroup_rows, keys
+        shared["p"] = plgpu.SMEM(weights, plan.value_dtype(problem), transforms=TILED)
     if readers > 1 and not plan.wide_stages and not plan.pair:
         shared["v_clear"] = plgpu.Barrier(num_arrivals=1, num_barriers=plan.stages)
     if not plan.direct:
@@ -117,7 +118,7 @@ def _rings(problem, plan, cache):
     arrivals: dict[str, Any] = {"q": (plan.block_rows // plan.copy_rows, plan.warpgroups)}
     shared: dict[str, Any] = {"q": ((plan.row_groups, plan.warpgroup_rows, plan.block_dim), problem.dtype)}
     for name, columns in plan.place_columns.items():
-        shared[name] = (keys, columns), problem.dtype
+        shared[name] = (keys, columns), problem.dtype if name == "k" else plan.value_dtype(problem)
         arrivals[name] = 1 if plan.wide_stages else parts, plan.warpgroups
         if plan.wide_stages:
             shared[f"narrow_{name}"] = (keys, columns), problem.cache_dtype
@@ -133,6 +134,8 @@ def _rings(problem, plan, cache):
     for name in by_row:
         rings[f"narrow_{name}_scale"] = plgpu.SMEM((plan.stages, keys), jnp.float32)
         rings[f"{name}_scale"] = plgpu.SMEM((plan.wide_stages, keys), jnp.float32)
+    if plan.many and "v" in by_row:
+        rings["v_unit"] = plgpu.SMEM((plan.wide_stages,), jnp.float32)
     return rings
 
 

@@ -141,6 +141,16 @@ class Tiles:
         lse = problem.batch, problem.num_kv_heads, self.row_blocks * self.block_rows
         return {"out": (out, problem.out_dtype), "lse": (lse, "float32")}
 
+    def value_dtype(self, problem: Problem):
+        """Dtype of weights and values in products. Values of 8 bits are float16, so that their products with scales are rounded an
+        eighth as much as in bfloat16, but for values in the key's rows, which are what keys are."""
+        return "float16" if self.many and self.wide_stages else problem.dtype
+
+    @property
+    def scales_values(self) -> bool:
+        """Whether scales by row multiply values of 8 bits. Else they multiply weights, which may have two terms."""
+        return self.many and self.terms == 1
+
     @property
     def places(self) -> dict[str, int]:
         """Places of each ring in shared memory."""

@@ -34,8 +34,9 @@ BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 # Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless no
 # more than SHORT rows of a sequence are seen, or a full cache has fewer than MUCH bytes: they take some microseconds longer to
 # begin and end. For twice the query rows half as many bytes are much, because pallas_triton reads them once for each 64 query
-# rows. Where the value lies in wide rows of the key, these kernels are faster from FEW query rows on, and always in 8 bits.
-LEADING_ROWS, SHORT, MUCH = 64, 256, 128 << 20
+# rows. In 8 bits they are faster from LEADING_ROWS_OF_8_BITS query rows on. Where the value lies in wide rows of the key, they are
+# faster from FEW query rows on, and always in 8 bits.
+LEADING_ROWS, LEADING_ROWS_OF_8_BITS, SHORT, MUCH = 64, 20, 256, 128 << 20
 
 # An H100, for lowering without a device.
 MULTIPROCESSORS = 132
@@ -113,9 +114,10 @@ def leads(problem: Problem, target: Target) -> str:
             return "values in wide rows of the key, in 8 bits" if keys > SHORT else ""
         return f"more than {FEW} query rows, and values in wide rows of the key" if rows > FEW else ""
     row_bytes = (problem.head_dim + problem.value_dim) * problem.num_kv_heads * problem.cache_dtype.itemsize
-    much = keys > SHORT and problem.batch * keys * row_bytes * rows >= MUCH * LEADING_ROWS
-    if rows >= LEADING_ROWS and takes_many and much and (not problem.quantised or problem.head_dim == 128):
-        return f"{LEADING_ROWS} or more query rows per kv head"
+    much = keys > SHORT and problem.batch * keys * row_bytes * max(rows, LEADING_ROWS) >= MUCH * LEADING_ROWS
+    least, cache = (LEADING_ROWS_OF_8_BITS, " of an 8-bit cache") if problem.quantised else (LEADING_ROWS, "")
+    if rows >= least and takes_many and much and (not problem.quantised or problem.head_dim == 128):
+        return f"{least} or more query rows per kv head{cache}"
     if problem.paged and problem.batch == problem.num_tokens == 1 and not problem.quantised:
         return "pages of a single sequence"
     return ""

@@ -1,19 +1,26 @@
 """The warpgroup that widens tiles of an 8-bit cache to 16 bits in shared memory, for the warpgroups that multiply.
 
-The cache's numbers are widened without their scales, so each is exact in the query's dtype. Key scales are for the logits, and
-value scales for the weights.
+Keys are widened without their scales, so each is exact in the query's dtype. Their scales are for the logits. Values become
+float16, which rounds less than bfloat16, and are multiplied by their scales. Where the result is not rounded to 16 bits, or the
+value lies in the key's rows, value scales are for the weights.
 """
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import OF_ROWS, plgpu, store, UPCAST
+from ._jax import IN_EACH_WARP, int8_to_float16, plgpu, store, UPCAST
 from ._program import Program
 
 
+LEAST_UNIT = 2.0**-100  # of values, where all value scales are 0 or next to nothing
+
+
 def widen(program: Program):
-    """All tiles of a program, each into the next place of the ring that products read."""
+    """All tiles of a program, keys and values, each into the next place of the ring that products read.
+
+    A tile of keys and a tile of values share their waits and the barrier after the stores, because waiting is most of the work.
+    """
     plan, shared = program.plan, program.shared
     plgpu.set_max_registers(plan.registers[1], action="decrease")
     program.release("narrow_k", "narrow_v")
@@ -21,42 +28,50 @@ def widen(program: Program):
         plgpu.barrier_wait(shared.stops_full)
 
     def work(piece):
-        def tile(i, _):
-            number = piece.tiles_before + i
-            widen_tile(piece, number, program.row_of(piece, program.first_key(piece, i)))
-
-        lax.fori_loop(0, piece.num_tiles, tile, None)
-
-    def widen_tile(piece, number, row):
-        slot, wide_slot = (lax.rem(number, plan.places[name]) for name in ("narrow_k", "k"))
-        for name in "kv":
-            full, free = (barriers.at[slot] for barriers in program.barriers(f"narrow_{name}"))
-            wide_full, wide_free = (barriers.at[wide_slot] for barriers in program.barriers(name))
-            plgpu.barrier_wait(full)
-            plgpu.barrier_wait(wide_free)
-            narrow, wide = getattr(shared, f"narrow_{name}").at[slot], getattr(shared, name).at[wide_slot]
-            for first in range(0, narrow.shape[0], 64):
-                rows = pl.ds(first, 64)
-                wide.at[rows][...] = _widened(plgpu.load(narrow.at[rows], layout=UPCAST), wide.dtype)
-            if name == "k":
-                for scale_name, scales in load_scales(program, piece, slot, row).items():
-                    store(getattr(shared, f"{scale_name}_scale").at[wide_slot], scales)
+        def tile(i, unit):
+            number, row = piece.tiles_before + i, program.row_of(piece, program.first_key(piece, i))
+            slot, place = (lax.rem(number, plan.places[name]) for name in ("narrow_k", "k"))
+            for name in "kv":
+                plgpu.barrier_wait(program.barriers(f"narrow_{name}")[0].at[slot])
+                plgpu.barrier_wait(program.barriers(name)[1].at[place])
+            scales, value_scale = load_scales(program, piece, slot, row), None
+            if "k" in scales:
+                store(shared.k_scale.at[place], scales["k"])
+            if "v" in scales:
+                unit = jnp.maximum(unit, jnp.max(jnp.abs(scales["v"])))
+                shared.v_unit[place] = unit
+                if plan.scales_values:
+                    value_scale = plgpu.load(shared.narrow_v_scale.at[slot], layout=UPCAST.reduce(1), optimized=False)
+                    value_scale = (value_scale * (program.headroom / unit)).astype(jnp.float16)
+                else:
+                    store(shared.v_scale.at[place], scales["v"] / unit)
+            keys, values = (plgpu.load(ref.at[slot], layout=UPCAST) for ref in (shared.narrow_k, shared.narrow_v))
+            shared.k.at[place][...] = _widened(keys, shared.k.dtype)
+            shared.v.at[place][...] = _scaled(program, values, value_scale)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(free)
-            if name == "v":
-                pl.when(program.at_an_end(piece, row))(lambda wide=wide: program.clear(piece, row, wide))
-            plgpu.barrier_arrive(wide_full)
+            plgpu.barrier_arrive(shared.narrow_k_free.at[slot])
+            plgpu.barrier_arrive(shared.narrow_v_free.at[slot])
+            pl.when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, shared.v.at[place]))
+            plgpu.barrier_arrive(shared.k_full.at[place])
+            plgpu.barrier_arrive(shared.v_full.at[place])
+            return unit
+
+        lax.fori_loop(0, piece.num_tiles, tile, jnp.float32(LEAST_UNIT))
 
     program.ranges.pieces(program.number, work)
     program.drain("k", "v")
 
 
-def widen_parts(program: Program):
-    """All parts of tiles of a program, each into the next place of the ring that products read. There is one ring: the value lies
-    in the key's rows.
+def _scaled(program, values, scale):
+    """Values in float16, times a scale per row if there is one."""
+    by_hand = values.dtype == jnp.int8 and not program.interpreted
+    values = int8_to_float16(values) if by_hand else values.astype(jnp.float16)
+    return values if scale is None else values * plgpu.layout_cast(lax.broadcast_in_dim(scale, values.shape, [0]), UPCAST)
 
-    A part's numbers leave their narrow place before a wide place is free, so that copies go on.
-    """
+
+def widen_parts(program: Program):
+    """All parts of tiles of a program, each into the next place of the ring that products read. There is one ring, because the
+    value lies in the key's rows."""
     plan, shared = program.plan, program.shared
     plgpu.set_max_registers(plan.registers[1], action="decrease")
     program.release("narrow_k")
@@ -79,13 +94,12 @@ def widen_parts(program: Program):
         plgpu.barrier_wait(full)
         numbers = plgpu.load(shared.narrow_k.at[slot], layout=UPCAST)
         scales = load_scales(program, piece, slot, row) if part == 0 else {}
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(free)
         plgpu.barrier_wait(wide_free)
         wide[...] = _widened(numbers, wide.dtype)
         for name, scale in scales.items():
             store(getattr(shared, f"{name}_scale").at[wide_slot], scale)
         plgpu.commit_smem()
+        plgpu.barrier_arrive(free)
         pl.when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, wide))
         plgpu.barrier_arrive(wide_full)
 
@@ -97,10 +111,10 @@ def load_scales(program, piece, slot, row):
     """Scales of "k" and "v" of a narrow tile that was read at `row`, where they differ by row."""
     loaded = {}
     for name in filter(program.by_row, "kv"):
-        scales = plgpu.load(getattr(program.shared, f"narrow_{name}_scale").at[slot], layout=OF_ROWS, optimized=False)
-        key = plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=OF_ROWS) + row
+        scales = plgpu.load(getattr(program.shared, f"narrow_{name}_scale").at[slot], layout=IN_EACH_WARP, optimized=False)
+        key = plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=IN_EACH_WARP) + row
         seen = (key >= piece.start) & (key < piece.end)  # the scale of a row outside the range may be NaN
-        zeros = plgpu.layout_cast(jnp.zeros(scales.shape, scales.dtype), OF_ROWS)
+        zeros = plgpu.layout_cast(jnp.zeros(scales.shape, scales.dtype), IN_EACH_WARP)
         loaded[name] = jnp.where(seen, scales, zeros)
     return loaded
 
