@@ -45,7 +45,8 @@ def store(ref, values):
 def int8_to_float16(x):
     """Numbers of int8 [64, n] in float16, in 5 instructions for 4 numbers. Mosaic GPU's own conversion takes a slow one for each.
 
-    A byte plus 128 becomes the low bits of a float16 between 1024 and 1280, and 1152 is taken away again.
+    A byte plus 128 becomes the low bits of a float16 between 1024 and 1280, and 1152 is taken away again. The method is that of
+    FasterTransformer's `FastInterleavedAndBiasedNumericArrayConverter`.
     """
     from jax.experimental.mosaic import gpu as mgpu
     from jax.extend.mlir import ir
