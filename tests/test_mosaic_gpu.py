@@ -432,7 +432,7 @@ def test_with_splits_nothing_but_the_schedule_knows_the_batch():
         ({"head_dim": 264}, None, "head dimensions above 256, where 64 divides the head dimensions"),
         ({"head_dim": 512, "cache_dtype": INT8}, None, "head dimensions above 256 where the value lies in the key's rows"),
         (LATENT | {"cache_dtype": INT8, "junk_between_tokens": True}, None, "and no junk lies between tokens"),
-        (LATENT | {"value_columns": (8, 136)}, None, "the first column of the value"),
+        (LATENT | {"value_columns": (8, 136)}, None, "the number of columns of a row and the first column of the value"),
         (LATENT | {"row_dim": 584}, None, "64 divides the head dimensions, the number of columns of a row"),
         (LATENT | PAGED | {"row_dim": 584}, None, "64 divides the head dimensions, the number of columns of a row"),
         (LATENT | {"seq_len": 1001}, None, "8 divides the number of rows"),

@@ -22,69 +22,48 @@ def widen(program: Program):
     A tile of keys and a tile of values share their waits and the barrier after the stores, because waiting is most of the work.
     """
     plan, shared = program.plan, program.shared
-    plgpu.set_max_registers(plan.registers[1], action="decrease")
-    program.release("narrow_k", "narrow_v")
-    if plan.table:
-        plgpu.barrier_wait(shared.stops_full)
 
-    def work(piece):
-        def tile(i, unit):
-            number, row = piece.tiles_before + i, program.row_of(piece, program.first_key(piece, i))
-            slot, place = (lax.rem(number, plan.places[name]) for name in ("narrow_k", "k"))
-            for name in "kv":
-                plgpu.barrier_wait(program.barriers(f"narrow_{name}")[0].at[slot])
-                plgpu.barrier_wait(program.barriers(name)[1].at[place])
-            scales, value_scale = load_scales(program, piece, slot, row), None
-            if "k" in scales:
-                store(shared.k_scale.at[place], scales["k"])
-            if "v" in scales:
-                unit = jnp.maximum(unit, jnp.max(jnp.abs(scales["v"])))
-                shared.v_unit[place] = unit
-                if plan.scales_values:
-                    value_scale = plgpu.load(shared.narrow_v_scale.at[slot], layout=UPCAST.reduce(1), optimized=False)
-                    value_scale = (value_scale * (program.headroom / unit)).astype(jnp.float16)
-                else:
-                    store(shared.v_scale.at[place], scales["v"] / unit)
-            keys, values = (plgpu.load(ref.at[slot], layout=UPCAST) for ref in (shared.narrow_k, shared.narrow_v))
-            shared.k.at[place][...] = _widened(keys, shared.k.dtype)
-            shared.v.at[place][...] = _scaled(program, values, value_scale)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(shared.narrow_k_free.at[slot])
-            plgpu.barrier_arrive(shared.narrow_v_free.at[slot])
-            pl.when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, shared.v.at[place]))
-            plgpu.barrier_arrive(shared.k_full.at[place])
-            plgpu.barrier_arrive(shared.v_full.at[place])
-            return unit
+    def tile(piece, number, row, unit):
+        slot, place = (lax.rem(number, plan.places[name]) for name in ("narrow_k", "k"))
+        for name in "kv":
+            plgpu.barrier_wait(program.barriers(f"narrow_{name}")[0].at[slot])
+            plgpu.barrier_wait(program.barriers(name)[1].at[place])
+        scales, value_scale = load_scales(program, piece, slot, row), None
+        if "k" in scales:
+            store(shared.k_scale.at[place], scales["k"])
+        if "v" in scales:
+            unit = jnp.maximum(unit, jnp.max(jnp.abs(scales["v"])))
+            shared.v_unit[place] = unit
+            if plan.scales_values:
+                value_scale = plgpu.load(shared.narrow_v_scale.at[slot], layout=UPCAST.reduce(1), optimized=False)
+                value_scale = (value_scale * (program.headroom / unit)).astype(jnp.float16)
+            else:
+                store(shared.v_scale.at[place], scales["v"] / unit)
+        keys, values = (plgpu.load(ref.at[slot], layout=UPCAST) for ref in (shared.narrow_k, shared.narrow_v))
+        shared.k.at[place][...] = _widened(program, keys, shared.k.dtype)
+        values = _widened(program, values, shared.v.dtype)
+        if value_scale is not None:
+            values = values * plgpu.layout_cast(lax.broadcast_in_dim(value_scale, values.shape, [0]), UPCAST)
+        shared.v.at[place][...] = values
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(shared.narrow_k_free.at[slot])
+        plgpu.barrier_arrive(shared.narrow_v_free.at[slot])
+        pl.when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, shared.v.at[place]))
+        plgpu.barrier_arrive(shared.k_full.at[place])
+        plgpu.barrier_arrive(shared.v_full.at[place])
+        return unit
 
-        lax.fori_loop(0, piece.num_tiles, tile, jnp.float32(LEAST_UNIT))
-
-    program.ranges.pieces(program.number, work)
-    program.drain("k", "v")
-
-
-def _scaled(program, values, scale):
-    """Values in float16, times a scale per row if there is one."""
-    by_hand = values.dtype == jnp.int8 and not program.interpreted
-    values = int8_to_float16(values) if by_hand else values.astype(jnp.float16)
-    return values if scale is None else values * plgpu.layout_cast(lax.broadcast_in_dim(scale, values.shape, [0]), UPCAST)
+    _all_tiles(program, tile, jnp.float32(LEAST_UNIT))
 
 
 def widen_parts(program: Program):
     """All parts of tiles of a program, each into the next place of the ring that products read. There is one ring, because the
     value lies in the key's rows."""
     plan, shared = program.plan, program.shared
-    plgpu.set_max_registers(plan.registers[1], action="decrease")
-    program.release("narrow_k")
-    if plan.table:
-        plgpu.barrier_wait(shared.stops_full)
 
-    def work(piece):
-        def tile(i, _):
-            row = program.row_of(piece, program.first_key(piece, i))
-            for part in range(plan.parts):
-                widen_part(piece, (piece.tiles_before + i) * plan.parts + part, part, row)
-
-        lax.fori_loop(0, piece.num_tiles, tile, None)
+    def tile(piece, number, row, _):
+        for part in range(plan.parts):
+            widen_part(piece, number * plan.parts + part, part, row)
 
     def widen_part(piece, number, part, row):
         slot, wide_slot = (lax.rem(number, plan.places[name]) for name in ("narrow_k", "k"))
@@ -95,7 +74,7 @@ def widen_parts(program: Program):
         numbers = plgpu.load(shared.narrow_k.at[slot], layout=UPCAST)
         scales = load_scales(program, piece, slot, row) if part == 0 else {}
         plgpu.barrier_wait(wide_free)
-        wide[...] = _widened(numbers, wide.dtype)
+        wide[...] = _widened(program, numbers, wide.dtype)
         for name, scale in scales.items():
             store(getattr(shared, f"{name}_scale").at[wide_slot], scale)
         plgpu.commit_smem()
@@ -103,8 +82,25 @@ def widen_parts(program: Program):
         pl.when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, wide))
         plgpu.barrier_arrive(wide_full)
 
+    _all_tiles(program, tile, None)
+
+
+def _all_tiles(program, tile, before):
+    """`tile(piece, its number, the row at which it is read, carry)` for all tiles. A piece begins with the carry `before`."""
+    plan = program.plan
+    plgpu.set_max_registers(plan.registers[1], action="decrease")
+    program.release(*[f"narrow_{name}" for name in plan.columns])
+    if plan.table:
+        plgpu.barrier_wait(program.shared.stops_full)
+
+    def work(piece):
+        def step(i, carry):
+            return tile(piece, piece.tiles_before + i, program.row_of(piece, program.first_key(piece, i)), carry)
+
+        lax.fori_loop(0, piece.num_tiles, step, before)
+
     program.ranges.pieces(program.number, work)
-    program.drain("k")
+    program.drain(*plan.columns)
 
 
 def load_scales(program, piece, slot, row):
@@ -119,8 +115,10 @@ def load_scales(program, piece, slot, row):
     return loaded
 
 
-def _widened(x, dtype):
+def _widened(program, x, dtype):
     """8-bit numbers in a 16-bit dtype that holds each of them. Of floats, the GPU widens by way of float16 alone."""
-    return (
-        x.astype(dtype) if x.dtype == jnp.int8 or dtype == jnp.float16 else x.astype(jnp.float16).astype(jnp.float32).astype(dtype)
-    )
+    if x.dtype == jnp.int8 and dtype == jnp.float16 and not program.interpreted:
+        return int8_to_float16(x)
+    if x.dtype == jnp.int8 or dtype == jnp.float16:
+        return x.astype(dtype)
+    return x.astype(jnp.float16).astype(jnp.float32).astype(dtype)
