@@ -294,7 +294,7 @@ def test_value_scales_of_any_size(interpreted, dtype):
     limits = jnp.iinfo(dtype) if dtype == "int8" else jnp.finfo(dtype)
     value = np.array(arguments["value"])
     value[:, ::7, :, ::2], value[:, ::7, :, 1::2] = limits.min, limits.max
-    exponents = np.linspace(-30, 15, 256)
+    exponents = np.linspace(-30, 33, 256)
     scale = np.stack([10.0**exponents, 10.0 ** exponents[::-1], 0 * exponents, 1e-38 + 0 * exponents])[:, None]
     arguments |= {"value": jnp.asarray(value), "value_scale": jnp.asarray(scale, jnp.float32)}
     out = np.asarray(interpreted(programs=2)(**arguments), np.float64)

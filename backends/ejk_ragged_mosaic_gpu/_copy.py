@@ -21,7 +21,8 @@ def copy(program: Program):
     def into(name, slot):
         """A function of a source, and of a part of the next place of the ring, that copies; the place is free."""
         full, free = (barriers.at[slot] for barriers in program.barriers(name))
-        plgpu.barrier_wait(free)
+        if plan.is_freed(name):
+            plgpu.barrier_wait(free)
         place = getattr(shared, name).at[slot]
         return lambda source, part=(): plgpu.copy_gmem_to_smem(source, place.at[part] if part else place, full)
 

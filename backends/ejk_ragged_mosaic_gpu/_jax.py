@@ -5,7 +5,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas import mosaic_gpu
 
 from ejk_ragged_schedule.warning_filters import ignore_warning
@@ -13,14 +12,18 @@ from ejk_ragged_schedule.warning_filters import ignore_warning
 
 plgpu = cast(Any, mosaic_gpu)  # types are checked with the oldest JAX, in which the module is another
 
-# Layouts say which thread holds which numbers: of a matrix, of a matrix that is transposed in memory, of a matrix of 8 bits that
-# becomes a matrix of 16 bits, of a vector with one number per column of a matrix, and of a vector with one number per row. In the
-# last layout each warp has all of a vector of 64 numbers.
+# Layouts say which thread holds which numbers: of a matrix, of a matrix that is transposed in memory, of a vector with one number
+# per column of a matrix, and of a vector with one number per row. In IN_EACH_WARP each warp has all of a vector of 64 numbers.
 TILE = plgpu.Layout.WGMMA
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
-UPCAST = plgpu.Layout.WGMMA_UPCAST_2X
 OF_COLUMNS, OF_ROWS = TILE.reduce(0), TILE.reduce(1)
 IN_EACH_WARP = plgpu.Layout.TILED(plgpu.Tiling(((64,), (2,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
+# In these two layouts a thread has some columns of one row of each 64, so it loads and stores 16 bytes at once: 16 numbers of 8
+# bits, or 8 numbers of 16 bits.
+BYTES, WORDS = (
+    plgpu.Layout.TILED(plgpu.Tiling(((64, 64), (32, 32), (count,))), warp_dims=(-5, -4), lane_dims=(-3,), vector_dim=-1)
+    for count in (16, 8)
+)
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # used in place of -inf if -inf - -inf would give NaN
 
@@ -40,42 +43,6 @@ def store(ref, values):
         plgpu.store(ref, values, optimized=False)
     else:
         ref[...] = values
-
-
-def int8_to_float16(x):
-    """Numbers of int8 [64, n] in float16, in 5 instructions for 4 numbers. Mosaic GPU's own conversion takes a slow one for each.
-
-    A byte plus 128 becomes the low bits of a float16 between 1024 and 1280, and 1152 is taken away again. The method is that of
-    FasterTransformer's `FastInterleavedAndBiasedNumericArrayConverter`.
-    """
-    from jax.experimental.mosaic import gpu as mgpu
-    from jax.extend.mlir import ir
-    from jax.extend.mlir.dialects import vector
-    from jaxlib.mlir.dialects import llvm  # jax.extend.mlir does not have it
-
-    @plgpu.inline_mgpu(arg_types=(UPCAST,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float16, layout=UPCAST))
-    def convert(_, numbers):
-        word, half = ir.IntegerType.get_signless(32), ir.F16Type.get()
-        registers = np.empty_like(numbers.registers)
-        for place, register in np.ndenumerate(numbers.registers):
-            bytes_ = vector.extract(vector.bitcast(ir.VectorType.get((1,), word), register), [], [0])
-            pairs: Any = llvm.inline_asm(llvm.StructType.get_literal([word, word]), [bytes_], INT8_TO_FLOAT16, "=r,=r,r")
-            words = vector.from_elements(ir.VectorType.get((2,), word), [llvm.extractvalue(word, pairs, [i]) for i in range(2)])
-            registers[place] = vector.bitcast(ir.VectorType.get((4,), half), words)
-        return mgpu.FragmentedArray(_registers=registers, _layout=numbers.layout, _is_signed=None)
-
-    return convert(x)
-
-
-INT8_TO_FLOAT16 = """{
-.reg .b32 bytes, low, high, offset;
-xor.b32 bytes, $2, 0x80808080;
-mov.b32 offset, 0x64806480;
-prmt.b32 low, bytes, 0x64646464, 0x4140;
-prmt.b32 high, bytes, 0x64646464, 0x4342;
-sub.f16x2 $0, low, offset;
-sub.f16x2 $1, high, offset;
-}"""
 
 
 def launch(kernel, name, results, grid, *, follows, interpret, detect_races, updates=0, reduction_bytes=2048, **options):

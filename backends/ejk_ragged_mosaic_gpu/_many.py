@@ -121,10 +121,11 @@ class _Tiles:
         return acc, stats
 
     def weights(self, i, products, scales, stats):
-        """Weights of tile i, the new `stats`, and the factor by which this tile shrinks the output so far. The tile's keys are free
-        from now on."""
+        """Weights of tile i, the new `stats`, and the factor by which this tile shrinks the output so far. Nobody reads the tile's
+        keys from now on."""
         program, piece = self.program, self.piece
-        plgpu.barrier_arrive(program.shared.k_free.at[self.slot(i)])
+        if program.plan.is_freed("k"):
+            plgpu.barrier_arrive(program.shared.k_free.at[self.slot(i)])
         first = program.first_key(piece, i)
         return self.softmax.tile(first, program.row_of(piece, first), products, stats, *scales)
 

@@ -127,11 +127,11 @@ class Program:
             p = p - rounded.astype(jnp.float32)
 
     @property
-    def headroom(self) -> float:
-        """A power of two by which the cache's numbers stay in the range of float16."""
+    def headroom(self) -> int:
+        """The base-2 logarithm of a factor by which the cache's numbers, times up to 2, stay in the range of float16."""
         dtype = self.problem.cache_dtype
         largest = -jnp.iinfo(dtype).min if jnp.issubdtype(dtype, jnp.integer) else float(jnp.finfo(dtype).max)
-        return 2.0 ** math.floor(math.log2(float(jnp.finfo(jnp.float16).max) / largest))
+        return math.floor(math.log2(float(jnp.finfo(jnp.float16).max) / largest)) - 1
 
     def scale_of(self, piece: Piece, name):
         """The scale of "k" or "v" that all rows of the piece share, or None: there is none, or one per row."""
@@ -158,17 +158,18 @@ class Program:
 
     def barriers(self, name):
         """The barriers of a ring: of places that are full, and of places that are free."""
-        return getattr(self.shared, f"{name}_full"), getattr(self.shared, f"{name}_free")
+        full, free = self.plan.filled_with.get(name, name), self.plan.freed_with.get(name, name)
+        return getattr(self.shared, f"{full}_full"), getattr(self.shared, f"{free}_free")
 
     def release(self, *names):
         """Arrives at the barriers that say that all places of some rings are free."""
-        for name in names:
+        for name in filter(self.plan.is_freed, names):
             for place in range(self.plan.places[name]):
                 plgpu.barrier_arrive(self.barriers(name)[1].at[place])
 
     def drain(self, *names):
         """Waits until all places of some rings are free. So a program does not end while a copy is on its way."""
-        for name in names:
+        for name in filter(self.plan.is_freed, names):
             for place in range(self.plan.places[name]):
                 plgpu.barrier_wait(self.barriers(name)[1].at[place])
 

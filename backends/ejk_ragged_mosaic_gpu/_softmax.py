@@ -105,9 +105,11 @@ class Softmax:
         program = self.program
         scale = program.scale_of(self.piece, "v")
         if unit:
-            scale = unit[0] / program.headroom if program.plan.scales_values else unit[0]
-        acc = acc if scale is None else acc * scale
-        return (acc * 2.0**-self.shift, high, total * 2.0**-self.shift) if self.shift else (acc, high, total)
+            scale = unit[0] * 2.0**-program.headroom if program.plan.scales_values else unit[0]
+        if not self.shift:
+            return acc if scale is None else acc * scale, high, total
+        weight = 2.0**-self.shift  # before it meets `acc`, so that no product leaves the range
+        return acc * (weight if scale is None else scale * weight), high, total * weight
 
     @property
     def shift(self) -> int:

@@ -122,15 +122,16 @@ def _rings(problem, plan, cache):
         arrivals[name] = 1 if plan.wide_stages else parts, plan.warpgroups
         if plan.wide_stages:
             shared[f"narrow_{name}"] = (keys, columns), problem.cache_dtype
-            arrivals[f"narrow_{name}"] = parts * (1 + len(by_row)) if name == "k" else parts, 1
+            arrivals[f"narrow_{name}"] = parts * (len(plan.columns) + len(by_row)), 1
     rings: dict[str, Any] = {}
     for name, (shape, dtype) in shared.items():
         tiled = plan.direct or name == "q"
         rings[name] = plgpu.SMEM(
             (plan.places[name], *shape), dtype, transforms=tiling(shape[-1], dtype, plan.swizzle) if tiled else ()
         )
-        for state, count in zip(("full", "free"), arrivals[name], strict=True):
-            rings[f"{name}_{state}"] = plgpu.Barrier(num_arrivals=count, num_barriers=plan.places[name])
+        for state, count, others in zip(("full", "free"), arrivals[name], (plan.filled_with, plan.freed_with), strict=True):
+            if name not in others:
+                rings[f"{name}_{state}"] = plgpu.Barrier(num_arrivals=count, num_barriers=plan.places[name])
     for name in by_row:
         rings[f"narrow_{name}_scale"] = plgpu.SMEM((plan.stages, keys), jnp.float32)
         rings[f"{name}_scale"] = plgpu.SMEM((plan.wide_stages, keys), jnp.float32)

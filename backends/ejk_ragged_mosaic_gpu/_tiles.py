@@ -146,6 +146,10 @@ class Tiles:
         eighth as much as in bfloat16, but for values in the key's rows, which are what keys are."""
         return "float16" if self.many and self.wide_stages else problem.dtype
 
+    def is_freed(self, name: str) -> bool:
+        """Whether the places of a ring have a barrier that says that they are free."""
+        return name not in self.freed_with
+
     @property
     def scales_values(self) -> bool:
         """Whether scales by row multiply values of 8 bits. Else they multiply weights, which may have two terms."""
@@ -156,6 +160,21 @@ class Tiles:
         """Places of each ring in shared memory."""
         narrow = {f"narrow_{name}": self.stages for name in self.columns} if self.wide_stages else {}
         return {"q": self.query_slots, **dict.fromkeys(self.columns, self.wide_stages or self.stages), **narrow}
+
+    @property
+    def filled_with(self) -> dict[str, str]:
+        """Rings whose places are filled together with those of another ring, which has the barrier."""
+        return {"narrow_v": "narrow_k"} if self.widens_values else {}
+
+    @property
+    def freed_with(self) -> dict[str, str]:
+        """Rings whose places are free together with those of another ring, which has the barrier."""
+        return {"narrow_v": "narrow_k", "k": "v"} if self.widens_values else {}
+
+    @property
+    def widens_values(self) -> bool:
+        """Whether tiles of values are widened, together with the tiles of their keys."""
+        return bool(self.wide_stages) and self.value_start is None
 
     @property
     def registers(self) -> tuple[int, ...]:

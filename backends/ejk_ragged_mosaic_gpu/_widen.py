@@ -6,14 +6,17 @@ value lies in the key's rows, value scales are for the weights.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import IN_EACH_WARP, int8_to_float16, plgpu, store, UPCAST
+from ._bits import float_of, largest_exponent, widened
+from ._jax import BYTES, IN_EACH_WARP, plgpu, store, WORDS
 from ._program import Program
 
 
-LEAST_UNIT = 2.0**-100  # of values, where all value scales are 0 or next to nothing
+EXPONENT_BITS = 23  # where the exponent of a float32 begins
+LEAST_UNIT, MOST_UNIT = 2.0**-100, 2.0**125  # of values, where all value scales are next to nothing, or more than any number
 
 
 def widen(program: Program):
@@ -21,39 +24,46 @@ def widen(program: Program):
 
     A tile of keys and a tile of values share their waits and the barrier after the stores, because waiting is most of the work.
     """
-    plan, shared = program.plan, program.shared
+    plan, shared, interpreted = program.plan, program.shared, program.interpreted
 
     def tile(piece, number, row, unit):
         slot, place = (lax.rem(number, plan.places[name]) for name in ("narrow_k", "k"))
-        for name in "kv":
-            plgpu.barrier_wait(program.barriers(f"narrow_{name}")[0].at[slot])
-            plgpu.barrier_wait(program.barriers(name)[1].at[place])
+        narrow_full, narrow_free = (barriers.at[slot] for barriers in program.barriers("narrow_k"))
+        plgpu.barrier_wait(narrow_full)
+        plgpu.barrier_wait(program.barriers("v")[1].at[place])
         scales, value_scale = load_scales(program, piece, slot, row), None
+        keys, values = (plgpu.load(ref.at[slot], layout=BYTES) for ref in (shared.narrow_k, shared.narrow_v))
+        if "v" in scales and plan.scales_values:
+            value_scale = plgpu.load(shared.narrow_v_scale.at[slot], layout=WORDS.reduce(1), optimized=False)
+        if "v" in scales:
+            unit = jnp.maximum(unit, jnp.minimum(largest_exponent(scales["v"], interpreted), _bits(MOST_UNIT)))
+            shared.v_unit[place] = float_of(unit, interpreted)
+            inverse = _bits(1) - unit + _bits(1)
+            if value_scale is not None:
+                factor = float_of(inverse + (program.headroom << EXPONENT_BITS), interpreted)
+                value_scale = (value_scale * factor).astype(jnp.float16)
+            else:
+                store(shared.v_scale.at[place], scales["v"] * float_of(inverse, interpreted))
         if "k" in scales:
             store(shared.k_scale.at[place], scales["k"])
-        if "v" in scales:
-            unit = jnp.maximum(unit, jnp.max(jnp.abs(scales["v"])))
-            shared.v_unit[place] = unit
-            if plan.scales_values:
-                value_scale = plgpu.load(shared.narrow_v_scale.at[slot], layout=UPCAST.reduce(1), optimized=False)
-                value_scale = (value_scale * (program.headroom / unit)).astype(jnp.float16)
-            else:
-                store(shared.v_scale.at[place], scales["v"] / unit)
-        keys, values = (plgpu.load(ref.at[slot], layout=UPCAST) for ref in (shared.narrow_k, shared.narrow_v))
-        shared.k.at[place][...] = _widened(program, keys, shared.k.dtype)
-        values = _widened(program, values, shared.v.dtype)
+        shared.k.at[place][...] = widened(keys, shared.k.dtype, interpreted)
+        values = widened(values, shared.v.dtype, interpreted)
         if value_scale is not None:
-            values = values * plgpu.layout_cast(lax.broadcast_in_dim(value_scale, values.shape, [0]), UPCAST)
+            values = values * plgpu.layout_cast(lax.broadcast_in_dim(value_scale, values.shape, [0]), WORDS)
         shared.v.at[place][...] = values
         plgpu.commit_smem()
-        plgpu.barrier_arrive(shared.narrow_k_free.at[slot])
-        plgpu.barrier_arrive(shared.narrow_v_free.at[slot])
+        plgpu.barrier_arrive(narrow_free)
         pl.when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, shared.v.at[place]))
-        plgpu.barrier_arrive(shared.k_full.at[place])
-        plgpu.barrier_arrive(shared.v_full.at[place])
+        for name in "kv":
+            plgpu.barrier_arrive(program.barriers(name)[0].at[place])
         return unit
 
-    _all_tiles(program, tile, jnp.float32(LEAST_UNIT))
+    _all_tiles(program, tile, jnp.int32(_bits(LEAST_UNIT)))
+
+
+def _bits(power):
+    """The bits of a power of two as a float32."""
+    return int(np.float32(power).view(np.int32))
 
 
 def widen_parts(program: Program):
@@ -71,10 +81,10 @@ def widen_parts(program: Program):
         wide_full, wide_free = (barriers.at[wide_slot] for barriers in program.barriers("k"))
         wide = shared.k.at[wide_slot]
         plgpu.barrier_wait(full)
-        numbers = plgpu.load(shared.narrow_k.at[slot], layout=UPCAST)
+        numbers = plgpu.load(shared.narrow_k.at[slot], layout=BYTES)
         scales = load_scales(program, piece, slot, row) if part == 0 else {}
         plgpu.barrier_wait(wide_free)
-        wide[...] = _widened(program, numbers, wide.dtype)
+        wide[...] = widened(numbers, wide.dtype, program.interpreted)
         for name, scale in scales.items():
             store(getattr(shared, f"{name}_scale").at[wide_slot], scale)
         plgpu.commit_smem()
@@ -113,12 +123,3 @@ def load_scales(program, piece, slot, row):
         zeros = plgpu.layout_cast(jnp.zeros(scales.shape, scales.dtype), IN_EACH_WARP)
         loaded[name] = jnp.where(seen, scales, zeros)
     return loaded
-
-
-def _widened(program, x, dtype):
-    """8-bit numbers in a 16-bit dtype that holds each of them. Of floats, the GPU widens by way of float16 alone."""
-    if x.dtype == jnp.int8 and dtype == jnp.float16 and not program.interpreted:
-        return int8_to_float16(x)
-    if x.dtype == jnp.int8 or dtype == jnp.float16:
-        return x.astype(dtype)
-    return x.astype(jnp.float16).astype(jnp.float32).astype(dtype)

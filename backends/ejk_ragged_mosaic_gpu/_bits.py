@@ -1,0 +1,147 @@
+"""What the warpgroup that widens does with bits of numbers. JAX has no operations for this, so it is written in Mosaic GPU's own
+operations. In the interpreter, JAX's operations do it.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import llvm  # jax.extend.mlir does not have it
+
+from ._jax import BYTES, IN_EACH_WARP, plgpu, WORDS
+
+
+SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+def largest_exponent(x, interpreted):
+    """The largest exponent of 64 numbers laid out as `IN_EACH_WARP`: the bits of the largest power of two that is not above all of
+    them, as a number of 32 bits. A maximum of integers takes one instruction."""
+    if interpreted:
+        return jnp.max(lax.bitcast_convert_type(x, jnp.int32) & EXPONENT)
+
+    @plgpu.inline_mgpu(arg_types=(IN_EACH_WARP,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
+    def largest(_, numbers):
+        word = ir.IntegerType.get_signless(32)
+        pair = vector.bitcast(ir.VectorType.get((2,), word), numbers.registers.item())
+        words = [vector.extract(pair, [], [i]) for i in range(2)]
+        assembly = LARGEST_EXPONENT.format(EXPONENT)
+        bits: Any = llvm.inline_asm(word, words, assembly, "=r,r,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(bits, (), is_signed=True)
+
+    return largest(x)
+
+
+def float_of(bits, interpreted):
+    """The float32 of these 32 bits, a number."""
+    if interpreted:
+        return lax.bitcast_convert_type(bits, jnp.float32)
+
+    @plgpu.inline_mgpu(arg_types=(SCALAR,), return_type=plgpu.ShapeDtypeStruct((), jnp.float32, layout=SCALAR))
+    def cast_bits(_, bits):
+        return mgpu.FragmentedArray.splat(arith.bitcast(ir.F32Type.get(), bits.registers.item()), ())
+
+    return cast_bits(bits)
+
+
+EXPONENT = 0xFF << 23  # the bits of a float32 that are its exponent
+LARGEST_EXPONENT = """{{
+.reg .b32 low, high;
+and.b32 low, $1, {0};
+and.b32 high, $2, {0};
+max.s32 low, low, high;
+redux.sync.max.s32 $0, low, 0xffffffff;
+}}"""
+
+
+def widened(x, dtype, interpreted):
+    """A matrix of 8 bits, laid out as `BYTES`, in a dtype of 16 bits that holds each of its numbers, laid out as `WORDS`."""
+    dtype = jnp.dtype(dtype)
+    if x.dtype == jnp.int8 and not interpreted:
+        return _in_words(x, dtype, _of_int8(dtype))
+    if x.dtype != jnp.int8 and dtype != jnp.float16:  # of floats, the GPU widens by way of float16 alone
+        x = x.astype(jnp.float16).astype(jnp.float32)
+    x = x.astype(dtype)
+    return x if interpreted else _in_words(x, dtype, lambda words: words)
+
+
+def _in_words(x, dtype, convert):
+    """`convert` of the words of 32 bits in which a thread has 16 numbers of a matrix. It gives the 8 words of 16 wide numbers."""
+
+    @plgpu.inline_mgpu(arg_types=(BYTES,), return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout=WORDS))
+    def relaid(_, matrix):
+        word, wide = ir.IntegerType.get_signless(32), (ir.F16Type if dtype == jnp.float16 else ir.BF16Type).get()
+        *blocks, vectors, one = matrix.registers.shape
+        registers = np.empty((*blocks, 2 * vectors, one), object)
+        for (*place, i, _), numbers in np.ndenumerate(matrix.registers):
+            count = 16 * x.dtype.itemsize // 4
+            words = vector.bitcast(ir.VectorType.get((count,), word), numbers)
+            words = convert([vector.extract(words, [], [n]) for n in range(count)])
+            for half in range(2):
+                four = vector.from_elements(ir.VectorType.get((4,), word), words[4 * half : 4 * half + 4])
+                registers[(*place, 2 * i + half, 0)] = vector.bitcast(ir.VectorType.get((8,), wide), four)
+        return mgpu.FragmentedArray(_registers=registers, _layout=WORDS.to_mgpu(), _is_signed=None)
+
+    return relaid(x)
+
+
+def _of_int8(dtype):
+    """A function of words of 4 numbers of int8 that gives words of 2 numbers of a dtype of 16 bits, in a few instructions.
+
+    For float16, a byte plus 128 becomes the low bits of a number between 1024 and 1280, and 1152 is taken away again. The method is
+    that of FasterTransformer's `FastInterleavedAndBiasedNumericArrayConverter`. A bfloat16 has fewer bits, so the highest bit of
+    the byte becomes part of a number of its own: 256 in place of 128. The method is that of JAX's Mosaic GPU.
+    """
+
+    def convert(words):
+        word = ir.IntegerType.get_signless(32)
+        pair = llvm.StructType.get_literal([word, word])
+        above, assembly = FROM_INT8[dtype.name]
+        above = llvm.inline_asm(word, [], KNOWN_LATE.format(above), "=r")
+        pairs: list[Any] = [llvm.inline_asm(pair, [numbers, above], assembly, "=r,=r,r,r") for numbers in words]
+        return [llvm.extractvalue(word, numbers, [i]) for numbers in pairs for i in range(2)]
+
+    return convert
+
+
+# A constant that the assembler does not know: t (t + 1) is even. It would write a known constant to a register for each use.
+KNOWN_LATE = """{{
+.reg .b32 t;
+mov.u32 t, %clock;
+mad.lo.u32 t, t, t, t;
+and.b32 t, t, 1;
+add.u32 $0, t, {};
+}}"""
+# The constant above each byte, and the conversion of $2, in which $3 is this constant.
+FROM_INT8 = {
+    "float16": (
+        0x64,
+        """{
+.reg .b32 bytes, low, high, offset;
+xor.b32 bytes, $2, 0x80808080;
+mov.b32 offset, 0x64806480;
+prmt.b32 low, bytes, $3, 0x4140;
+prmt.b32 high, bytes, $3, 0x4342;
+sub.f16x2 $0, low, offset;
+sub.f16x2 $1, high, offset;
+}""",
+    ),
+    "bfloat16": (
+        0x43,
+        """{
+.reg .b32 low, high, numbers, signs;
+prmt.b32 low, $2, $3, 0x4140;
+prmt.b32 high, $2, $3, 0x4342;
+and.b32 numbers, low, 0xff7fff7f;
+and.b32 signs, low, 0xff80ff80;
+sub.bf16x2 $0, numbers, signs;
+and.b32 numbers, high, 0xff7fff7f;
+and.b32 signs, high, 0xff80ff80;
+sub.bf16x2 $1, numbers, signs;
+}""",
+    ),
+}
