@@ -120,7 +120,7 @@ class Schedule:
         The length of a strip is a power of two. The last strip may have numbers beyond the batch.
         """
         if self.by_sequence:
-            return [jnp.full(1, program // self.workers, jnp.int32)]
+            return [jnp.full(1, div(program, self.workers), jnp.int32)]
         size = 1 if self.batch == 1 else max(STRIP, (1 << (self.batch - 1).bit_length()) // MOST_STRIPS)
         return [first + jnp.arange(size, dtype=jnp.int32) for first in range(0, self.batch, size)]
 
@@ -134,7 +134,7 @@ class Schedule:
         rounds = [self.rounds(start, end) for _, start, end in strips]
         *before, total = itertools.accumulate(map(total_of, rounds), initial=jnp.int32(0))
         return [
-            Line(program % self.workers, *strip, of_each, first + running_sum(of_each), total)
+            Line(rem(program, self.workers), *strip, of_each, first + running_sum(of_each), total)
             for strip, of_each, first in zip(strips, rounds, before, strict=True)
         ]
 
@@ -154,8 +154,8 @@ class Schedule:
         All workers of a line compute the same.
         """
         chunk = self._chunk(line.total)
-        before = (line.stop - line.rounds) // chunk
-        count = jnp.where(line.rounds > 0, (line.stop - 1) // chunk - before + 1, 0)
+        before = div(line.stop - line.rounds, chunk)
+        count = jnp.where(line.rounds > 0, div(line.stop - 1, chunk) - before + 1, 0)
         first = line.number * self.workers if self.by_sequence else (line.number + before) * self.deal
         return first, count * self.deal
 
@@ -183,7 +183,7 @@ class Schedule:
     def stretch(self, worker, total):
         """The first round of the worker's stretch, and its number of rounds, on a line of `total` rounds."""
         chunk = self._chunk(total)
-        first = (worker // self.deal) * chunk
+        first = div(worker, self.deal) * chunk
         return first, jnp.clip(total - first, 0, chunk)
 
     def piece(self, line: Line):
@@ -198,11 +198,11 @@ class Schedule:
 
     def is_last(self, program, row, piece_end):
         """Whether the tile of `program` that begins at row `row` is the last tile of its piece."""
-        return row - self._turn(program % self.workers) + self.stride >= piece_end
+        return row - self._turn(rem(program, self.workers)) + self.stride >= piece_end
 
     def _turn(self, worker):
         """Number of keys of a round that come before this worker's keys."""
-        return (worker % self.deal) * self.block_keys
+        return rem(worker, self.deal) * self.block_keys
 
     def _chunk(self, total):
         """Number of rounds per stretch. At least 1, because other code divides by it."""
@@ -232,11 +232,20 @@ MOST_STRIPS = 4
 LEAST_STRETCHES = 4
 
 
-# These functions stay in int32. If 64-bit types are enabled, the functions of jnp go over to int64.
+# These functions stay in int32. If 64-bit types are enabled, the functions of jnp go over to int64. What is divided is not negative,
+# or not used. So the quotient needs no look at signs, which takes several operations.
+
+
+def div(a, b):
+    return jax.lax.div(a, jnp.asarray(b, a.dtype))
+
+
+def rem(a, b):
+    return jax.lax.rem(a, jnp.asarray(b, a.dtype))
 
 
 def cdiv(a, b):
-    return jax.lax.div(a + (b - 1), jnp.asarray(b, a.dtype))
+    return div(a + (b - 1), b)
 
 
 def total_of(x):
