@@ -51,7 +51,8 @@ class Softmax:
             else:
                 of_tokens = [ref[piece.sequence, jnp.minimum(first + i, last)] for i in range(count)]
                 # A product: what is selected from a single number has no sign (see the tests).
-                bounds.append(sum((lax.div(row, problem.group) == first + i).astype(jnp.int32) * x for i, x in enumerate(of_tokens)))
+                token = lax.div(row, problem.group) - first
+                bounds.append(sum((token == i).astype(jnp.int32) * x for i, x in enumerate(of_tokens)))
                 of_all = functools.reduce(narrower, of_tokens, of_all)
             seen_by_all.append(of_all)
         return cls(program, piece, query_rows, bounds, seen_by_all)

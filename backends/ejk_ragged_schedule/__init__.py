@@ -232,8 +232,8 @@ MOST_STRIPS = 4
 LEAST_STRETCHES = 4
 
 
-# These functions stay in int32. If 64-bit types are enabled, the functions of jnp go over to int64. What is divided is not negative,
-# or not used. So the quotient needs no look at signs, which takes several operations.
+# These functions stay in int32. If 64-bit types are enabled, the functions of jnp go over to int64. What is divided is not
+# negative, or not used. So no quotient needs a look at signs, which takes several operations.
 
 
 def div(a, b):
