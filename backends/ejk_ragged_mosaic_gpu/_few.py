@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import LOWEST, OF_COLUMNS, plgpu, store, TILE, TRANSPOSED
+from ._jax import LOWEST, OF_COLUMNS, plgpu, store, TILE, TRANSPOSED, when
 from ._line import Piece
 from ._program import AT_ONCE, load_of_rows, LOG2_E, over, plus_products, Program, tile_of
 
@@ -141,7 +141,7 @@ def _laid_out(program, name, slot, part, sees=None, at_an_end=False):
     if not plan.direct or (sees is not None and program.problem.junk_between_tokens):
         lay_out()
     elif sees is not None and not plan.wide_stages:  # who widens a tile clears it
-        pl.when(at_an_end)(lay_out)
+        when(at_an_end)(lay_out)
     return tile
 
 

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from ejk_ragged_schedule import cdiv, Line
 
-from ._jax import OF_COLUMNS, plgpu, TILE
+from ._jax import OF_COLUMNS, plgpu, TILE, when
 from ._tiles import round_up, Tiles
 from ._tuning import BLOCK_SEQUENCES
 
@@ -97,7 +97,7 @@ class Ranges:
             row = origin + begun * schedule.stride
             here = stop > begun
             num_tiles = jnp.where(here, cdiv(jnp.maximum(piece_end - row, 0), schedule.stride), 0)
-            pl.when(here)(lambda: work(Piece(b, start, end, row, num_tiles, number, tiles)))
+            when(here)(lambda: work(Piece(b, start, end, row, num_tiles, number, tiles)))
             return b + 1, stop, number + jnp.where(here, 1, 0), tiles + num_tiles
 
         before = jnp.where(count > 0, before, first)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import OF_COLUMNS, plgpu
+from ._jax import OF_COLUMNS, plgpu, when
 from ._line import Piece
 from ._program import over, product, Program, tile_of
 from ._results import write_result
@@ -160,12 +160,12 @@ class _Tiles:
             plgpu.barrier_arrive(shared.v_clear.at[slot])
 
         def clear_or_wait():
-            pl.when(self.warpgroup == 0)(clear_for_all)
-            pl.when(self.warpgroup > 0)(lambda: plgpu.barrier_wait(shared.v_clear.at[slot]))
+            when(self.warpgroup == 0)(clear_for_all)
+            when(self.warpgroup > 0)(lambda: plgpu.barrier_wait(shared.v_clear.at[slot]))
 
         plgpu.barrier_wait(shared.v_full.at[slot])
         if not program.plan.wide_stages:  # who widens a tile clears it
-            pl.when(program.at_an_end(piece, row))(clear if program.plan.warpgroups == 1 else clear_or_wait)
+            when(program.at_an_end(piece, row))(clear if program.plan.warpgroups == 1 else clear_or_wait)
         return values
 
     def interpreted_sum(self, acc, weights, values):

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 
 from ejk_ragged_schedule import cdiv
 
-from ._jax import launch, LOWEST, plgpu, store, TILE
+from ._jax import launch, LOWEST, plgpu, store, TILE, when
 from ._line import Ranges
 from ._program import load_of_rows, of_rows, over, sinks_at, tile_of, tiling
 from ._tiles import Tiles
@@ -169,11 +169,11 @@ def _blocks_kernel(*refs, tree, problem, plan: Tiles, size, at_once, wait, out, 
             nothing = tile_of((64, size), 0), of_rows(64, LOWEST), of_rows(64, 0)
             acc, high, total = lax.fori_loop(0, cdiv(count, at_once), merge, nothing)
             values, lse = finished(acc, high, total, sinks_at(sink_ref, b, head, query_rows))
-            pl.when(column == 0)(lambda: store(lse_ref.at[b, head, query_rows], lse))
+            when(column == 0)(lambda: store(lse_ref.at[b, head, query_rows], lse))
             write_out(plan, out_ref, out, values, b, head, query_rows, columns)
 
         if plan.writes_out:
-            pl.when(count != 1)(write)
+            when(count != 1)(write)
         else:
             write()
 
@@ -213,7 +213,7 @@ def write_out(plan, out_ref, staging, values, b, head, query_rows, columns: Any 
             target = out_ref.at[b, token, head, pl.ds(place, copy_rows), columns]
             plgpu.copy_smem_to_gmem(staging.at[pl.ds(i, copy_rows)], target)
 
-        pl.when(row < plan.num_rows)(copy)
+        when(row < plan.num_rows)(copy)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import plgpu, store
+from ._jax import plgpu, store, when
 from ._line import Piece
 from ._program import load_of_rows, over, plus_products, product, Program, tile_of, tiling
 from ._results import write_result
@@ -122,7 +122,7 @@ class _Halves:
             shared.p.at[me, term][...] = weight
         for place, numbers in enumerate(stats):
             store(shared.stats.at[me, place], numbers)
-        pl.when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, values))
+        when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, values))
         plgpu.commit_smem()
         plgpu.barrier_arrive(shared.p_full.at[me])
         return weights, stats, fade

@@ -1,8 +1,6 @@
 """Where the result of a piece goes, if query rows are the rows of the products: into the output, or among the partial results."""
 
-from jax.experimental import pallas as pl
-
-from ._jax import store
+from ._jax import store, when
 from ._merge import finished, write_out
 from ._program import sinks_at
 from ._softmax import Softmax
@@ -39,8 +37,8 @@ def write_result(softmax: Softmax, compute, nothing, staging, columns, with_stat
     def work():
         result = compute()
         pieces = program.ranges.slots(piece.sequence)[1] if plan.writes_out else 0
-        pl.when(pieces == 1)(lambda: write(*result))
-        pl.when(pieces != 1)(lambda: keep(*result))
+        when(pieces == 1)(lambda: write(*result))
+        when(pieces != 1)(lambda: keep(*result))
 
-    pl.when(piece.num_tiles > 0)(work)
-    pl.when(piece.num_tiles == 0)(lambda: keep(*nothing))
+    when(piece.num_tiles > 0)(work)
+    when(piece.num_tiles == 0)(lambda: keep(*nothing))

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from . import _few, _many, _pair
 from ._copy import copy
-from ._jax import launch, plgpu
+from ._jax import launch, plgpu, when
 from ._line import Ranges
 from ._program import Program, TILED, tiling
 from ._tiles import Tiles
@@ -100,12 +99,12 @@ def _kernel(*refs, tree, problem, plan, results, interpreted, **shared):
     warpgroup = lax.axis_index("warpgroup")
     if plan.pair:
         for one in range(plan.warpgroups):
-            pl.when(warpgroup == one)(functools.partial(_multiply, program, one))
+            when(warpgroup == one)(functools.partial(_multiply, program, one))
     else:
-        pl.when(warpgroup < plan.warpgroups)(lambda: _multiply(program, warpgroup))
+        when(warpgroup < plan.warpgroups)(lambda: _multiply(program, warpgroup))
     if plan.wide_stages:
-        pl.when(warpgroup == plan.warpgroups)(lambda: (widen if plan.many else widen_parts)(program))
-    pl.when(warpgroup == lax.axis_size("warpgroup") - 1)(lambda: copy(program))
+        when(warpgroup == plan.warpgroups)(lambda: (widen if plan.many else widen_parts)(program))
+    when(warpgroup == lax.axis_size("warpgroup") - 1)(lambda: copy(program))
 
 
 def _rings(problem, plan, cache):

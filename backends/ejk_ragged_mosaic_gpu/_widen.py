@@ -8,10 +8,9 @@ value lies in the key's rows, value scales are for the weights.
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
 
 from ._bits import float_of, largest_exponent, widened
-from ._jax import BYTES, IN_EACH_WARP, plgpu, store, WORDS
+from ._jax import BYTES, IN_EACH_WARP, plgpu, store, when, WORDS
 from ._program import Program
 
 
@@ -53,7 +52,7 @@ def widen(program: Program):
         shared.v.at[place][...] = values
         plgpu.commit_smem()
         plgpu.barrier_arrive(narrow_free)
-        pl.when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, shared.v.at[place]))
+        when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, shared.v.at[place]))
         for name in "kv":
             plgpu.barrier_arrive(program.barriers(name)[0].at[place])
         return unit
@@ -89,7 +88,7 @@ def widen_parts(program: Program):
             store(getattr(shared, f"{name}_scale").at[wide_slot], scale)
         plgpu.commit_smem()
         plgpu.barrier_arrive(free)
-        pl.when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, wide))
+        when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, wide))
         plgpu.barrier_arrive(wide_full)
 
     _all_tiles(program, tile, None)
