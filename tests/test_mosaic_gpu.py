@@ -232,6 +232,11 @@ CALLS = {
         arrays(held="int8", group=40),
         dict.fromkeys(("key_scale", "value_scale"), jax.ShapeDtypeStruct((4, 4, 1000), "float32")),
     ),
+    "int8, a scale per row, tiles of 128 keys": (
+        arrays(held="int8", head_dim=64, group=40),
+        dict.fromkeys(("key_scale", "value_scale"), jax.ShapeDtypeStruct((4, 4, 1000), "float32"))
+        | {"fwd_params": FwdParams(block_size_keys=128)},
+    ),
     "int8, a scale per row": paged(32, (300, 4, 32), held="int8", group=17, tokens=(8,)),
     "float8_e4m3fn, a scale per row": paged(96, (300, 4, 96), held="float8_e4m3fn"),
     "float8_e5m2, a scale per head": paged(64, (4,), held="float8_e5m2", group=64),

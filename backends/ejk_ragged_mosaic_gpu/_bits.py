@@ -2,6 +2,7 @@
 operations. In the interpreter, JAX's operations do it.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,19 +20,20 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 def largest_exponent(x, interpreted):
-    """The largest exponent of 64 numbers laid out as `IN_EACH_WARP`: the bits of the largest power of two that is not above all of
-    them, as a number of 32 bits. A maximum of integers takes one instruction."""
+    """The largest exponent of numbers laid out as `IN_EACH_WARP`: the bits of the largest power of two that is not above all of
+    them, as a number of 32 bits. A maximum of integers over a warp takes one instruction."""
     if interpreted:
         return jnp.max(lax.bitcast_convert_type(x, jnp.int32) & EXPONENT)
 
     @plgpu.inline_mgpu(arg_types=(IN_EACH_WARP,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
     def largest(_, numbers):
         word = ir.IntegerType.get_signless(32)
-        pair = vector.bitcast(ir.VectorType.get((2,), word), numbers.registers.item())
-        words = [vector.extract(pair, [], [i]) for i in range(2)]
-        assembly = LARGEST_EXPONENT.format(EXPONENT)
-        bits: Any = llvm.inline_asm(word, words, assembly, "=r,r,r", has_side_effects=True)
-        return mgpu.FragmentedArray.splat(bits, (), is_signed=True)
+        pairs = [vector.bitcast(ir.VectorType.get((2,), word), pair) for pair in numbers.registers.flat]
+        exponent = arith.constant(word, EXPONENT)
+        exponents = [arith.andi(vector.extract(pair, [], [i]), exponent) for pair in pairs for i in range(2)]
+        of_thread = functools.reduce(arith.maxsi, exponents)
+        of_warp: Any = llvm.inline_asm(word, [of_thread], "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(of_warp, (), is_signed=True)
 
     return largest(x)
 
@@ -49,13 +51,6 @@ def float_of(bits, interpreted):
 
 
 EXPONENT = 0xFF << 23  # the bits of a float32 that are its exponent
-LARGEST_EXPONENT = """{{
-.reg .b32 low, high;
-and.b32 low, $1, {0};
-and.b32 high, $2, {0};
-max.s32 low, low, high;
-redux.sync.max.s32 $0, low, 0xffffffff;
-}}"""
 
 
 def widened(x, dtype, interpreted):
