@@ -17,6 +17,7 @@ from ._jax import BYTES, IN_EACH_WARP, plgpu, WORDS
 
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
+EXPONENT = 0xFF << 23  # the bits of a float32 that are its exponent
 
 
 def largest_exponent(x, interpreted):
@@ -48,9 +49,6 @@ def float_of(bits, interpreted):
         return mgpu.FragmentedArray.splat(arith.bitcast(ir.F32Type.get(), bits.registers.item()), ())
 
     return cast_bits(bits)
-
-
-EXPONENT = 0xFF << 23  # the bits of a float32 that are its exponent
 
 
 def widened(x, dtype, interpreted):
