@@ -17,12 +17,23 @@ from ._jax import BYTES, IN_EACH_WARP, plgpu, WORDS
 
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
-EXPONENT = 0xFF << 23  # the bits of a float32 that are its exponent
+FIRST_BIT = 23  # of the exponent of a float32
+EXPONENT = 0xFF << FIRST_BIT
+
+
+def bits_of(power):
+    """The bits of a power of two, known when the kernel is made, as a float32."""
+    return int(np.float32(power).view(np.int32))
+
+
+def inverse(bits, exponent=0):
+    """The bits of 2 ** exponent, divided by the power of two that has these bits."""
+    return bits_of(1) - bits + bits_of(1) + (exponent << FIRST_BIT)
 
 
 def largest_exponent(x, interpreted):
-    """The largest exponent of numbers laid out as `IN_EACH_WARP`: the bits of the largest power of two that is not above all of
-    them, as a number of 32 bits. A maximum of integers over a warp takes one instruction."""
+    """The largest exponent of numbers laid out as `IN_EACH_WARP`, whatever their signs: the bits of the largest power of two that
+    is at most as large as the largest number. A maximum of integers over a warp takes one instruction."""
     if interpreted:
         return jnp.max(lax.bitcast_convert_type(x, jnp.int32) & EXPONENT)
 

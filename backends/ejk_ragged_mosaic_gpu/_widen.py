@@ -6,15 +6,13 @@ value lies in the key's rows, value scales are for the weights.
 """
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from ._bits import float_of, largest_exponent, widened
+from ._bits import bits_of, float_of, inverse, largest_exponent, widened
 from ._jax import BYTES, IN_EACH_WARP, plgpu, store, when, WORDS
 from ._program import Program
 
 
-EXPONENT_BITS = 23  # where the exponent of a float32 begins
 LEAST_UNIT, MOST_UNIT = 2.0**-100, 2.0**125  # of values, where all value scales are next to nothing, or more than any number
 
 
@@ -32,17 +30,15 @@ def widen(program: Program):
         plgpu.barrier_wait(program.barriers("v")[1].at[place])
         scales, value_scale = load_scales(program, piece, slot, row), None
         keys, values = (plgpu.load(ref.at[slot], layout=BYTES) for ref in (shared.narrow_k, shared.narrow_v))
-        if "v" in scales and plan.scales_values:
-            value_scale = plgpu.load(shared.narrow_v_scale.at[slot], layout=WORDS.reduce(1), optimized=False)
         if "v" in scales:
-            unit = jnp.maximum(unit, jnp.minimum(largest_exponent(scales["v"], interpreted), _bits(MOST_UNIT)))
+            if plan.scales_values:
+                value_scale = plgpu.load(shared.narrow_v_scale.at[slot], layout=WORDS.reduce(1), optimized=False)
+            unit = jnp.maximum(unit, jnp.minimum(largest_exponent(scales["v"], interpreted), bits_of(MOST_UNIT)))
             shared.v_unit[place] = float_of(unit, interpreted)
-            inverse = _bits(1) - unit + _bits(1)
             if value_scale is not None:
-                factor = float_of(inverse + (program.headroom << EXPONENT_BITS), interpreted)
-                value_scale = (value_scale * factor).astype(jnp.float16)
+                value_scale = (value_scale * float_of(inverse(unit, program.headroom), interpreted)).astype(jnp.float16)
             else:
-                store(shared.v_scale.at[place], scales["v"] * float_of(inverse, interpreted))
+                store(shared.v_scale.at[place], scales["v"] * float_of(inverse(unit), interpreted))
         if "k" in scales:
             store(shared.k_scale.at[place], scales["k"])
         shared.k.at[place][...] = widened(keys, shared.k.dtype, interpreted)
@@ -57,12 +53,7 @@ def widen(program: Program):
             plgpu.barrier_arrive(program.barriers(name)[0].at[place])
         return unit
 
-    _all_tiles(program, tile, jnp.int32(_bits(LEAST_UNIT)))
-
-
-def _bits(power):
-    """The bits of a power of two as a float32."""
-    return int(np.float32(power).view(np.int32))
+    _all_tiles(program, tile, jnp.int32(bits_of(LEAST_UNIT)))
 
 
 def widen_parts(program: Program):
