@@ -6,13 +6,12 @@ second warpgroup those of the second half. Weights, and what goes from half to h
 """
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import plgpu, store, when
+from ._jax import plgpu, store, TILE, when
 from ._line import Piece
 from ._program import load_of_rows, over, plus_products, product, Program, tile_of, tiling
 from ._results import write_result
@@ -22,21 +21,25 @@ from ._softmax import Softmax
 PAIR = 2
 
 
-def shared(plan, dtype):
-    """What the warpgroups pass to each other in shared memory: weights, and the largest logit and the sum of weights."""
-    return {
-        "p": plgpu.SMEM((PAIR, plan.terms, 64, plan.place_rows), dtype, transforms=tiling(plan.place_rows, dtype, plan.swizzle)),
-        "stats": plgpu.SMEM((PAIR, 2, 64), jnp.float32),
-        "p_full": plgpu.Barrier(num_arrivals=1, num_barriers=PAIR),
-        "p_free": plgpu.Barrier(num_arrivals=1, num_barriers=PAIR),
+def shared(plan, dtype, interpreted):
+    """What the warpgroups pass to each other in shared memory: weights, and the largest logit and the sum of weights.
+
+    Each array has one place. The warpgroups take turns, so who writes has read what the other wrote. A warp reads what the same
+    warp of the other warpgroup wrote, so warps need not wait for each other. In the interpreter, `mine` has a place for the weights
+    of each warpgroup, because products take them from shared memory.
+    """
+    tile, tiled = (64, plan.place_rows), tiling(plan.place_rows, dtype)
+    arrays = {
+        "p": plgpu.SMEM((plan.terms, *tile), dtype, transforms=tiled),
+        "stats": plgpu.SMEM((2, 64), jnp.float32),
+        "passed": plgpu.Barrier(num_arrivals=1, num_barriers=PAIR),
     }
+    return arrays | ({"mine": plgpu.SMEM((PAIR, *tile), dtype, transforms=tiled)} if interpreted else {})
 
 
 def compute_pieces(program: Program, me: int):
     """All pieces, for the columns of one warpgroup: the output, if the sequence has no other piece, or partial results."""
-    plgpu.barrier_arrive(program.shared.p_free.at[1 - me])
     program.ranges.pieces(program.number, lambda piece: _compute_piece(program, piece, me))
-    plgpu.barrier_wait(program.shared.p_free.at[me])
 
 
 def _compute_piece(program, piece, me):
@@ -46,7 +49,7 @@ def _compute_piece(program, piece, me):
     query, size = shared.q.at[q_slot, 0], plan.value_dim // PAIR
     columns = pl.ds(me * size, size)
     softmax = Softmax.of(program, piece, program.query_rows())
-    halves = _Halves(program, piece, me, query, softmax)
+    halves = _Halves(program, piece, me, softmax)
     nothing = tile_of((64, size), 0), softmax.nothing()
 
     def compute():
@@ -66,14 +69,12 @@ class _Halves:
     Attributes:
         program, piece: whose tiles.
         me: which of the two warpgroups.
-        query: ref [64, D] in shared memory.
         softmax: the softmax of the query rows.
     """
 
     program: Program
     piece: Piece
     me: int
-    query: Any
     softmax: Softmax
 
     def tile(self, i, carry):
@@ -83,31 +84,34 @@ class _Halves:
     def first(self, carry, i, slot, other_slot):
         """Tile i for the first warpgroup: its own half, then the other."""
         acc, stats = carry
-        weights, stats, fade = self.weigh(i, slot, self.products(slot), stats)
-        acc = self.add(acc, fade, weights, 0, slot)
+        weights, stats, fade = self.weigh(i, slot, self.products(i, slot), stats)
+        acc = self.add(acc, fade, weights, slot)
         plgpu.barrier_wait(self.program.shared.k_full.at[other_slot])
-        stats, fade = self.received(stats)
-        return self.add(acc, fade, None, 1, other_slot), stats
+        weights, stats, fade = self.received(stats)
+        return self.add(acc, fade, weights, other_slot, wait=True), stats
 
     def second(self, carry, i, other_slot, slot):
         """Tile i for the second warpgroup, which has logits of its own half ready when the weights of the other half come."""
         acc, stats = carry
         plgpu.barrier_wait(self.program.shared.k_full.at[other_slot])
-        products = self.products(slot)
-        stats, other_fade = self.received(stats)
+        products = self.products(i, slot)
+        weights, stats, fade = self.received(stats)
+        acc = self.add(acc, fade, weights, other_slot, wait=True)
         weights, stats, fade = self.weigh(i, slot, products, stats)
-        acc = self.add(acc, other_fade, None, 0, other_slot)
-        return self.add(acc, fade, weights, 1, slot), stats
+        return self.add(acc, fade, weights, slot), stats
 
     def slot(self, i, half):
         """The place of a half of tile i in the rings."""
         return lax.rem((self.piece.tiles_before + i) * PAIR + half, self.program.plan.stages)
 
-    def products(self, slot):
-        """q . k of the half that is mine, once its keys are there: [64, keys]."""
+    def products(self, i, slot):
+        """q . k of the half of tile i that is mine, once its keys are there: [64, keys]."""
         plan, shared = self.program.plan, self.program.shared
         plgpu.barrier_wait(shared.k_full.at[slot])
-        return product(self.query, shared.k.at[slot, :, pl.ds(0, plan.block_dim)].transpose((1, 0)))
+        # i >> 26 is 0, but compilers do not know this. Else they compute the addresses of all parts of the query before the loop,
+        # and have no registers for them. Tiles leave little cache, so an address that is loaded again takes long.
+        query = shared.q.at[lax.rem(self.piece.number, plan.query_slots) + (i >> 26), 0]
+        return product(query, shared.k.at[slot, :, pl.ds(0, plan.block_dim)].transpose((1, 0)))
 
     def weigh(self, i, slot, products, stats):
         """Weights of the half that is mine, the new `stats`, and the factor for the output so far. The other warpgroup gets weights
@@ -116,36 +120,36 @@ class _Halves:
         first = program.first_key(piece, i)
         row = program.row_of(piece, first) + me * program.plan.place_rows
         weights, stats, fade = self.softmax.tile(first, row, products, stats)
-        values = self.values(slot, wait=True)
-        plgpu.barrier_wait(shared.p_free.at[me])
         for term, weight in enumerate(weights):
-            shared.p.at[me, term][...] = weight
+            shared.p.at[term][...] = weight
         for place, numbers in enumerate(stats):
-            store(shared.stats.at[me, place], numbers)
+            store(shared.stats.at[place], numbers)
+        values = self.values(slot, wait=True)
         when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, values))
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(shared.p_full.at[me])
+        plgpu.barrier_arrive(shared.passed.at[me])
         return weights, stats, fade
 
     def received(self, stats):
-        """The `stats` of the other warpgroup's half, and its factor for the output so far, from the `stats` before this half."""
-        other, shared = 1 - self.me, self.program.shared
-        plgpu.barrier_wait(shared.p_full.at[other])
-        high, total = (load_of_rows(shared.stats.at[other, place]) for place in range(2))
-        return [high, total], jnp.exp2((stats[0] - high) * self.program.factor)
+        """The weights and the `stats` of the other warpgroup's half, and its factor for the output so far, from the `stats` before
+        this half."""
+        shared = self.program.shared
+        plgpu.barrier_wait(shared.passed.at[1 - self.me])
+        weights = [plgpu.load(shared.p.at[term], layout=TILE) for term in range(self.program.plan.terms)]
+        high, total = (load_of_rows(shared.stats.at[place]) for place in range(2))
+        return weights, [high, total], jnp.exp2((stats[0] - high) * self.program.factor)
 
-    def add(self, acc, fade, weights, half, slot):
-        """The output so far with the values of a half, which is free from then on. Weights that are mine come from registers, and
-        the other's from shared memory."""
-        program, plan, shared = self.program, self.program.plan, self.program.shared
-        values, size = self.values(slot, wait=weights is None), plan.value_dim // PAIR
-        values = values.at[:, pl.ds(self.me * size, size)]
+    def add(self, acc, fade, weights, slot, *, wait=False):
+        """The output so far with the values of a half, which is free from then on."""
+        program, plan, size = self.program, self.program.plan, self.program.plan.value_dim // PAIR
+        values = self.values(slot, wait=wait).at[:, pl.ds(self.me * size, size)]
         acc = acc * over(fade, acc)
-        if weights is None or program.interpreted:
-            weights = [shared.p.at[half, term] for term in range(plan.terms)]
-        acc = plus_products(program, acc, *[(weight, values) for weight in weights])
-        if half != self.me:
-            plgpu.barrier_arrive(shared.p_free.at[half])
+        if program.interpreted:  # which takes both operands of a product from shared memory
+            for weight in weights:
+                program.shared.mine.at[self.me][...] = weight
+                plgpu.commit_smem()
+                acc = plus_products(program, acc, (program.shared.mine.at[self.me], values))
+        else:
+            acc = plus_products(program, acc, *[(weight, values) for weight in weights])
         for name in plan.columns:
             plgpu.barrier_arrive(program.barriers(name)[1].at[slot])
         return acc

@@ -21,9 +21,9 @@ LOG2_E = math.log2(math.e)
 AT_ONCE = 256  # dimensions of a tile that are in registers at once
 
 
-def tiling(columns, dtype, swizzle=128):
-    """How products and copies want arrays of so many columns in shared memory: in lines of up to `swizzle` bytes."""
-    swizzle = math.gcd(columns * jnp.dtype(dtype).itemsize, swizzle)
+def tiling(columns, dtype, line=128):
+    """How products and copies want arrays of so many columns in shared memory: in lines of up to `line` bytes."""
+    swizzle = math.gcd(columns * jnp.dtype(dtype).itemsize, line)
     return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
@@ -150,7 +150,7 @@ class Program:
         be NaN."""
         for first in range(0, values.shape[1], AT_ONCE):
             part = values.at[:, pl.ds(first, min(AT_ONCE, values.shape[1] - first))]
-            layout = plgpu.Layout.SMEM_GMEM_COPY(part.shape, part.dtype, self.plan.swizzle)
+            layout = plgpu.Layout.SMEM_GMEM_COPY(part.shape, part.dtype, self.plan.line)
             key = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=layout) + row
             zeros = plgpu.layout_cast(jnp.zeros(part.shape, part.dtype), layout)
             part[...] = jnp.where((key >= piece.start) & (key < piece.end), plgpu.load(part, layout=layout), zeros)

@@ -48,7 +48,7 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
     shared = _rings(problem, plan, cache)
     readers = plan.warpgroups
     if plan.pair:
-        shared |= _pair.shared(plan, dtype)
+        shared |= _pair.shared(plan, dtype, how["interpret"])
     elif not plan.many or how["interpret"]:
         weights = readers if plan.many else plan.terms, plan.warpgroup_rows, keys
         shared["p"] = plgpu.SMEM(weights, plan.value_dtype(problem), transforms=TILED)
@@ -126,7 +126,7 @@ def _rings(problem, plan, cache):
     for name, (shape, dtype) in shared.items():
         tiled = plan.direct or name == "q"
         rings[name] = plgpu.SMEM(
-            (plan.places[name], *shape), dtype, transforms=tiling(shape[-1], dtype, plan.swizzle) if tiled else ()
+            (plan.places[name], *shape), dtype, transforms=tiling(shape[-1], dtype, plan.line) if tiled else ()
         )
         for state, count, others in zip(("full", "free"), arrivals[name], (plan.filled_with, plan.freed_with), strict=True):
             if name not in others:

@@ -94,9 +94,10 @@ class Tiles:
         return self.schedule.block_keys // self.halves
 
     @property
-    def swizzle(self) -> int:
-        """Bytes of a line of the tiles that products want, at most."""
-        return 64 if self.pair else 128
+    def line(self) -> int:
+        """Bytes of a line of the tiles that products want, at most. The columns of a line divide those of the value of a warpgroup,
+        and products take as many rows of the value at once."""
+        return math.gcd(self.place_rows, self.value_dim // self.halves, 64) * ITEMSIZE
 
     @property
     def columns(self) -> dict[str, int]:
@@ -197,10 +198,15 @@ class Tiles:
         return round_up(self.value_dim, 128)
 
     @property
+    def pieces(self) -> int:
+        """About as many partial results as a query row has: a power of two."""
+        each = -(-self.schedule.slots // self.schedule.batch)
+        return 1 << (each - 1).bit_length()
+
+    @property
     def merge_slots(self) -> int:
         """Partial results of a query row that are read at once: about as many as there are."""
-        each = -(-self.schedule.slots // self.schedule.batch)
-        return min(max(1 << (each - 1).bit_length(), LEAST_MERGED), 16)
+        return min(max(self.pieces, LEAST_MERGED), 16)
 
     @property
     def reduction_bytes(self) -> int:
@@ -212,14 +218,14 @@ class Tiles:
         keys, rows, dim = self.place_rows, self.block_rows, self.block_dim
         tiles = keys * sum(self.place_columns.values()) * ITEMSIZE
         narrow = [tiles // ITEMSIZE * self.stages, *[keys * 4 * places for places in (self.stages, self.wide_stages) * 2]]
-        weights = 2 * self.terms if self.pair else 0 if self.many else MOST_TERMS
+        weights = self.terms if self.pair else 0 if self.many else MOST_TERMS
         arrays = narrow if self.wide_stages else []
         arrays += [
             tiles * (self.wide_stages or self.stages),
             tiles * (not self.direct),
             self.query_slots * rows * dim * ITEMSIZE,
             weights * rows * keys * ITEMSIZE,
-            2 * 2 * rows * 4 * self.pair,
+            2 * rows * 4 * self.pair,
         ]
         arrays += [self.reduction_bytes, BARRIERS, self.table * 4]
         return sum(round_up(size, 1024) for size in arrays)

@@ -16,10 +16,12 @@ from ._tiles import ITEMSIZE, LEAST_MERGED, MOST_TERMS, round_up, Tiles, WIDENIN
 # the products: MANY has the size of a block for 1, 2, 3, and 4 or more times 64 query rows. Each block reads the cache again.
 FEW, MOST_FEW, MANY = 32, 64, (64, 128, 192, 128)
 BLOCK_KEYS = 64  # keys per tile: what the tensor cores take at once
-MANY_KEYS = 128  # keys per tile with several blocks: the tensor cores set the pace then, and read the query half as often
+# Keys per tile with several blocks: the tensor cores set the pace then, and read the query half as often. A pair with one block has
+# as many if they fit. With several blocks it needs a third place, so that copies go on meanwhile.
+MANY_KEYS = 128
 STAGE_BYTES = 64 * 1024  # of tiles that are on their way or worked on; more tiles would wait for each other
 NARROW_BYTES = 48 * 1024  # the same for tiles of 8 bits
-PAIR_STAGES = 3  # halves of tiles per pair
+PAIR_STAGES = 3, 2  # halves of tiles per pair, for tiles of BLOCK_KEYS and of more keys
 WIDE_STAGES = 3  # widened tiles per program: with 2, the warpgroups that multiply wait more often
 PARTS = 192, 128, 64  # columns of a part of a wide tile of 8 bits, which is widened part by part
 FEW_NARROW_BYTES = 72 * 1024, 48 * 1024  # of narrow parts, for up to 16 query rows and for more
@@ -52,6 +54,9 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     given = problem.fwd_params
     rows = _block_rows(problem, given.block_size_heads)
     keys = round_up(given.block_size_keys or _block_keys(problem, rows), 64)
+    if is_wide(problem) and rows == 64 and (given.block_size_keys is None or problem.keeps_accum_dtype):
+        stages = given.num_stages or default_stages(problem, keys, rows)
+        keys = keys if _bytes(problem, keys, rows, stages, target) <= shared_memory(target) else BLOCK_KEYS
     if given.block_size_heads is None:
         while rows > least_rows(problem) and _bytes(problem, keys, rows, given.num_stages or 2, target) > shared_memory(target):
             rows = rows - 64 if rows > 64 else max(rows // 16 * 8, 8)
@@ -78,7 +83,7 @@ def least_rows(problem: Problem) -> int:
 def default_stages(problem: Problem, keys: int, rows: int) -> int:
     """Stages of about `STAGE_BYTES`: two at least, so that keys are on their way while values are worked on."""
     if is_wide(problem) and rows == 64:
-        return PAIR_STAGES
+        return PAIR_STAGES[keys > BLOCK_KEYS]
     if is_wide(problem) and problem.quantised:
         return max(FEW_NARROW_BYTES[rows > 16] // (keys * _part_dim(problem)), 2)
     dims = _tile_dim(problem) + round_up(problem.value_dim, 64) * (problem.value_columns is None)
@@ -161,7 +166,10 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
 
 def _block_keys(problem: Problem, rows: int) -> int:
     """Keys of a tile."""
-    blocks = rows >= 128 and problem.num_tokens * problem.group > MANY[2]
+    there = problem.num_tokens * problem.group
+    if is_wide(problem):
+        return MANY_KEYS if rows == 64 and there <= rows else BLOCK_KEYS
+    blocks = rows >= 128 and there > MANY[2]
     return MANY_KEYS if blocks and problem.head_dim <= 128 and not problem.quantised else BLOCK_KEYS
 
 
@@ -287,7 +295,7 @@ def merging_blocks(target: Target, plan: Tiles, blocks: int) -> tuple[int, int]:
     `blocks` is the number of blocks of 64 query rows. If there are few blocks, more programs share the dimensions.
     """
     few = 2 * blocks * plan.value_dim // MERGE_DIMS < _multiprocessors(target)
-    return (FEW_MERGE_DIMS, plan.merge_slots) if few else (MERGE_DIMS, LEAST_MERGED)
+    return (FEW_MERGE_DIMS, plan.merge_slots) if few else (MERGE_DIMS, min(max(plan.pieces, 2), LEAST_MERGED))
 
 
 def _bytes(problem, keys, rows, stages, target) -> int:
