@@ -24,14 +24,14 @@ PAIR = 2
 def shared(plan, dtype, interpreted):
     """What the warpgroups pass to each other in shared memory: weights, and the largest logit and the sum of weights.
 
-    Each array has one place. The warpgroups take turns, so who writes has read what the other wrote. A warp reads what the same
-    warp of the other warpgroup wrote, so warps need not wait for each other. In the interpreter, `mine` has a place for the weights
-    of each warpgroup, because products take them from shared memory.
+    Weights have one place. The warpgroups take turns, so who writes has read what the other wrote. A warp reads what the same warp
+    of the other warpgroup wrote, so warps need not wait for each other. In the interpreter, `mine` has a place for the weights of
+    each warpgroup, because products take them from shared memory.
     """
     tile, tiled = (64, plan.place_rows), tiling(plan.place_rows, dtype)
     arrays = {
         "p": plgpu.SMEM((plan.terms, *tile), dtype, transforms=tiled),
-        "stats": plgpu.SMEM((2, 64), jnp.float32),
+        "stats": plgpu.SMEM((PAIR, 2, 64), jnp.float32),
         "passed": plgpu.Barrier(num_arrivals=1, num_barriers=PAIR),
     }
     return arrays | ({"mine": plgpu.SMEM((PAIR, *tile), dtype, transforms=tiled)} if interpreted else {})
@@ -108,10 +108,11 @@ class _Halves:
         """q . k of the half of tile i that is mine, once its keys are there: [64, keys]."""
         plan, shared = self.program.plan, self.program.shared
         plgpu.barrier_wait(shared.k_full.at[slot])
-        # i >> 26 is 0, but compilers do not know this. Else they compute the addresses of all parts of the query before the loop,
+        # This is 0, but compilers do not know it. Else they compute the addresses of all parts of query and keys before the loop,
         # and have no registers for them. Tiles leave little cache, so an address that is loaded again takes long.
-        query = shared.q.at[lax.rem(self.piece.number, plan.query_slots) + (i >> 26), 0]
-        return product(query, shared.k.at[slot, :, pl.ds(0, plan.block_dim)].transpose((1, 0)))
+        zero = i >> 26
+        query = shared.q.at[lax.rem(self.piece.number, plan.query_slots) + zero, 0]
+        return product(query, shared.k.at[slot + zero, :, pl.ds(0, plan.block_dim)].transpose((1, 0)))
 
     def weigh(self, i, slot, products, stats):
         """Weights of the half that is mine, the new `stats`, and the factor for the output so far. The other warpgroup gets weights
@@ -123,7 +124,7 @@ class _Halves:
         for term, weight in enumerate(weights):
             shared.p.at[term][...] = weight
         for place, numbers in enumerate(stats):
-            store(shared.stats.at[place], numbers)
+            store(shared.stats.at[me, place], numbers)
         values = self.values(slot, wait=True)
         when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, values))
         plgpu.barrier_arrive(shared.passed.at[me])
@@ -135,7 +136,7 @@ class _Halves:
         shared = self.program.shared
         plgpu.barrier_wait(shared.passed.at[1 - self.me])
         weights = [plgpu.load(shared.p.at[term], layout=TILE) for term in range(self.program.plan.terms)]
-        high, total = (load_of_rows(shared.stats.at[place]) for place in range(2))
+        high, total = (load_of_rows(shared.stats.at[1 - self.me, place]) for place in range(2))
         return weights, [high, total], jnp.exp2((stats[0] - high) * self.program.factor)
 
     def add(self, acc, fade, weights, slot, *, wait=False):

@@ -225,7 +225,7 @@ class Tiles:
             tiles * (not self.direct),
             self.query_slots * rows * dim * ITEMSIZE,
             weights * rows * keys * ITEMSIZE,
-            2 * rows * 4 * self.pair,
+            2 * 2 * rows * 4 * self.pair,
         ]
         arrays += [self.reduction_bytes, BARRIERS, self.table * 4]
         return sum(round_up(size, 1024) for size in arrays)

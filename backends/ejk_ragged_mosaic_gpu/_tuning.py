@@ -16,8 +16,7 @@ from ._tiles import ITEMSIZE, LEAST_MERGED, MOST_TERMS, round_up, Tiles, WIDENIN
 # the products: MANY has the size of a block for 1, 2, 3, and 4 or more times 64 query rows. Each block reads the cache again.
 FEW, MOST_FEW, MANY = 32, 64, (64, 128, 192, 128)
 BLOCK_KEYS = 64  # keys per tile: what the tensor cores take at once
-# Keys per tile with several blocks: the tensor cores set the pace then, and read the query half as often. A pair with one block has
-# as many if they fit. With several blocks it needs a third place, so that copies go on meanwhile.
+# Keys per tile with several blocks, and of a pair if they fit: the tensor cores set the pace, and read the query half as often.
 MANY_KEYS = 128
 STAGE_BYTES = 64 * 1024  # of tiles that are on their way or worked on; more tiles would wait for each other
 NARROW_BYTES = 48 * 1024  # the same for tiles of 8 bits
@@ -166,10 +165,9 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
 
 def _block_keys(problem: Problem, rows: int) -> int:
     """Keys of a tile."""
-    there = problem.num_tokens * problem.group
     if is_wide(problem):
-        return MANY_KEYS if rows == 64 and there <= rows else BLOCK_KEYS
-    blocks = rows >= 128 and there > MANY[2]
+        return MANY_KEYS if rows == 64 else BLOCK_KEYS
+    blocks = rows >= 128 and problem.num_tokens * problem.group > MANY[2]
     return MANY_KEYS if blocks and problem.head_dim <= 128 and not problem.quantised else BLOCK_KEYS
 
 
