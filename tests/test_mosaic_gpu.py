@@ -390,6 +390,28 @@ def test_hints_are_rounded_up_to_what_is_multiplied():
     assert resolve(pair, Target("cuda")).num_stages == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (128, 2)),
+        ({"num_q_heads": 512}, (128, 2)),  # two blocks of query rows
+        ({"batch": 1000}, (64, 3)),  # the table of sequences takes the room
+        ({"keeps_accum_dtype": True}, (64, 3)),  # and so does a second term of weights
+        ({"keeps_accum_dtype": True, "fwd_params": FwdParams(block_size_keys=128)}, (64, 3)),  # a hint of the call, for gradients
+        ({"fwd_params": FwdParams(num_stages=4)}, (64, 4)),
+        ({"value_dim": 448, "value_columns": (64, 512)}, (128, 2)),
+    ],
+)
+def test_the_tiles_of_a_pair(changes, expected):
+    """Tiles have 128 keys where two halves of 64 fit beside the query."""
+    given = problem(**LATENT | {"num_q_heads": 160} | changes)
+    hints = resolve(given, Target("cuda"))
+    assert (hints.block_size_keys, hints.num_stages) == expected
+    plan = tiles(dataclasses.replace(given, fwd_params=hints), Target("cuda"))
+    assert plan.pair
+    assert plan.shared_bytes() <= 227 * 1024
+
+
 def test_hints_that_cannot_work():
     with pytest.raises(ValueError, match=r"num_stages 9 need .* bytes of shared memory"):
         MosaicGpuBackend().fwd_params(problem(fwd_params=FwdParams(num_stages=9)), Target("cuda"))
