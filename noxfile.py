@@ -1,6 +1,6 @@
 #!/usr/bin/env -S python3
 # /// script
-# dependencies = ["nox[uv]>=2025.2.9"]
+# dependencies = ["nox[uv]>=2026.10.20"]
 # ///
 """What is checked before a change lands: `python -m nox` runs all of it, `nox -l` lists it, `nox -s "tests(xla)" -- -x` one part.
 
@@ -43,7 +43,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 OTHER_PYTHONS = [python for python in nox.project.python_versions(PYPROJECT) if python != THIS_PYTHON]
 
-nox.needs_version = ">=2025.2.9"
+nox.needs_version = ">=2026.10.20"  # `allow_parallel`: with `nox -j 2`, sessions of one core run side by side
 nox.options.default_venv_backend = "uv|virtualenv"  # `nox[uv]` makes an environment in 4 seconds, pip in 40
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
@@ -53,7 +53,7 @@ def group(name):
     return nox.project.dependency_groups(PYPROJECT, name)
 
 
-@nox.session
+@nox.session(allow_parallel=True)
 def lint(session):
     """Ruff: rules and format; import-linter: who may import whom."""
     session.install(*group("lint"))
@@ -62,7 +62,7 @@ def lint(session):
     session.run("lint-imports", "--no-cache", "--no-logo")
 
 
-@nox.session
+@nox.session(allow_parallel=True)
 def types(session):
     """Pyright."""
     session.install(".[bench,tune]", *group("types"))
@@ -92,7 +92,7 @@ def pythons(session):
     session.run("pytest", *WORKERS, *(session.posargs or often), env=COMPILED | {"HYPOTHESIS_PROFILE": "brief"})
 
 
-@nox.session
+@nox.session(allow_parallel=True)
 def model(session):
     """SmolLM2, which a wheel holds, decodes: transformers' tokens, full attention's losses, quantised caches that are close. And it
     serves: with too few pages, shared pages and drafts, it writes what it writes one by one."""
@@ -104,14 +104,14 @@ def model(session):
         session.run("python", "docs/examples/serve.py", *crowd, "--one-by-one")
 
 
-@nox.session
+@nox.session(allow_parallel=True)
 def docs(session):
     """The documentation, built strict into site/."""
     session.install(*group("docs"))
     session.run("mkdocs", "build", "--strict", *session.posargs)
 
 
-@nox.session
+@nox.session(allow_parallel=True)
 def wheel(session):
     """The wheel: built, its contents compared with the sources, installed alone, and tried from an empty folder."""
     folder = pathlib.Path(session.create_tmp())
