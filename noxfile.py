@@ -23,6 +23,9 @@ PROJECT = PYPROJECT["project"]
 BACKENDS = list(PROJECT["entry-points"]["ejk_ragged.backends"])
 PACKAGES = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 
+ANY = f"({' or '.join(BACKENDS)})"
+MARKS = {"core": f"not {ANY}", "backends": ANY} | {backend: backend for backend in BACKENDS}
+
 # Python 3.11 ends with JAX 0.10.2 and the last one takes the newest JAX, so the one between holds the release between.
 CONSTRAINTS = {"3.12": ["jax==0.11.2"]}
 # What another release may break, marks and files. The newest, which users have: the waist, kernels lowered, the shared suite on
@@ -47,6 +50,8 @@ nox.needs_version = ">=2026.10.20"  # `allow_parallel`: with `nox -j 2`, session
 nox.options.default_venv_backend = "uv|virtualenv"  # `nox[uv]` makes an environment in 4 seconds, pip in 40
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
+# All backends share an environment and a run of pytest here.
+nox.options.sessions = ["lint", "types", "tests(core)", "tests(backends)", "pythons", "model", "docs", "wheel"]
 
 
 def group(name):
@@ -70,12 +75,12 @@ def types(session):
 
 
 @nox.session
-@nox.parametrize("part", [nox.param(part, id=part) for part in ["core", *BACKENDS]])
+@nox.parametrize("part", [nox.param(part, id=part) for part in MARKS])
 def tests(session, part):
-    """The tests of one backend, or those that need none in particular (core), on the Python that runs nox."""
+    """The tests of one backend, of all backends, or those that need none in particular (core), on the Python that runs nox."""
     session.install("-e", ".", *group("test"))
-    marks = " and ".join(f"not {backend}" for backend in BACKENDS) if part == "core" else part
-    ways = [f"{marks} and not optimised"] + ["optimised"] * (part == "xla")  # two ways to compile: see conftest
+    ways = [f"{MARKS[part]} and not optimised"]
+    ways += ["optimised"] * (part in ("backends", "xla"))  # two ways to compile: see conftest
     measured = ["--cov"] if part == "core" and not session.posargs else []  # it costs a quarter more
     codes = (0, 5) if session.posargs else (0,)  # what follows `--` may choose tests of one way only
     for way in ways:
@@ -134,7 +139,7 @@ def wheel(session):
     session.run("python", "-I", "-m", "ejk_ragged", *session.posargs)
 
 
-@nox.session(default=False, venv_backend="none" if importlib.util.find_spec("jax") else None)
+@nox.session(venv_backend="none" if importlib.util.find_spec("jax") else None)
 def bench(session):
     """The benchmark, into docs/performance/; in the environment of nox itself where that has JAX (a GPU's, and the peers)."""
     if not session.virtualenv.is_sandboxed:
@@ -145,7 +150,7 @@ def bench(session):
     session.run("python", "-m", "ejk_ragged", "bench", "--out", "docs/performance", *arguments)
 
 
-@nox.session(default=False, python="3.11")
+@nox.session(python="3.11")
 def minimums(session):
     """All tests with the oldest dependencies that pyproject.toml allows."""
     oldest = [re.sub(">=", "==", requirement) for requirement in PROJECT["dependencies"]]
