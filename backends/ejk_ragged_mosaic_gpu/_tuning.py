@@ -290,10 +290,13 @@ def merging(target: Target, batch: int, rows: int) -> tuple[int, int]:
 def merging_blocks(target: Target, plan: Tiles, blocks: int) -> tuple[int, int]:
     """The number of dimensions and of partial results that a program of the second kernel merges at once.
 
-    `blocks` is the number of blocks of 64 query rows. If there are few blocks, more programs share the dimensions.
+    `blocks` is the number of blocks of 64 query rows. If there are few blocks, more programs share the dimensions. The wide partial
+    results of a pair are merged two at once if there are about two: to read one of them again takes long.
     """
     few = 2 * blocks * plan.value_dim // MERGE_DIMS < _multiprocessors(target)
-    return (FEW_MERGE_DIMS, plan.merge_slots) if few else (MERGE_DIMS, min(max(plan.pieces, 2), LEAST_MERGED))
+    if few:
+        return FEW_MERGE_DIMS, plan.merge_slots
+    return MERGE_DIMS, min(max(plan.pieces, 2), LEAST_MERGED) if plan.pair else LEAST_MERGED
 
 
 def _bytes(problem, keys, rows, stages, target) -> int:
