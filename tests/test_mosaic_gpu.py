@@ -380,6 +380,7 @@ def test_a_jax_without_triton():
 INT8 = np.dtype("int8")
 LATENT = {"head_dim": 576, "value_dim": 512, "row_dim": 576, "value_columns": (0, 512)}
 PAGED = {"num_pages": 300, "page_size": 16, "seq_len": 1120}
+LARGE_POOL = {"num_pages": 40000, "page_size": 16, "num_q_heads": 16 * 4}
 
 
 def test_hints_are_rounded_up_to_what_is_multiplied():
@@ -510,9 +511,16 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
         ({"batch": 1, "seq_len": 4096}, HOPPER, ""),
         ({"batch": 7}, HOPPER, ""),
         ({"batch": 7, "num_tokens": 2}, HOPPER, "64 or more query rows per kv head"),
-        (LATENT, HOPPER, "more than 32 query rows, and values in wide rows of the key"),
-        (LATENT | {"batch": 1, "num_q_heads": 33 * 4}, HOPPER, "more than 32 query rows, and values in wide rows of the key"),
-        (LATENT | {"num_q_heads": 32 * 4}, HOPPER, ""),
+        (LATENT, HOPPER, "more than 16 query rows, and values in wide rows of the key"),
+        (LATENT | {"num_q_heads": 17 * 4}, HOPPER, "more than 16 query rows, and values in wide rows of the key"),
+        (LATENT | {"num_q_heads": 16 * 4}, HOPPER, ""),
+        (LATENT | {"batch": 7, "num_q_heads": 33 * 4}, HOPPER, "more than 32 query rows, and values in wide rows of the key"),
+        (LATENT | {"batch": 7, "num_q_heads": 32 * 4}, HOPPER, ""),
+        (LATENT | {"batch": 2, "num_q_heads": 16 * 4}, HOPPER, "values in wide rows of the key of up to 2 sequences"),
+        (LATENT | {"batch": 2, "num_q_heads": 17 * 4}, HOPPER, ""),
+        (LATENT | {"batch": 2, "num_q_heads": 16 * 4, "most_keys": 256}, HOPPER, ""),
+        (LATENT | LARGE_POOL, HOPPER, "pages of a large cache with values in wide rows of the key"),
+        (LATENT | LARGE_POOL | {"seq_len": 512}, HOPPER, ""),
         (LATENT | {"cache_dtype": INT8, "num_q_heads": 4}, HOPPER, "values in wide rows of the key, in 8 bits"),
         (LATENT | {"cache_dtype": INT8}, HOPPER, "values in wide rows of the key, in 8 bits"),
         (LATENT | {"cache_dtype": INT8, "most_keys": 256}, HOPPER, ""),

@@ -61,6 +61,7 @@ def walk(schedule):
 @hypothesis.example(by_sequence=False, workers=8, deal=1, ranges=[(0, 0)] * BATCH)
 @hypothesis.example(by_sequence=False, workers=8, deal=1, ranges=[(0, SEQ_LEN)] + [(7, 8)] * (BATCH - 1))
 @hypothesis.example(by_sequence=False, workers=8, deal=4, ranges=[(0, SEQ_LEN)] + [(7, 8)] * (BATCH - 1))
+@hypothesis.example(by_sequence=False, workers=3, deal=1, ranges=[(0, SEQ_LEN)] * BATCH)
 def test_schedule_covers_every_live_row_once(by_sequence, workers, deal, ranges):
     deal = 1 if by_sequence else deal
     covers_every_live_row_once(Schedule(BATCH, SEQ_LEN, workers * deal, 32, by_sequence, deal=deal), *np.array(ranges, np.int32).T)
@@ -89,6 +90,31 @@ def covers_every_live_row_once(schedule, start, end):
     tiles = tiles.reshape(len(rounds), -1)
     assert np.all(tiles.sum(axis=1) == rounds * schedule.deal)
     assert np.all(tiles.max(axis=1) == shares)
+
+
+@pytest.mark.parametrize(
+    ("batch", "stretches", "deal", "shortest", "cut"),
+    [
+        (32, 33, 1, SEQ_LEN, False),  # one worker of 33 is idle
+        (32, 33, 1, SEQ_LEN - 7, False),  # which is as many tiles
+        (32, 33, 1, SEQ_LEN - 8, True),
+        (32, 11, 1, SEQ_LEN, False),  # three sequences per stretch, and two on the last one
+        (32, 33, 2, SEQ_LEN, False),
+        (32, 34, 1, SEQ_LEN, False),  # two workers of 34
+        (32, 35, 1, SEQ_LEN, True),  # three idle workers are too many
+        (32, 32, 1, SEQ_LEN, False),
+    ],
+)
+def test_full_sequences_are_not_cut(batch, stretches, deal, shortest, cut):
+    """Where few workers are idle then, each worker has whole sequences."""
+    end = np.full(batch, SEQ_LEN, np.int32)
+    end[7] = shortest
+    schedule = Schedule(batch, SEQ_LEN, stretches * deal, 8, by_sequence=False, deal=deal)
+    tiles, rows, slots, (_, count) = map(np.asarray, walk(schedule)(np.zeros_like(end), end))
+    np.testing.assert_array_equal(rows, np.arange(SEQ_LEN) < end[:, None])
+    assert (count.max() > deal) == cut
+    assert np.all(np.bincount(slots[slots >= 0]) == count)
+    assert tiles.max() == (-(-batch // stretches) * -(-SEQ_LEN // schedule.stride) if not cut else -(-tiles.sum() // stretches))
 
 
 def test_a_long_sequence_is_shared_out():

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 
 from ._jax import LOWEST, OF_COLUMNS, plgpu, store, TILE, TRANSPOSED, when
 from ._line import Piece
-from ._program import AT_ONCE, load_of_rows, LOG2_E, over, plus_products, Program, tile_of
+from ._program import AT_ONCE, load_of_rows, LOG2_E, over, plus_products, Program, tile_of, unknown_zero
 
 
 TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -41,7 +41,7 @@ def _compute_piece(program: Program, piece: Piece):
         row = program.row_of(piece, first)
         sees = program.sees(piece, first, row, bounds, (keys, rows), 0)
 
-        x = _products(program, slots, shared.q.at[q_slot, 0])
+        x = _products(program, slots, shared.q.at[q_slot + unknown_zero(i), 0])
         key_scale, value_scale = (_scale(program, piece, name, slots[0]) for name in "kv")
         if plan.value_start is None:
             plgpu.barrier_arrive(shared.k_free.at[slots[0]])

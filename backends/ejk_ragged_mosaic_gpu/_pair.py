@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from ._jax import plgpu, store, TILE, when
 from ._line import Piece
-from ._program import load_of_rows, over, plus_products, product, Program, tile_of, tiling
+from ._program import load_of_rows, over, plus_products, product, Program, tile_of, tiling, unknown_zero
 from ._results import write_result
 from ._softmax import Softmax
 
@@ -108,9 +108,7 @@ class _Halves:
         """q . k of the half of tile i that is mine, once its keys are there: [64, keys]."""
         plan, shared = self.program.plan, self.program.shared
         plgpu.barrier_wait(shared.k_full.at[slot])
-        # This is 0, but compilers do not know it. Else they compute the addresses of all parts of query and keys before the loop,
-        # and have no registers for them. Tiles leave little cache, so an address that is loaded again takes long.
-        zero = i >> 26
+        zero = unknown_zero(i)
         query = shared.q.at[lax.rem(self.piece.number, plan.query_slots) + zero, 0]
         return product(query, shared.k.at[slot + zero, :, pl.ds(0, plan.block_dim)].transpose((1, 0)))
 

@@ -194,6 +194,15 @@ def sinks_at(ref, sequence, head, query_rows):
     return None if ref is None else load_of_rows(ref.at[sequence if ref.shape[0] > 1 else 0, head, query_rows])
 
 
+def unknown_zero(i):
+    """0 for the number `i` of a tile, but compilers do not know it.
+
+    Without such a term, compilers compute the addresses of all parts of query and keys before the loop, and have no registers for
+    them. Tiles leave little cache, so an address that is loaded again takes long.
+    """
+    return i >> 26
+
+
 def over(x, like):
     """`x`, one number per row of the matrix `like`, over all its columns."""
     return lax.broadcast_in_dim(x, like.shape, [0])

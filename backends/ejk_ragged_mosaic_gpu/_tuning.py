@@ -15,6 +15,8 @@ from ._tiles import ITEMSIZE, LEAST_MERGED, MOST_TERMS, round_up, Tiles, WIDENIN
 # Query rows per block. Up to FEW query rows are columns of the products, or up to MOST_FEW if they cannot be rows. More are rows of
 # the products: MANY has the size of a block for 1, 2, 3, and 4 or more times 64 query rows. Each block reads the cache again.
 FEW, MOST_FEW, MANY = 32, 64, (64, 128, 192, 128)
+# The same as FEW for wide tiles that a pair can have, where the cache, if full, has MUCH_WIDE bytes: else a pair begins too late.
+WIDE_FEW, MUCH_WIDE = 16, 256 << 20
 BLOCK_KEYS = 64  # keys per tile: what the tensor cores take at once
 # Keys per tile with several blocks, and of a pair if they fit: the tensor cores set the pace, and read the query half as often.
 MANY_KEYS = 128
@@ -36,8 +38,9 @@ BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 # more than SHORT rows of a sequence are seen, or a full cache has fewer than MUCH bytes: they take some microseconds longer to
 # begin and end. For twice the query rows half as many bytes are much, because pallas_triton reads them once for each 64 query
 # rows. In 8 bits they are faster from LEADING_ROWS_OF_8_BITS query rows on. Where the value lies in wide rows of the key, they are
-# faster from FEW query rows on, and always in 8 bits.
-LEADING_ROWS, LEADING_ROWS_OF_8_BITS, SHORT, MUCH = 64, 20, 256, 128 << 20
+# faster above FEW or WIDE_FEW query rows, for pages of a cache that has MUCH_WIDE bytes, for up to MOST_ALONE sequences with few
+# query rows, and always in 8 bits.
+LEADING_ROWS, LEADING_ROWS_OF_8_BITS, SHORT, MUCH, MOST_ALONE = 64, 20, 256, 128 << 20, 2
 
 # An H100, for lowering without a device.
 MULTIPROCESSORS = 132
@@ -110,13 +113,19 @@ def leads(problem: Problem, target: Target) -> str:
     if capability is None or not all(isinstance(n, int) for n in problem.sizes) or problem.keeps_accum_dtype:
         return ""
     rows, takes_many = problem.num_tokens * problem.group, _takes_many(problem)
-    keys = problem.seq_len if problem.most_keys is None else min(problem.seq_len, problem.most_keys)
+    keys = _most_keys(problem)
     if is_wide(problem):
         if problem.value_columns is None or _tile_dim(problem) <= WIDE or not takes_many:
             return ""
         if problem.quantised:
             return "values in wide rows of the key, in 8 bits" if keys > SHORT else ""
-        return f"more than {FEW} query rows, and values in wide rows of the key" if rows > FEW else ""
+        few, much = _wide_few(problem), _is_much(problem)
+        if rows > few:
+            return f"more than {few} query rows, and values in wide rows of the key"
+        if problem.paged and much:
+            return "pages of a large cache with values in wide rows of the key"
+        alone = problem.batch <= MOST_ALONE and keys > SHORT and rows <= WIDE_FEW
+        return f"values in wide rows of the key of up to {MOST_ALONE} sequences" if alone else ""
     row_bytes = (problem.head_dim + problem.value_dim) * problem.num_kv_heads * problem.cache_dtype.itemsize
     much = keys > SHORT and problem.batch * keys * row_bytes * max(rows, LEADING_ROWS) >= MUCH * LEADING_ROWS
     least, cache = (LEADING_ROWS_OF_8_BITS, " of an 8-bit cache") if problem.quantised else (LEADING_ROWS, "")
@@ -150,9 +159,9 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
     """Query rows of a block."""
     there = problem.num_tokens * problem.group
     if is_wide(problem):
-        most = 64 if _takes_many(problem) and not problem.quantised else FEW
+        most, few = (64, _wide_few(problem)) if _takes_many(problem) and not problem.quantised else (FEW, FEW)
         wanted = min(wanted or there, most)
-        return round_up(wanted, 8) if wanted <= FEW else 64
+        return round_up(wanted, 8) if wanted <= few else 64
     if problem.quantised:
         return min(round_up(min(wanted or there, there), 64), max(WIDENING_REGISTERS) * 64)
     if not _takes_many(problem):
@@ -161,6 +170,22 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
         return round_up(min(wanted or there, there), 8)
     blocks = -(-there // 64)
     return min(round_up(wanted, 64), 64 * blocks, MANY[2]) if wanted else MANY[min(blocks, len(MANY)) - 1]
+
+
+def _wide_few(problem: Problem) -> int:
+    """Query rows of wide tiles that are columns of the products, at most."""
+    return WIDE_FEW if _is_much(problem) else FEW
+
+
+def _is_much(problem: Problem) -> bool:
+    """Whether a cache of wide rows, if full, takes much longer to read than a pair of warpgroups to begin."""
+    dims = problem.row_dim + (problem.value_dim if problem.value_columns is None else 0)
+    return problem.batch * _most_keys(problem) * dims * problem.num_kv_heads * problem.cache_dtype.itemsize >= MUCH_WIDE
+
+
+def _most_keys(problem: Problem) -> int:
+    """Rows of a sequence that are seen, at most."""
+    return problem.seq_len if problem.most_keys is None else min(problem.seq_len, problem.most_keys)
 
 
 def _block_keys(problem: Problem, rows: int) -> int:

@@ -206,7 +206,26 @@ class Schedule:
 
     def _chunk(self, total):
         """Number of rounds per stretch. At least 1, because other code divides by it."""
-        return jnp.maximum(cdiv(total, self.workers // self.deal), 1)
+        chunk = jnp.maximum(cdiv(total, self._stretches), 1)
+        if not self._whole:
+            return chunk
+        full = -(-self.seq_len // self.stride)
+        return jnp.where(total == self.batch * full, self._whole * full, chunk)
+
+    @property
+    def _stretches(self) -> int:
+        """Number of stretches per line."""
+        return self.workers // self.deal
+
+    @property
+    def _whole(self) -> int:
+        """Number of sequences per stretch if all sequences are full, or 0 where stretches then cut sequences.
+
+        A sequence that is not cut has nothing to merge. For this, one worker of IDLE may have nothing to do.
+        """
+        sequences = -(-self.batch // self._stretches)
+        idle = sequences * self._stretches - self.batch
+        return sequences if 0 < idle * IDLE <= self.batch and not self.by_sequence else 0
 
 
 def length_arrays(problem, queries) -> dict[str, Any]:
@@ -228,6 +247,8 @@ def length_arrays(problem, queries) -> dict[str, Any]:
 STRIP = 32
 # Strips per line. Strips take registers, so a large batch has longer strips and not more strips.
 MOST_STRIPS = 4
+# If all sequences are full, stretches are whole sequences where no more than one worker of IDLE is idle then.
+IDLE = 16
 # Stretches per line, however few sequences there are. With fewer stretches, which are longer, the cache is read more slowly.
 LEAST_STRETCHES = 4
 
