@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import draw, floats_of
@@ -41,7 +42,8 @@ def place(mesh, spec, arrays):
 
 
 def put(mesh, spec, x):
-    return jax.device_put(x, NamedSharding(mesh, spec))
+    """`x` on a mesh. An array of NumPy is cut without a program."""
+    return jax.device_put(x if isinstance(x, jax.core.Tracer) else np.asarray(x), NamedSharding(mesh, spec))
 
 
 def placed(case, mesh, spec):

@@ -108,6 +108,16 @@ def subject(name: str) -> Subject:
     return SUBJECTS.get(name) or Subject(name, lambda: name)
 
 
+def array(x, dtype=None) -> jax.Array:
+    """`x` on the default device, like `jnp.asarray(x, dtype)`, which compiles a program for each shape."""
+    return jax.device_put(np.asarray(x, None if dtype is None else jnp.dtype(dtype)))
+
+
+def stack(*arrays) -> jax.Array:
+    """The arrays along a new axis in front. NumPy makes it, so no program is compiled."""
+    return array(np.stack([np.asarray(x) for x in arrays]))
+
+
 def assert_right(call, arguments, **options):
     """Output, lse, gradients and their exact zeros must be those of the oracle."""
     wrong = [str(verdict) for verdict in verify(call, arguments, **options) if not verdict.ok]
@@ -124,11 +134,11 @@ def assert_repeatable(call, arguments):
 def assert_batch_invariant(call, arguments):
     """With `num_key_splits` given, the first sequence's output and lse must keep their bits, whatever the rest of the batch is."""
     call = functools.partial(call, fwd_params=FwdParams(num_key_splits=3))
-    array = functools.partial(jax.tree.map, lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x)
+    on_device = functools.partial(jax.tree.map, lambda x: array(x) if isinstance(x, np.ndarray) else x)
     alone = {name: x[:1] if np.shape(x)[:1] == arguments["query"].shape[:1] else x for name, x in arguments.items()}
     others = arguments | {"sequence_end": np.concatenate([arguments["sequence_end"][:1], arguments["sequence_end"][:0:-1] // 2])}
     others["query"] = np.concatenate([arguments["query"][:1], -arguments["query"][1:]])
-    results = [[_bits(np.asarray(x[0])) for x in call(**array(a), return_lse=True)] for a in (arguments, alone, others)]
+    results = [[_bits(np.asarray(x[0])) for x in call(**on_device(a), return_lse=True)] for a in (arguments, alone, others)]
     for result in results[1:]:
         for x, y in zip(results[0], result, strict=True):
             np.testing.assert_array_equal(x, y)
@@ -145,13 +155,13 @@ def everything(call, arguments):
     """Output and lse, then the gradients, for cotangents that differ from element to element."""
     names = floats_of(arguments)
     function = lambda *args: call(**arguments | dict(zip(names, args, strict=True)), return_lse=True)
-    results, pullback = jax.vjp(function, *[jnp.asarray(arguments[name]) for name in names])
+    results, pullback = jax.vjp(function, *[array(arguments[name]) for name in names])
     return *results, *pullback(jax.tree.map(weights, results))
 
 
 def weights(x):
     """A different number for each element."""
-    return jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(x.dtype)
+    return array(np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape), x.dtype)
 
 
 def _bits(x):
@@ -167,7 +177,7 @@ def planned(lowered) -> Any:
 def draw(case, seed=0) -> tuple[dict[str, Any], dict[str, Any]]:
     """A case's arrays, on the default device, and its settings."""
     arguments = case.draw(seed)
-    arrays = {name: jnp.asarray(arguments.pop(name)) for name in list(arguments) if isinstance(arguments[name], np.ndarray)}
+    arrays = {name: array(arguments.pop(name)) for name in list(arguments) if isinstance(arguments[name], np.ndarray)}
     return arrays, arguments
 
 

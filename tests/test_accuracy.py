@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import weights
+from support import array, weights
 
 from ejk_ragged.testing import Case, oracle_gradients, relative_error, tolerance
 
@@ -14,7 +14,7 @@ from ejk_ragged.testing import Case, oracle_gradients, relative_error, tolerance
 def gradients(call, arguments, names=("query", "key", "value")):
     """Gradients of the output alone, for a cotangent that differs from element to element, and the oracle's gradients."""
     function = lambda *args: call(**arguments | dict(zip(names, args, strict=True)))
-    out, pullback = jax.vjp(function, *[jnp.asarray(arguments[name]) for name in names])
+    out, pullback = jax.vjp(function, *[array(arguments[name]) for name in names])
     d_out = weights(out)
     want = oracle_gradients(**arguments, d_out=d_out, d_lse=np.zeros(out.shape[:-1]))
     return pullback(d_out), [getattr(want, name) for name in names], [want.size[name] for name in names]
@@ -80,7 +80,7 @@ def test_alike_keys_weigh_the_same(subject, options, size):
     dtype, options = subject.dtypes[0], dict(options)
     query = jnp.broadcast_to(size / 64 * (1 + rng.random((1, 1, 24))), (1, 4, 24)).astype(dtype)
     key = jnp.broadcast_to(6 + rng.standard_normal((1, 1, 1, 24)), (1, 700, 2, 24)).astype(dtype)
-    value = jnp.asarray(rng.standard_normal((1, 700, 2, 24)), dtype)
+    value = array(rng.standard_normal((1, 700, 2, 24)), dtype)
     start = options.get("sequence_start", [0])[0]
     if "sequence_start" in options:
         options["sequence_start"] = jnp.array([start], jnp.int32)
@@ -99,8 +99,8 @@ def test_gradients_beside_large_logits(subject, size):
     """Gradients are finite where the logits are. lse has lost its low bits at large logits, but no probability may be above 1."""
     arguments = Case("", 2, 60, 4, 2, 24, subject.dtypes[0]).draw()
     names = ("query", "key", "value")
-    query, key, value = (jnp.asarray(arguments[name]) for name in names)
-    factor = jnp.asarray(size**0.5, query.dtype)
+    query, key, value = (array(arguments[name]) for name in names)
+    factor = array(size**0.5, query.dtype)
     out, pullback = jax.vjp(functools.partial(subject.call), query * factor, key * factor, value)
     assert jnp.isfinite(out).all()
     for gradient in pullback(weights(out)):

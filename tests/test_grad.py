@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close, draw, floats_of
+from support import assert_close, draw, floats_of, weights
 
 from ejk_ragged import ragged_decode_attention, Wanted
 from ejk_ragged.testing import Case, oracle_gradients, TextbookBackend
@@ -31,7 +31,7 @@ def setting(call, case=CASE):
 
 def total(x):
     """A scalar from a result, with a different weight per element."""
-    return jnp.sum(x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape))
+    return jnp.sum(x * weights(x))
 
 
 def assert_oracle(gradients, d_out, d_lse):
@@ -53,7 +53,7 @@ def test_grad_and_value_and_grad(subject):
 def test_vjp_through_lse(subject):
     function, floats = setting(functools.partial(subject.call, return_lse=True))
     (out, lse), pullback = jax.vjp(function, *floats)
-    d_lse = jnp.sin(jnp.arange(lse.size, dtype=jnp.float32)).reshape(lse.shape)
+    d_lse = weights(lse)
     assert_oracle(pullback((jnp.zeros_like(out), d_lse)), np.zeros(out.shape), d_lse)
     assert_oracle(jax.grad(lambda *args: jnp.sum(function(*args)[1] * d_lse), range(4))(*floats), np.zeros(out.shape), d_lse)
 

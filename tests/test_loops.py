@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from support import assert_close
+from support import array, assert_close
 
 from ejk_ragged import quantize, ragged_decode_attention
 from ejk_ragged.testing import oracle, TextbookBackend
@@ -20,7 +20,7 @@ START = jnp.array([0, 5], jnp.int32)
 def tokens():
     """Queries, new keys and new values of every step, and a cache that already holds rows."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    normal = lambda *shape: array(rng.standard_normal(shape), jnp.float32)
     steps = normal(STEPS, BATCH, HEADS, DIM), normal(STEPS, BATCH, KV_HEADS, DIM), normal(STEPS, BATCH, KV_HEADS, DIM)
     cache = normal(BATCH, SEQ_LEN, KV_HEADS, DIM), normal(BATCH, SEQ_LEN, KV_HEADS, DIM)
     return steps, cache

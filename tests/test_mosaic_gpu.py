@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.mlir import ir
-from support import assert_right, has_mosaic_gpu
+from support import array, assert_right, has_mosaic_gpu
 
 import ejk_ragged_mosaic_gpu
 from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Target
@@ -111,9 +111,9 @@ def test_gaps_between_tokens(interpreted):
     seen = (rows >= starts) & (rows < ends)
     for name in ("key", "value"):
         arguments[name][:, ~seen.any(axis=0)] = np.nan
-    query, key, value = (jnp.asarray(arguments[name]) for name in ("query", "key", "value"))
+    query, key, value = (array(arguments[name]) for name in ("query", "key", "value"))
     call = lambda start, end: interpreted()(query, key, value, start, end, return_lse=True)
-    out, lse = jax.vmap(call)(jnp.asarray(starts), jnp.asarray(ends))
+    out, lse = jax.vmap(call)(array(starts), array(ends))
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
         want, want_lse = oracle(query, key, value, start, end)
         assert relative_error(out[i], want) < 4e-3

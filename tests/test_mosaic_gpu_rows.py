@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_right, has_mosaic_gpu
+from support import array, assert_right, has_mosaic_gpu
 
 from ejk_ragged import Cache, explain, FwdParams, Problem, Queries, Target
 from ejk_ragged._problem import Settings
@@ -80,9 +80,9 @@ def test_output_that_is_not_rounded(capfd):
     """Weights have two terms. With one term, the error is a few thousandths. Scales differ by page, which only a mapped call
     has."""
     rng = np.random.default_rng(0)
-    make = lambda *shape, dtype="bfloat16": jnp.asarray(rng.standard_normal(shape), dtype)
-    table, end = jnp.asarray(rng.permutation(12)[:10].reshape(2, 5), jnp.int32), jnp.array([[157], [9]], jnp.int32)
-    scales = [jnp.asarray(rng.uniform(0.5, 1.5, (12, 1, 1)), jnp.float32) for _ in range(2)]
+    make = lambda *shape, dtype="bfloat16": array(rng.standard_normal(shape), dtype)
+    table, end = array(rng.permutation(12)[:10].reshape(2, 5), jnp.int32), jnp.array([[157], [9]], jnp.int32)
+    scales = [array(rng.uniform(0.5, 1.5, (12, 1, 1)), jnp.float32) for _ in range(2)]
     cache = Cache(*(make(12, 32, 1, 64, dtype="float8_e4m3fn") for _ in range(2)), *scales, page_table=table)
     queries = Queries(make(2, 1, 40, 64), None, end)
     problem = Problem.of(queries, cache, Settings(softmax_scale=0.125, keeps_accum_dtype=True))
@@ -222,8 +222,8 @@ def test_wide_rows(interpreted, name):
 def test_a_pair_with_two_terms_per_weight(capfd):
     """An output that is not rounded. With one term, the error is a few thousandths."""
     rng = np.random.default_rng(0)
-    make = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
-    key, end = make(2, 128, 1, 128), jnp.asarray([[113], [40]], jnp.int32)
+    make = lambda *shape: array(rng.standard_normal(shape), jnp.bfloat16)
+    key, end = make(2, 128, 1, 128), array([[113], [40]], jnp.int32)
     queries, cache = Queries(make(2, 1, 40, 128), None, end), Cache(key, None)
     settings = Settings(softmax_scale=0.125, keeps_accum_dtype=True, value_columns=(64, 128))
     problem, target = Problem.of(queries, cache, settings), Target("cpu", types.SimpleNamespace(core_count=2))
@@ -296,7 +296,7 @@ def test_value_scales_of_any_size(interpreted, dtype):
     value[:, ::7, :, ::2], value[:, ::7, :, 1::2] = limits.min, limits.max
     exponents = np.linspace(-30, 33, 256)
     scale = np.stack([10.0**exponents, 10.0 ** exponents[::-1], 0 * exponents, 1e-38 + 0 * exponents])[:, None]
-    arguments |= {"value": jnp.asarray(value), "value_scale": jnp.asarray(scale, jnp.float32)}
+    arguments |= {"value": array(value), "value_scale": array(scale, jnp.float32)}
     out = np.asarray(interpreted(programs=2)(**arguments), np.float64)
     want = expected(arguments)
     for i in (0, 1):
@@ -316,7 +316,7 @@ def test_weights_next_to_nothing(interpreted):
     key[..., 0] = np.linspace(0, 20, 256)[:, None]
     key[:, 0, :, 0], value[:, 0] = 127, 0
     scale = jnp.full((1, 1, 256), 1 / 8, jnp.float32)
-    arguments |= {"query": jnp.asarray(query, "bfloat16"), "key": jnp.asarray(key), "value": jnp.asarray(value), "key_scale": scale}
+    arguments |= {"query": array(query, "bfloat16"), "key": array(key), "value": array(value), "key_scale": scale}
     arguments["softmax_scale"] = 16 / 127
     want = expected(arguments)
     assert relative_error(np.asarray(interpreted()(**arguments)), want) < 2.5e-3

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import call, gradients, make_mesh, put
-from support import assert_close, assert_right, draw
+from support import array, assert_close, assert_right, draw, stack
 from test_traffic import assert_split, collectives
 
 from ejk_ragged import merge
@@ -75,7 +75,7 @@ def test_right(mesh, case, name):
 
 
 def as_arrays(case):
-    return {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in case.draw(poison=True).items()}
+    return {name: array(x) if isinstance(x, np.ndarray) else x for name, x in case.draw(poison=True).items()}
 
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P(None, ("y", "x")), P("x", "y")], ids=str)
@@ -142,7 +142,7 @@ def test_vmap(mesh, mapped):
     """Maps join a batch that is split, the tokens, or the pages. Each device has its own part, and nothing is moved."""
     case = dataclasses.replace(PAGES, seq_len=512)
     arrays, _ = draw(case)
-    arrays |= {name: jnp.stack([arrays[name], arrays[name][::-1], arrays[name]]) for name in mapped}
+    arrays |= {name: stack(arrays[name], np.asarray(arrays[name])[::-1], arrays[name]) for name in mapped}
     splits = {name: P(None, *spec) if name in mapped else spec for name, spec in SPLITS["heads and batch"].items()}
 
     def by_name(arrays):
@@ -162,7 +162,7 @@ def test_mapped_tables_that_are_split(kind):
     mesh = make_mesh(kind, kind, kind)
     arrays, _ = draw(PAGES)
     mapped = ("query", "page_table", "sequence_start", "sequence_end")
-    arrays |= {name: jnp.stack([arrays[name], arrays[name][::-1]]) for name in mapped}
+    arrays |= {name: stack(arrays[name], np.asarray(arrays[name])[::-1]) for name in mapped}
     axes = ({name: 0 if name in mapped else None for name in arrays},)
     function = jax.vmap(lambda arrays: call(**arrays, return_lse=True), axes)
     split = spread(mesh, dict.fromkeys(mapped, P("x")), arrays)
@@ -217,7 +217,7 @@ def test_local_tables_inside_shard_map(mesh, case):
         return [x[None] for x in merge(zip(*parts, strict=True))]
 
     specs = (P(), P(), P(), P(), dict.fromkeys(pool, P("x")))
-    args = (arrays["query"], jnp.asarray(starts), jnp.asarray(ends), jnp.asarray(table), {name: arrays[name] for name in pool})
+    args = (arrays["query"], array(starts), array(ends), array(table), {name: arrays[name] for name in pool})
     args = [put(mesh, spec, x) for spec, x in zip(specs[:4], args[:4], strict=True)] + [
         {name: put(mesh, P("x"), x) for name, x in args[4].items()}
     ]

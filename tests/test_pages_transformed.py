@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
-from support import assert_close, assert_right, draw, everything, planned
+from support import array, assert_close, assert_right, draw, everything, planned, weights
 
 from ejk_ragged import explain, quantize, ragged_decode_attention, RaggedDecodeAttention
 from ejk_ragged.testing import Case, oracle, TextbookBackend
@@ -52,7 +52,7 @@ def test_without_jit(case):
 def test_tables_of_any_integers(integers):
     """Junk beyond the integer type becomes other junk."""
     function, arrays = setting(PAGES)
-    table = jnp.asarray(np.asarray(arrays["page_table"]).astype(integers))
+    table = array(np.asarray(arrays["page_table"]).astype(integers))
     assert_close(function(**arrays | {"page_table": table}), function(**arrays))
 
 
@@ -85,9 +85,8 @@ def test_both_uses_of_a_key():
     key = arrays["key"]
     out, pullback = jax.vjp(lambda key: function(**arrays | {"key": key}), key)
     _, of_both = jax.vjp(lambda key: apart(arrays["query"], key[..., :12], key[..., 2:14]), key)
-    weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-    assert_close(pullback(weights), of_both(weights))
-    assert not np.any(pullback(weights)[0][..., 14:])
+    assert_close(pullback(weights(out)), of_both(weights(out)))
+    assert not np.any(np.asarray(pullback(weights(out))[0])[..., 14:])
 
 
 @pytest.mark.parametrize("name", ["key", "value", "key_scale"])
@@ -112,7 +111,7 @@ TABLE = jnp.array([[3, 1, 4], [0, 5, 2]], jnp.int32)
 
 def tokens(heads, kv_heads, width, row_dim):
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    normal = lambda *shape: array(rng.standard_normal(shape), jnp.float32)
     return normal(STEPS, BATCH, heads, width), normal(STEPS, BATCH, kv_heads, row_dim), normal(STEPS, BATCH, kv_heads, row_dim)
 
 

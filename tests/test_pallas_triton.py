@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close, assert_right, HAS_MOSAIC_GPU, pallas_triton
+from support import array, assert_close, assert_right, HAS_MOSAIC_GPU, pallas_triton
 
 import ejk_ragged_pallas_triton
 from ejk_ragged import Cache, explain, FwdParams, Problem, Queries, ragged_decode_attention, Target
@@ -93,7 +93,7 @@ def test_rows_between_the_tokens_ranges(cache_dtype):
             x[:, :, ~seen] = np.nan
     call = functools.partial(ragged_decode_attention, backend=pallas_triton())
     query = arguments.pop("query")
-    arrays: dict[str, Any] = {name: jnp.asarray(x) for name, x in arguments.items()}
+    arrays: dict[str, Any] = {name: array(x) for name, x in arguments.items()}
     function = lambda query, start, end: call(query, **arrays, sequence_start=start, sequence_end=end)
     mapped = jax.vmap(jax.value_and_grad(lambda *args: jnp.sum(function(*args))), (None, 0, 0))(query, start, end)
     for i in range(2):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import draw
+from support import array, draw
 
 from ejk_ragged import quantize, ragged_decode_attention
 from ejk_ragged.testing import Case, TextbookBackend
@@ -22,7 +22,7 @@ each_dtype = pytest.mark.parametrize("dtype", HALF_STEPS)
 
 
 def rows(*shape, dtype="float32"):
-    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
+    return array(np.random.default_rng(0).standard_normal(shape), dtype)
 
 
 @each_dtype

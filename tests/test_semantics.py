@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import support
 from problems import cases, ranges, tiled_operands
-from support import assert_batch_invariant, assert_repeatable, assert_right
+from support import array, assert_batch_invariant, assert_repeatable, assert_right
 
 from ejk_ragged import FwdParams, ragged_decode_attention
 from ejk_ragged.testing import Case, CHECKS, oracle, TextbookBackend
@@ -61,7 +61,7 @@ def counting(subject, batch, heads=2, kv_heads=1, seq_len=40, dim=16, num_tokens
 def valid_rows(subject, start, end, num_tokens=None, query_lengths=None, **options):
     """The number of valid keys and the mean of their indices, per sequence or [B, T], from the results of a call."""
     lengths = {"sequence_start": start, "sequence_end": end, "query_lengths": query_lengths}
-    lengths = {name: jnp.asarray(x, jnp.int32) for name, x in lengths.items() if x is not None}
+    lengths = {name: array(x, jnp.int32) for name, x in lengths.items() if x is not None}
     batch = next((len(x) for x in lengths.values()), 1)
     out, lse = subject.call(**counting(subject, batch, num_tokens=num_tokens), **lengths, **options, return_lse=True)
     return np.exp(np.asarray(lse[..., 1])), np.asarray(out[..., 1, 3], np.float32)
@@ -147,7 +147,7 @@ def test_scales(subject, shape):
     dtype, dim = subject.dtypes[0], subject.dim
     rows = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int8)[None, :, None, None], (3, 40, 2, dim))
     arguments = {"query": jnp.full((3, 4, dim), 1 / dim, dtype), "key": jnp.full_like(rows, 3), "value": rows}
-    scales = {"key_scale": jnp.asarray(key_scale), "value_scale": jnp.asarray(value_scale)}
+    scales = {"key_scale": array(key_scale), "value_scale": array(value_scale)}
     if shape == ():
         scales = {name: float(scale) for name, scale in scales.items()}
     out, lse = subject.call(**arguments, **scales, softmax_scale=1.0, logits_soft_cap=1.0, return_lse=True)
@@ -177,7 +177,7 @@ def test_heads_read_their_group(subject):
 )
 def test_sinks(subject, sinks, weights):
     """exp(sink) is added to the denominator once. A sink is neither scaled nor capped, and has no value. lse includes it."""
-    arguments = counting(subject, 2, heads=4, kv_heads=2) | {"softmax_aux": jnp.asarray(sinks, jnp.float32)}
+    arguments = counting(subject, 2, heads=4, kv_heads=2) | {"softmax_aux": array(sinks, jnp.float32)}
     end = jnp.array([9, 0], jnp.int32)
     out, lse = subject.call(**arguments, sequence_end=end, softmax_scale=0.1, logits_soft_cap=1.5, return_lse=True)
     weights = np.array(weights)
@@ -201,7 +201,7 @@ def test_scale_then_cap(subject):
 def test_cap_far_above_the_logits(subject):
     """Nothing cancels in such a cap. Each sequence has one key, whose logit is the lse."""
     logits = np.arange(1, 33) / 16
-    query = jnp.broadcast_to(jnp.asarray(logits, subject.dtypes[0])[:, None, None], (32, 2, 16))
+    query = jnp.broadcast_to(array(logits, subject.dtypes[0])[:, None, None], (32, 2, 16))
     key = jnp.ones((32, 1, 1, 16), subject.dtypes[0])
     _, lse = subject.call(query, key, key, softmax_scale=1 / 16, logits_soft_cap=50.0, return_lse=True)
     want = 50 * np.tanh(logits / 50)
@@ -419,8 +419,7 @@ def test_any_problem(subject, data):
 def test_finite_differences(subject, name, x64):
     """A check that is independent of the oracle: the slope of the call's own output, in float64."""
     arguments = {
-        k: jnp.asarray(v) if isinstance(v, np.ndarray) else v
-        for k, v in dataclasses.replace(CASES[name], dtype="float64").draw().items()
+        k: array(v) if isinstance(v, np.ndarray) else v for k, v in dataclasses.replace(CASES[name], dtype="float64").draw().items()
     }
     if "float64" not in subject.dtypes:  # such a backend refuses float64, and does not round silently
         with pytest.raises(ValueError, match=f"backend '{subject.name}' cannot do this call .*float64"):

@@ -13,7 +13,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import call, gradients, loss, make_mesh, place, placed, put, SPECS
-from support import assert_close, assert_right, draw, floats_of
+from support import array, assert_close, assert_right, draw, floats_of, stack
 
 from ejk_ragged import merge, ragged_decode_attention
 from ejk_ragged.testing import Case
@@ -111,7 +111,7 @@ def test_rounded_once(mesh, dtype):
 def test_alike_keys_on_several_devices(mesh, size):
     """The devices' shares are weighed by a float32 lse, so a weight is off by the rounding error of the logits at most."""
     query = jnp.zeros((1, 4, 16)).at[..., 0].set(size)
-    key, value = jnp.ones((1, 64, 2, 16)), jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (1, 64, 2, 16)), jnp.float32)
+    key, value = jnp.ones((1, 64, 2, 16)), array(np.random.default_rng(0).uniform(-1, 1, (1, 64, 2, 16)), jnp.float32)
     arrays = place(mesh, P(None, ("y", "x")), {"query": query, "key": key, "value": value})
     start, end = jnp.array([3], jnp.int32), jnp.array([37], jnp.int32)  # the devices have 13, 16, 5 and 0 rows
     out = call(arrays["query"], arrays["key"], arrays["value"], start, end, softmax_scale=1.0)
@@ -197,7 +197,7 @@ def test_exported_with_explicit_axes(explicit):
 def test_mapped_axis_that_is_split(mesh, names):
     """All mapped arguments are split, as JAX demands where types say how arrays are split."""
     arrays, _ = draw(CASE)
-    stacked = arrays | {name: jnp.stack([arrays[name], arrays[name][::-1]]) for name in names}
+    stacked = arrays | {name: stack(arrays[name], np.asarray(arrays[name])[::-1]) for name in names}
     spec = lambda name: P("x", None, None, "y") if name in ("key", "value") else P("x")
     split = {name: put(mesh, spec(name) if name in names else P(), x) for name, x in stacked.items()}
     function = lambda arrays: jax.vmap(gradients, ({name: 0 if name in names else None for name in arrays},))(arrays)
@@ -211,12 +211,12 @@ def test_a_backend_gets_the_sizes_of_maps_on_one_device(auto, size):
     devices does not divide the first axis of the cache on one device."""
     one = functools.partial(ragged_decode_attention, backend="xla")
     arrays, _ = draw(Case("", 1, 64, 8, 4, 16))
-    args: list[Any] = [jnp.stack([arrays[name] * (1 + i) for i in range(size)]) for name in ("query", "key", "value")]
+    args: list[Any] = [stack(*[np.asarray(arrays[name]) * (1 + i) for i in range(size)]) for name in ("query", "key", "value")]
 
     def function(spec, query, *cache):
         return jax.vmap(one)(query, *(jax.lax.with_sharding_constraint(x, NamedSharding(auto, spec)) for x in cache))
 
-    want = jnp.stack([one(*(x[i] for x in args)) for i in range(size)])
+    want = stack(*[one(*(np.asarray(x)[i] for x in args)) for i in range(size)])
     for spec in (P("x"), P(("x", "y")), P("x", None, "y", "z")):
         assert_close(jax.jit(functools.partial(function, spec))(*args), want)
 
@@ -287,7 +287,7 @@ def test_inputs_that_vary_unlike(mesh, varying):
     """Some inputs differ between devices and some are the same on all devices. Gradients of the latter are summed over the
     devices."""
     arrays, _ = draw(CASE)
-    stacked = {name: jnp.stack([x, x[::-1]]) if name in varying else x for name, x in arrays.items()}
+    stacked = {name: stack(x, np.asarray(x)[::-1]) if name in varying else x for name, x in arrays.items()}
     specs = {name: P("x") if name in varying else P() for name in arrays}
 
     def on_one(arrays):
@@ -337,7 +337,7 @@ def test_lowers_for_gpus(kind):
 def test_vmap_inside(mesh):
     arrays, _ = draw(CASE)
     query, key, value, start, end, _ = arrays.values()
-    stacked = [jnp.stack([x, -x]) for x in (query, key, value)]
+    stacked = [stack(x, -np.asarray(x)) for x in (query, key, value)]
     function = jax.vmap(call, (0, 0, 0, None, None))
     specs = (*[P(None, "x")] * 3, P("x"), P("x"))
     args: list[Any] = [*stacked, start, end]

@@ -6,11 +6,12 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import call, gradients, place, placed, put, SPECS
-from support import assert_close, draw
+from support import assert_close, draw, stack
 
 from ejk_ragged import ragged_decode_attention
 from ejk_ragged.testing import Case
@@ -133,7 +134,7 @@ def test_decode_loop_owns_its_cache(auto, spec):
 def test_vmap(mesh, mapped):
     """A mapped axis comes in front of the split axes, or joins the tokens. Nothing is moved for it."""
     arrays, _ = draw(LARGE)
-    arrays |= {name: jnp.stack([arrays[name], arrays[name][::-1], arrays[name]]) for name in mapped}
+    arrays |= {name: stack(arrays[name], np.asarray(arrays[name])[::-1], arrays[name]) for name in mapped}
     function = jax.vmap(gradients, ({name: 0 if name in mapped else None for name in arrays},))
     split = place(mesh, P(None, "x", "y", "z") if "key" in mapped else P("x", "y", "z"), arrays)
     moved, compiled = collectives(function, split)

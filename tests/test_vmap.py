@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from support import assert_close, draw, floats_of, planned, weights
+from support import array, assert_close, draw, floats_of, planned, stack, weights
 
 from ejk_ragged import ragged_decode_attention
 from ejk_ragged.testing import Case, TextbookBackend
@@ -41,9 +41,9 @@ def stacked(names, case=CASE, size=3):
     arrays, _ = draw(case)
     for name in names:
         if name in SHIFTS:
-            arrays[name] = arrays[name][None] + jnp.arange(size, dtype=jnp.int32)[:, None] * SHIFTS[name]
+            arrays[name] = array(np.asarray(arrays[name]) + np.arange(size, dtype=np.int32)[:, None] * SHIFTS[name])
         else:
-            arrays[name] = jnp.stack([draw(case, seed)[0][name] for seed in range(size)])
+            arrays[name] = stack(*[draw(case, seed)[0][name] for seed in range(size)])
     return arrays
 
 
@@ -125,7 +125,7 @@ def test_nested(outer, inner):
 
 def assert_nested(outer, inner, case=CASE):
     arrays = stacked(inner, case)
-    arrays = {k: jnp.stack([x, x[::-1]]) if k in outer else x for k, x in arrays.items()}
+    arrays = {k: stack(x, np.asarray(x)[::-1]) if k in outer else x for k, x in arrays.items()}
     axes = lambda names: ({k: 0 if k in names else None for k in arrays},)
     twice = jax.vmap(jax.vmap(lambda kw: call(**kw, return_lse=True), in_axes=axes(inner)), in_axes=axes(outer))
     want = [looped(call, inner)(**{k: x[i] if k in outer else x for k, x in arrays.items()}) for i in range(2)]
@@ -193,7 +193,7 @@ def mapped_call(mapped):
     arrays, _ = draw(LARGE)
     for name in mapped:
         x = arrays[name]
-        arrays[name] = jnp.stack([x] * NUM_MAPPED)
+        arrays[name] = stack(*[x] * NUM_MAPPED)
     return vmapped(ragged_decode_attention, mapped), arrays
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_batch_invariant, assert_repeatable, assert_right, planned
+from support import array, assert_batch_invariant, assert_repeatable, assert_right, planned
 
 from ejk_ragged import Cache, FwdParams, Problem, Queries, ragged_decode_attention, Target, Wanted
 from ejk_ragged._problem import Settings
@@ -232,7 +232,7 @@ def count(form, seq_len, start, end, rows=16):
         return (state[0] + 1, state[1] + jnp.sum(jnp.where(chunk.new[0], chunk.k[:, :, 0], 0), axis=1)), []
 
     begin = lambda heads: (jnp.zeros_like(heads, jnp.int32), jnp.zeros_like(heads, jnp.float32))
-    start, end, heads = (jnp.asarray(x, jnp.int32) for x in (start, end, np.zeros((batch, HEADS))))
+    start, end, heads = (array(x, jnp.int32) for x in (start, end, np.zeros((batch, HEADS))))
     queries = Queries(heads, start[:, None], end[:, None], heads)
     (chunks, rows), _ = walk(problem, TARGETS[form], queries, Cache(numbers, numbers), begin, step, (heads,))
     np.testing.assert_array_equal(chunks, chunks[:, :1].repeat(HEADS, 1))

@@ -157,9 +157,9 @@ def draw(case: Case, seed: int, copies: int, on_device: bool) -> Inputs:
         caches = [_cache(stored(case), key) for key in keys]
     else:  # on a CPU, NumPy is faster
         drawn = [stored(case).draw(seed + i) for i in range(copies)]
-        caches = [{name: jnp.asarray(one[name]) for name in CACHE if one.get(name) is not None} for one in drawn]
+        caches = [{name: jax.device_put(one[name]) for name in CACHE if one.get(name) is not None} for one in drawn]
     d_out = jax.random.normal(last, (*small["query"].shape[:-1], value_dim(case)), jnp.dtype(case.dtype))
-    return Inputs({name: jnp.asarray(x) for name, x in rest.items()}, caches, d_out)
+    return Inputs({name: jax.device_put(x) for name, x in rest.items()}, caches, d_out)
 
 
 def _page_table(case: Case, seed: int) -> np.ndarray:
