@@ -77,10 +77,11 @@ def _compiled():
 
 
 @pytest.fixture(autouse=True)
-def _compiler(request):
-    """Lets XLA optimise where its code for CPUs is under test."""
-    optimised = request.node.get_closest_marker("optimised") is not None
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu" and not optimised)
+def _compiler(request, monkeypatch):
+    """Lets XLA optimise where its code for CPUs is under test. This holds for the processes that a test starts, too."""
+    hasty = jax.default_backend() == "cpu" and request.node.get_closest_marker("optimised") is None
+    jax.config.update("jax_disable_most_optimizations", hasty)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(hasty)))
 
 
 @pytest.fixture
