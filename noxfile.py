@@ -34,7 +34,7 @@ CONSTRAINTS = {"3.12": ["jax==0.11.2"]}
 KERNELS = ("schedule", "pallas_triton", "mosaic_gpu")
 WAIST = ("jit", "vmap", "grad", "loops", "export", "devices", "module", "sharding")
 BETWEEN = ("mosaic_gpu or not (xla or pallas_triton)", "semantics", "jit", "export", *KERNELS)
-NEWEST = ("not (pallas_triton or mosaic_gpu)", "semantics", *WAIST, *KERNELS, "xla_backend")
+NEWEST = ("not (pallas_triton or mosaic_gpu or once)", "semantics", *WAIST, *KERNELS, "xla_backend")
 # What one process has compiled for a CPU, others need not: workers, sessions, and the runs to come.
 COMPILED = {
     "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(".nox/compiled").absolute()),

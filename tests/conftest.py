@@ -39,6 +39,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 def pytest_configure(config):
     if "not optimised" in config.option.markexpr:
         os.environ.setdefault("XLA_FLAGS", QUICK)
+    config.addinivalue_line("markers", "once: no release of JAX decides this, so one is enough")
     config.addinivalue_line("markers", "optimised: what XLA makes for CPUs is under test, as users have it")
     for name in registry.names():
         config.addinivalue_line("markers", f"{name}: the shared suite's share of the backend {name}")
