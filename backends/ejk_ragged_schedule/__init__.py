@@ -16,6 +16,7 @@ workers have the same load, however ragged the batch is. Here three workers shar
 - Slot: the place of a piece's result. Worker c writes its piece of sequence b to slot c + b * deal. From one piece of the line to
   the next, the stretch or b grows, so no two pieces have the same slot. Each program finds its pieces from the lengths. Nothing is
   planned before the kernel starts.
+- Whole: if all sequences are full and few workers are idle then, each stretch is whole sequences, and nothing is merged.
 - Deal: if there are few sequences, `deal` workers share a stretch and take its tiles in turn, as cards are dealt. The memory then
   serves fewer places at a time.
 - Round: one tile for each of the `deal` workers of a stretch. The line is then counted in rounds.
