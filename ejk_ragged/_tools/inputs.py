@@ -14,7 +14,7 @@ import numpy as np
 from ejk_ragged import quantize
 from ejk_ragged.testing import Case, oracle, oracle_gradients, relative_error, tolerance
 
-from .machine import Machine
+from .machine import default_platform, Machine
 
 
 COLD_BYTES = 400e6  # read between two uses of one copy of a cache. A GPU's own caches hold much less
@@ -232,6 +232,8 @@ class Sample:
     def of(self, name: str, x) -> np.ndarray:
         """The sample's part of an argument, or of a result that is shaped like the argument `name`."""
         letters = letters_of(name, x, self.case)
+        if default_platform() == "cpu":
+            x = np.asarray(x)  # a view. JAX would compile programs for each slice of its array
         part = {"q": self.heads, "h": self.kv_heads}
         index = tuple(part.get(letter, slice(None)) for letter in letters.lstrip("bp"))
         if letters.startswith("b"):
