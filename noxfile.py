@@ -33,7 +33,7 @@ CONSTRAINTS = {"3.12": ["jax==0.11.2"]}
 # interpreted, which needs JAX 0.11. `nox -s pythons -- tests` runs all.
 KERNELS = ("schedule", "pallas_triton", "mosaic_gpu")
 WAIST = ("jit", "vmap", "grad", "loops", "export", "devices", "module", "sharding")
-BETWEEN = ("mosaic_gpu or not (xla or pallas_triton)", "semantics", "jit", "export", *KERNELS)
+BETWEEN = ("not once and (mosaic_gpu or not (xla or pallas_triton))", "semantics", "jit", "export", *KERNELS)
 NEWEST = ("not (pallas_triton or mosaic_gpu or once)", "semantics", *WAIST, *KERNELS, "xla_backend")
 # What one process has compiled for a CPU, others need not: workers, sessions, and the runs to come.
 COMPILED = {

@@ -3,6 +3,7 @@ assertions."""
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from ejk_ragged import Backend, explain, FwdParams, ragged_decode_attention
-from ejk_ragged.testing import verify
+from ejk_ragged.testing import Case, verify
 from ejk_ragged_mosaic_gpu import MosaicGpuBackend
 from ejk_ragged_pallas_triton import PallasTritonBackend
 
@@ -106,6 +107,22 @@ SUBJECTS = {
 
 def subject(name: str) -> Subject:
     return SUBJECTS.get(name) or Subject(name, lambda: name)
+
+
+def combinations(*values):
+    """All combinations of the values, as parameters. Our code alone decides what a combination does. So those of a diagonal, which
+    have each value, are tested on every release of JAX, and the others on one."""
+
+    def param(places):
+        chosen = [x[i] for x, i in zip(values, places, strict=True)]
+        diagonal = sum(places) % min(map(len, values)) == 0
+        return pytest.param(*chosen, id="-".join(map(name_of, chosen)), marks=[] if diagonal else [pytest.mark.once])
+
+    return [param(places) for places in itertools.product(*[range(len(x)) for x in values])]
+
+
+def name_of(x) -> str:
+    return x.name if isinstance(x, Case) else str(x)
 
 
 def array(x, dtype=None) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import array, assert_close, assert_right, HAS_MOSAIC_GPU, pallas_triton
+from support import array, assert_close, assert_right, combinations, HAS_MOSAIC_GPU, pallas_triton
 
 import ejk_ragged_pallas_triton
 from ejk_ragged import Cache, explain, FwdParams, Problem, Queries, ragged_decode_attention, Target
@@ -119,8 +119,7 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("dtype", "feature"), combinations(["float32", "bfloat16", "float16"], [*FEATURES]))
 def test_lowers_for_cuda_anywhere(dtype, feature):
     """The backend is chosen for cuda. There are two kernels forward and two more backward, and the user sees no warning of
     JAX's."""
@@ -163,14 +162,14 @@ def test_scales_are_given_to_the_kernels_as_they_are(shape, held):
     assert operands.count("tensor<") == 5
 
 
-@pytest.mark.parametrize("head_dim", [8, 80, 112, 256])
-@pytest.mark.parametrize("group", [1, 5, 16, 64])
+@pytest.mark.parametrize(("head_dim", "group"), combinations([8, 80, 112, 256], [1, 5, 16, 64]))
 def test_lowers_for_cuda_in_any_shape(head_dim, group):
     assert lowered(ragged_decode_attention, arrays(head_dim=head_dim, group=group)).count(CUSTOM_CALL) == 2
 
 
-@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"), combinations(["float32", "bfloat16", "float16"], ["int8", "float8_e4m3fn", "float8_e5m2"])
+)
 def test_lowers_with_quantised_caches(dtype, cache_dtype):
     """With several tokens and a scale per row: two kernels forward, and two more for d_query."""
     query, key, value, *lengths = arrays(dtype, tokens=(3,))
@@ -441,9 +440,7 @@ def pages(page_size, held, dtype="bfloat16", tokens=(), row_dim=128):
     return shape((4, *tokens, 28, 128), dtype), pool, shape((4, 70), "int32"), shape((4,), "int32"), shape((4,), "int32"), *scale
 
 
-@pytest.mark.parametrize("splits", [None, 3])
-@pytest.mark.parametrize("held", ["bfloat16", "int8"])
-@pytest.mark.parametrize("page_size", [1, 16, 24, 64, 256])
+@pytest.mark.parametrize(("page_size", "held", "splits"), combinations([1, 16, 24, 64, 256], ["bfloat16", "int8"], [None, 3]))
 def test_lowers_with_pages(page_size, held, splits):
     """Every kind of look-up, with starts, several tokens and one scale per row: two kernels forward, and two more for d_query."""
 

@@ -13,7 +13,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import call, gradients, loss, make_mesh, place, placed, put, SPECS
-from support import array, assert_close, assert_right, draw, floats_of, stack
+from support import array, assert_close, assert_right, combinations, draw, floats_of, stack
 
 from ejk_ragged import merge, ragged_decode_attention
 from ejk_ragged.testing import Case
@@ -22,8 +22,14 @@ from ejk_ragged.testing import Case
 # Ranges in one shard, across shards, and empty. A window that crosses shards.
 RANGES = ("ranges", (0, 64), (-5, 1000), (9, 9), (20, 37))
 CASE = Case("", 4, 64, 8, 4, 16, lengths=RANGES, sinks=("query", 2))
-FEATURES = Case("", 4, 64, 8, 4, 16, "bfloat16", RANGES, 0.3, (25, 0), 1.5, ("kv", 1))
-TOKENS = Case("", 4, 64, 8, 4, 16, "float32", RANGES, 0.3, (25, 0), 1.5, ("kv", 1), 3, (3, 2, 3, 1), "int8", "row")
+FEATURES = Case("features", 4, 64, 8, 4, 16, "bfloat16", RANGES, 0.3, (25, 0), 1.5, ("kv", 1))
+TOKENS = Case("tokens", 4, 64, 8, 4, 16, "float32", RANGES, 0.3, (25, 0), 1.5, ("kv", 1), 3, (3, 2, 3, 1), "int8", "row")
+
+
+def on_meshes(*names_and_values):
+    """Parameters, each combined with both kinds of meshes."""
+    names, values = names_and_values[::2], names_and_values[1::2]
+    return pytest.mark.parametrize((*names, "mesh"), combinations(*values, ["Auto", "Explicit"]), indirect=["mesh"])
 
 
 @pytest.fixture
@@ -40,20 +46,19 @@ def split(call, mesh, spec):
 # The answer
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("case", [FEATURES, TOKENS], ids=["features", "tokens"])
-def test_right(case, mesh, spec):
+@on_meshes("name", [*SPECS], "case", [FEATURES, TOKENS])
+def test_right(name, case, mesh):
     """Output, lse and gradients are the oracle's, within the tolerances of one device, whatever dead rows hold."""
-    assert_right(split(call, mesh, spec), case.draw(poison=True))
+    assert_right(split(call, mesh, SPECS[name]), case.draw(poison=True))
 
 
-@pytest.mark.parametrize("case", [FEATURES, TOKENS], ids=["features", "tokens"])
+@on_meshes("case", [FEATURES, TOKENS])
 def test_each_backend(subject, mesh, case):
     call = functools.partial(ragged_decode_attention, backend=subject.on_cpus())
     assert_right(split(call, mesh, P(None, "x", "y")), case.draw(poison=True))
 
 
-@pytest.mark.parametrize("group", [1, 5])
+@on_meshes("group", [1, 5])
 def test_one_kv_head(mesh, group):
     case = Case("", 2, 16, group, 1, 16, lengths=("ranges", (3, 16), (0, 7)), sinks=("query", 1))
     for spec in (P(), P("x", "y")):
@@ -92,7 +97,7 @@ def test_uneven(auto, name):
     assert_right(jitted, case.draw(poison=True))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@on_meshes("dtype", ["bfloat16", "float16"])
 def test_rounded_once(mesh, dtype):
     """Partial results are not rounded before they are merged. So output and d_query have the bits of one device, except for
     ties."""
@@ -193,7 +198,7 @@ def test_exported_with_explicit_axes(explicit):
     assert_close(jax.jit(again.call)(**everywhere), call(**draw(CASE)[0]))
 
 
-@pytest.mark.parametrize("names", [("query", "key", "value"), ("query", "key", "value", "sequence_end", "softmax_aux")], ids=str)
+@on_meshes("names", [("query", "key", "value"), ("query", "key", "value", "sequence_end", "softmax_aux")])
 def test_mapped_axis_that_is_split(mesh, names):
     """All mapped arguments are split, as JAX demands where types say how arrays are split."""
     arrays, _ = draw(CASE)
@@ -282,7 +287,7 @@ def test_shard_map_of_tokens(mesh):
     assert_close(mapped_gradients(functools.partial(loss, some), mesh, specs, split), gradients(arrays, some))
 
 
-@pytest.mark.parametrize("varying", [["query"], ["key", "value"], ["sequence_start", "sequence_end"], ["softmax_aux"]], ids=str)
+@on_meshes("varying", [["query"], ["key", "value"], ["sequence_start", "sequence_end"], ["softmax_aux"]])
 def test_inputs_that_vary_unlike(mesh, varying):
     """Some inputs differ between devices and some are the same on all devices. Gradients of the latter are summed over the
     devices."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from support import array, assert_close, draw, floats_of, planned, stack, weights
+from support import array, assert_close, combinations, draw, floats_of, planned, stack, weights
 
 from ejk_ragged import ragged_decode_attention
 from ejk_ragged.testing import Case, TextbookBackend
@@ -106,9 +106,12 @@ def call_with_numbers(*, key_scale, value_scale, **arrays):
     return call(**arrays, key_scale=key_scale[0], value_scale=value_scale[0])
 
 
-@pytest.mark.parametrize(("call", "scales"), [(call_with_numbers, "head"), (call, "head"), (call, "sequence")])
-@pytest.mark.parametrize("subset", ["query", "query+scales", "key+value", "key+value+scales"])
-def test_scales_that_many_share(call, scales, subset):
+SHARED = {"number": (call_with_numbers, "head"), "head": (call, "head"), "sequence": (call, "sequence")}
+
+
+@pytest.mark.parametrize(("name", "subset"), combinations([*SHARED], ["query", "query+scales", "key+value", "key+value+scales"]))
+def test_scales_that_many_share(name, subset):
+    call, scales = SHARED[name]
     assert_maps(call, names_of(subset, GROUPS_OF_TOKENS), dataclasses.replace(TOKENS, scales=scales))
 
 
@@ -123,8 +126,10 @@ def test_features():
     assert_maps(featured, ["query", "key", "value"])
 
 
-@pytest.mark.parametrize("inner", ["query", "query+sinks", "lengths", "key+value"])
-@pytest.mark.parametrize("outer", ["query", "query+key+value+lengths+sinks"])
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    combinations(["query", "query+key+value+lengths+sinks"], ["query", "query+sinks", "lengths", "key+value"]),
+)
 def test_nested(outer, inner):
     """A map of maps, each over other arguments."""
     assert_nested(names_of(outer), names_of(inner))
@@ -242,8 +247,16 @@ def test_mapped_queries_share_one_operation():
 
 PAGES = Case("pages", 2, 12, 4, 2, 8, lengths=CASE.lengths, sinks=("query", 2), page_size=4, value_dim=12)
 LATENT = Case("latent", 2, 12, 6, 1, 12, lengths=CASE.lengths, softmax_scale=0.3, value_columns=(0, 8), row_dim=16)
+LAST_COLUMNS = dataclasses.replace(LATENT, name="last columns", value_columns=(9, 16))
 LATENT_PAGES = dataclasses.replace(
-    LATENT, page_size=5, num_tokens=2, query_lengths=(2, 1), cache_dtype="int8", scales="row", value_columns=(4, 16)
+    LATENT,
+    name="latent pages",
+    page_size=5,
+    num_tokens=2,
+    query_lengths=(2, 1),
+    cache_dtype="int8",
+    scales="row",
+    value_columns=(4, 16),
 )
 POOL = {"pool": ("key", "value"), "table": ("page_table",)}
 PARTS = ("query", "pool", "table", "lengths", "sinks")
@@ -255,8 +268,9 @@ def test_pages(subset):
     assert_maps(call, names_of(subset, GROUPS | POOL), PAGES)
 
 
-@pytest.mark.parametrize("subset", ["query", "key", "key+query+lengths"])
-@pytest.mark.parametrize("case", [LATENT, dataclasses.replace(LATENT, value_columns=(9, 16)), LATENT_PAGES], ids=str)
+@pytest.mark.parametrize(
+    ("case", "subset"), combinations([LATENT, LAST_COLUMNS, LATENT_PAGES], ["query", "key", "key+query+lengths"])
+)
 def test_value_in_the_rows(case, subset):
     groups = GROUPS_OF_TOKENS if case.num_tokens else GROUPS
     latent = functools.partial(call, **draw(case)[1])
@@ -265,8 +279,10 @@ def test_value_in_the_rows(case, subset):
         assert_maps(latent, [*names_of(subset, groups), "page_table", "key_scale"], case)
 
 
-@pytest.mark.parametrize("inner", ["query", "table", "query+table+lengths", "pool", "pool+table"])
-@pytest.mark.parametrize("outer", ["table", "pool+table", "query+pool"])
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    combinations(["table", "pool+table", "query+pool"], ["query", "table", "query+table+lengths", "pool", "pool+table"]),
+)
 def test_nested_maps_of_pages(outer, inner):
     assert_nested(names_of(outer, GROUPS | POOL), names_of(inner, GROUPS | POOL), PAGES)
 
