@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import draw, floats_of
@@ -43,7 +44,7 @@ def place(mesh, spec, arrays):
 
 def put(mesh, spec, x):
     """`x` on a mesh. An array of NumPy is cut without a program."""
-    return jax.device_put(x if isinstance(x, jax.core.Tracer) else np.asarray(x), NamedSharding(mesh, spec))
+    return jax.device_put(x if isinstance(x, Tracer) else np.asarray(x), NamedSharding(mesh, spec))
 
 
 def placed(case, mesh, spec):
