@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import call, gradients, make_mesh, put
-from support import array, assert_close, assert_right, draw, stack
+from support import array, assert_close, assert_right, draw, floats_of, stack
 from test_traffic import assert_split, collectives
 
 from ejk_ragged import merge
@@ -67,13 +67,6 @@ CASES = [(case, name) for case in (PAGES, TOKENS) for name in SPLITS]
 CASES += [(case, name) for case in (LATENT_PAGES, LATENT_TOKENS) for name in LATENT_SPLITS]
 
 
-@pytest.mark.parametrize(("case", "name"), CASES, ids=[f"{case.name}, {name}" for case, name in CASES])
-def test_right(mesh, case, name):
-    """Output, lse and gradients are the oracle's, whatever dead rows and dead pages hold."""
-    splits = (LATENT_SPLITS if case.num_kv_heads == 1 else SPLITS)[name]
-    assert_right(jitted(lambda **arrays: call(**arrays)), spread(mesh, splits, as_arrays(case)))
-
-
 def as_arrays(case):
     return {name: array(x) if isinstance(x, np.ndarray) else x for name, x in case.draw(poison=True).items()}
 
@@ -91,25 +84,35 @@ def test_dense_rows_and_widths(mesh, case, spec):
 
 
 @pytest.mark.parametrize(("case", "name"), CASES, ids=[f"{case.name}, {name}" for case, name in CASES])
-def test_pools_are_not_moved(mesh, case, name):
-    """Forward, only a split table moves. Backward, only queries move, and sums over heads or batch."""
-    case = dataclasses.replace(case, seq_len=512)
+def test_right_and_no_pool_is_moved(mesh, case, name):
+    """Output, lse and gradients are the oracle's, whatever dead rows and dead pages hold. Forward, only a split table moves.
+    Backward, only queries move, and sums over heads or batch."""
     splits = (LATENT_SPLITS if case.num_kv_heads == 1 else SPLITS)[name]
-    arrays, settings = draw(case)
-    arrays = spread(mesh, splits, arrays)
-    some = functools.partial(call, **settings)
-    moved, compiled = collectives(lambda arrays: some(**arrays, return_lse=True), arrays)
+    arguments = spread(mesh, splits, as_arrays(dataclasses.replace(case, seq_len=512)))
+    arrays = {name: x for name, x in arguments.items() if hasattr(x, "shape")}
+    floats = {name: arrays[name] for name in floats_of(arrays)}
+    function = lambda arrays: call(**arguments | arrays, return_lse=True)
+    moved, forward = collectives(function, arrays)
     small = max(arrays["page_table"].size, arrays["query"].size)
     assert sum(size for _, size in moved) <= (small if name == "table alone" else 0), moved
-    out, lse = compiled(arrays)
+
+    results = forward(arrays)
     batch, heads = "y" if "batch" in name else None, "x" if "heads" in name else None
     tokens = [None] * (case.num_tokens is not None)
     if name != "table alone":
-        assert_split(out, mesh, P(batch, *tokens, heads))
-        assert_split(lse, mesh, P(batch, *tokens, heads))
-    moved, _ = collectives(functools.partial(gradients, call=some), arrays)
+        for x in results:
+            assert_split(x, mesh, P(batch, *tokens, heads))
+
+    like_results = lambda xs: tuple(jax.device_put(np.asarray(x), y.sharding) for x, y in zip(xs, results, strict=True))
+    pullback = lambda arrays, cotangents: jax.vjp(lambda floats: function(arrays | floats), floats)[1](cotangents)
+    moved, backward = collectives(pullback, arrays, like_results(results))
     assert all(size <= 2 * small for _, size in moved), moved
     assert 2 * small < arrays["key"].size / 8
+
+    # The same two programs compute what is compared.
+    compiled = jax.custom_vjp(lambda floats: forward(arrays | floats))
+    compiled.defvjp(lambda floats: (forward(arrays | floats), None), lambda _, d: backward(arrays, like_results(d)))
+    assert_right(lambda return_lse, **given: compiled({name: given[name] for name in floats}), arguments)
 
 
 @pytest.mark.parametrize("spec", [P(), P("y"), P(None, "y")], ids=str)
