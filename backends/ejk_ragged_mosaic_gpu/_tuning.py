@@ -119,15 +119,14 @@ def leads(problem: Problem, target: Target) -> str:
             return ""
         if problem.quantised:
             return "values in wide rows of the key, in 8 bits" if keys > SHORT else ""
-        few, much = _wide_few(problem), _is_much(problem)
+        few = _wide_few(problem)
         if rows > few:
             return f"more than {few} query rows, and values in wide rows of the key"
-        if problem.paged and much:
+        if problem.paged and _most_bytes(problem) >= MUCH_WIDE:
             return "pages of a large cache with values in wide rows of the key"
         alone = problem.batch <= MOST_ALONE and keys > SHORT and rows <= WIDE_FEW
         return f"values in wide rows of the key of up to {MOST_ALONE} sequences" if alone else ""
-    row_bytes = (problem.head_dim + problem.value_dim) * problem.num_kv_heads * problem.cache_dtype.itemsize
-    much = keys > SHORT and problem.batch * keys * row_bytes * max(rows, LEADING_ROWS) >= MUCH * LEADING_ROWS
+    much = keys > SHORT and _most_bytes(problem) * max(rows, LEADING_ROWS) >= MUCH * LEADING_ROWS
     least, cache = (LEADING_ROWS_OF_8_BITS, " of an 8-bit cache") if problem.quantised else (LEADING_ROWS, "")
     if rows >= least and takes_many and much and (not problem.quantised or problem.head_dim == 128):
         return f"{least} or more query rows per kv head{cache}"
@@ -174,13 +173,13 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
 
 def _wide_few(problem: Problem) -> int:
     """Query rows of wide tiles that are columns of the products, at most."""
-    return WIDE_FEW if _is_much(problem) else FEW
+    return WIDE_FEW if _most_bytes(problem) >= MUCH_WIDE else FEW
 
 
-def _is_much(problem: Problem) -> bool:
-    """Whether a cache of wide rows, if full, takes much longer to read than a pair of warpgroups to begin."""
+def _most_bytes(problem: Problem) -> int:
+    """Bytes of the cache that are seen, at most."""
     dims = problem.row_dim + (problem.value_dim if problem.value_columns is None else 0)
-    return problem.batch * _most_keys(problem) * dims * problem.num_kv_heads * problem.cache_dtype.itemsize >= MUCH_WIDE
+    return problem.batch * _most_keys(problem) * dims * problem.num_kv_heads * problem.cache_dtype.itemsize
 
 
 def _most_keys(problem: Problem) -> int:
