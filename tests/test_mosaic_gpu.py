@@ -486,7 +486,9 @@ def test_says_what_it_cannot_do(changes, device, reason):
         assert MosaicGpuBackend().supports(problem(**taken), Target("cuda")) is None
 
 
-HOPPER = types.SimpleNamespace(compute_capability="9.0")
+HOPPER = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
+FAST = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H200")
+LONG = {"num_q_heads": 16, "seq_len": 8192}
 LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
 
 
@@ -519,7 +521,7 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
         (LATENT | {"batch": 2, "num_q_heads": 16 * 4}, HOPPER, "values in wide rows of the key of up to 2 sequences"),
         (LATENT | {"batch": 2, "num_q_heads": 17 * 4}, HOPPER, ""),
         (LATENT | {"batch": 2, "num_q_heads": 16 * 4, "most_keys": 256}, HOPPER, ""),
-        (LATENT | LARGE_POOL, HOPPER, "pages of a large cache with values in wide rows of the key"),
+        (LATENT | LARGE_POOL, HOPPER, "values in wide rows of the key of a large cache in pages"),
         (LATENT | LARGE_POOL | {"seq_len": 512}, HOPPER, ""),
         (LATENT | {"cache_dtype": INT8, "num_q_heads": 4}, HOPPER, "values in wide rows of the key, in 8 bits"),
         (LATENT | {"cache_dtype": INT8}, HOPPER, "values in wide rows of the key, in 8 bits"),
@@ -528,7 +530,21 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
         (LATENT | {"head_dim": 256, "value_dim": 128, "row_dim": 256, "value_columns": (0, 128)}, HOPPER, ""),
         ({"head_dim": 512}, HOPPER, ""),
         (PAGED | {"num_q_heads": 8}, HOPPER, ""),
-        (PAGED | {"num_q_heads": 8, "batch": 1}, HOPPER, "pages of a single sequence"),
+        (PAGED | {"num_q_heads": 8, "batch": 1}, HOPPER, "a single sequence in pages"),
+        (LATENT | {"num_q_heads": 16 * 4}, FAST, "values in wide rows of the key of a large cache in fast memory"),
+        (LATENT | {"num_q_heads": 16 * 4, "batch": 6}, FAST, ""),
+        ({"num_q_heads": 8, "batch": 1}, FAST, "a single sequence in fast memory"),
+        ({"num_q_heads": 8, "batch": 1, "cache_dtype": INT8}, FAST, ""),
+        (LONG, FAST, "long sequences of a large cache in fast memory"),
+        (LONG, HOPPER, ""),
+        (LONG | {"num_tokens": 4}, FAST, "long sequences of a large cache in fast memory"),
+        (LONG | {"num_tokens": 5}, FAST, ""),
+        (LONG | {"seq_len": 8184}, FAST, ""),
+        (LONG | {"most_keys": 4096}, FAST, ""),
+        (LONG | {"batch": 7}, FAST, ""),
+        (LONG | {"head_dim": 256}, FAST, ""),
+        (LONG | {"cache_dtype": INT8}, FAST, ""),
+        (LONG | {"junk_between_tokens": True}, FAST, ""),
     ],
     ids=str,
 )

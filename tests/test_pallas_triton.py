@@ -297,6 +297,28 @@ def test_the_device_says_what_memory_it_has():
     assert resolve(shape, Target("cuda", device)).num_stages == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "times"),
+    [
+        ({}, 2),
+        ({"num_tokens": 8}, 2),  # 32 query rows
+        ({"num_tokens": 9}, 1),  # a block of 64
+        ({"head_dim": 256}, 2),
+        ({"head_dim": 64}, 1),
+        ({"cache_dtype": "int8"}, 1),
+        ({"fwd_params": FwdParams(num_key_splits=7)}, 1),
+        ({"num_pages": 300, "page_size": 16}, 1),  # large everywhere
+    ],
+    ids=str,
+)
+def test_tiles_are_larger_where_the_memory_is_fast(changes, times):
+    usual, fast = (types.SimpleNamespace(compute_capability="9.0", device_kind=name) for name in ("NVIDIA H100", "NVIDIA H200"))
+    shape = problem(**{"num_q_heads": 8, "num_kv_heads": 2} | changes)
+    keys = [resolve(shape, Target("cuda", device)).block_size_keys for device in (usual, fast)]
+    assert keys[1] == times * keys[0]
+    assert backward_tiles(shape, Target("cuda", usual)) == backward_tiles(shape, Target("cuda", fast))
+
+
 @pytest.mark.parametrize("tiles", [forward_tiles, backward_tiles])
 def test_with_splits_nothing_but_the_schedule_knows_the_batch(tiles):
     """The merging of pieces does not know the batch either, because another shape of the merging is another order of sums."""

@@ -6,6 +6,7 @@ import math
 
 from ejk_ragged import FwdParams, Problem, Target
 from ejk_ragged_schedule import Schedule
+from ejk_ragged_schedule.devices import has_fast_memory, multiprocessors
 
 from ._tiles import ITEMSIZE, LEAST_MERGED, MOST_TERMS, round_up, Tiles, WIDENING_REGISTERS
 
@@ -41,9 +42,12 @@ BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 # faster above FEW or WIDE_FEW query rows, for pages of a cache that has MUCH_WIDE bytes, for up to MOST_ALONE sequences with few
 # query rows, and always in 8 bits.
 LEADING_ROWS, LEADING_ROWS_OF_8_BITS, SHORT, MUCH, MOST_ALONE = 64, 20, 256, 128 << 20, 2
+# Where the memory is fast, as measured on an H200, they are also faster for up to LONG_ROWS query rows of a full cache that has
+# LONG rows per sequence and MUCH_LONG bytes, with head dimensions of up to LONG_DIMS. And where pages are said above, padded caches
+# are as well.
+LONG, MUCH_LONG, LONG_ROWS, LONG_DIMS = 8192, 512 << 20, 16, 192
 
-# An H100, for lowering without a device.
-MULTIPROCESSORS = 132
+# An H100's, for lowering without a device.
 SHARED_MEMORY = 227 * 1024
 
 
@@ -108,12 +112,13 @@ def candidates(problem: Problem, target: Target):
 
 
 def leads(problem: Problem, target: Target) -> str:
-    """Why these kernels are faster than those of `pallas_triton`, as measured on an H100, or ""."""
+    """Why these kernels are faster than those of `pallas_triton`, as measured on an H100 and an H200, or ""."""
     capability = getattr(target.device, "compute_capability", None)
     if capability is None or not all(isinstance(n, int) for n in problem.sizes) or problem.keeps_accum_dtype:
         return ""
     rows, takes_many = problem.num_tokens * problem.group, _takes_many(problem)
-    keys = _most_keys(problem)
+    keys, fast = _most_keys(problem), has_fast_memory(target)
+    where = "in fast memory" if fast else "in pages" if problem.paged else ""
     if is_wide(problem):
         if problem.value_columns is None or _tile_dim(problem) <= WIDE or not takes_many:
             return ""
@@ -122,16 +127,21 @@ def leads(problem: Problem, target: Target) -> str:
         few = _wide_few(problem)
         if rows > few:
             return f"more than {few} query rows, and values in wide rows of the key"
-        if problem.paged and _most_bytes(problem) >= MUCH_WIDE:
-            return "pages of a large cache with values in wide rows of the key"
+        if where and _most_bytes(problem) >= MUCH_WIDE:
+            return f"values in wide rows of the key of a large cache {where}"
         alone = problem.batch <= MOST_ALONE and keys > SHORT and rows <= WIDE_FEW
         return f"values in wide rows of the key of up to {MOST_ALONE} sequences" if alone else ""
     much = keys > SHORT and _most_bytes(problem) * max(rows, LEADING_ROWS) >= MUCH * LEADING_ROWS
     least, cache = (LEADING_ROWS_OF_8_BITS, " of an 8-bit cache") if problem.quantised else (LEADING_ROWS, "")
     if rows >= least and takes_many and much and (not problem.quantised or problem.head_dim == 128):
         return f"{least} or more query rows per kv head{cache}"
-    if problem.paged and problem.batch == problem.num_tokens == 1 and not problem.quantised:
-        return "pages of a single sequence"
+    if problem.quantised:
+        return ""
+    if where and problem.batch == problem.num_tokens == 1:
+        return f"a single sequence {where}"
+    long = keys >= LONG and _most_bytes(problem) >= MUCH_LONG and takes_many
+    if fast and long and rows <= LONG_ROWS and problem.head_dim <= LONG_DIMS:
+        return "long sequences of a large cache in fast memory"
     return ""
 
 
@@ -259,7 +269,7 @@ def tiles(problem: Problem, target: Target) -> Tiles:
 
 def _tiles(problem, keys, rows, stages, target) -> Tiles:
     row_blocks = -(-problem.num_tokens * problem.group // rows)
-    schedule = Schedule.of(problem, _multiprocessors(target) // (problem.num_kv_heads * row_blocks), keys)
+    schedule = Schedule.of(problem, multiprocessors(target) // (problem.num_kv_heads * row_blocks), keys)
     alone = schedule.by_sequence or problem.batch == 1
     many = rows % 64 == 0 and _takes_many(problem)
     pair = many and is_wide(problem)
@@ -304,9 +314,9 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
 
 def merging(target: Target, batch: int, rows: int) -> tuple[int, int]:
     """The query rows that a program of the second kernel merges at once, of `rows` per sequence, and the number of programs."""
-    programs = MERGE_PROGRAMS * _multiprocessors(target)
+    programs = MERGE_PROGRAMS * multiprocessors(target)
     at_once = math.gcd(rows, MERGE_ROWS)
-    while at_once > 1 and batch * rows // at_once < _multiprocessors(target):
+    while at_once > 1 and batch * rows // at_once < multiprocessors(target):
         at_once //= 2
     return at_once, min(batch * rows // at_once, programs)
 
@@ -317,7 +327,7 @@ def merging_blocks(target: Target, plan: Tiles, blocks: int) -> tuple[int, int]:
     `blocks` is the number of blocks of 64 query rows. If there are few blocks, more programs share the dimensions. The wide partial
     results of a pair are merged two at once if there are about two: to read one of them again takes long.
     """
-    few = 2 * blocks * plan.value_dim // MERGE_DIMS < _multiprocessors(target)
+    few = 2 * blocks * plan.value_dim // MERGE_DIMS < multiprocessors(target)
     if few:
         return FEW_MERGE_DIMS, plan.merge_slots
     return MERGE_DIMS, min(max(plan.pieces, 2), LEAST_MERGED) if plan.pair else LEAST_MERGED
@@ -325,10 +335,6 @@ def merging_blocks(target: Target, plan: Tiles, blocks: int) -> tuple[int, int]:
 
 def _bytes(problem, keys, rows, stages, target) -> int:
     return _tiles(problem, keys, rows, stages, target).shared_bytes()
-
-
-def _multiprocessors(target) -> int:
-    return getattr(target.device, "core_count", None) or MULTIPROCESSORS
 
 
 def shared_memory(target) -> int:

@@ -6,6 +6,7 @@ import math
 
 from ejk_ragged import FwdParams, Problem, Target
 from ejk_ragged_schedule import Schedule
+from ejk_ragged_schedule.devices import has_fast_memory, multiprocessors
 
 from ._parts import Part
 
@@ -74,14 +75,15 @@ PROGRAMS = {False: 1, True: 2}
 # If a block of queries has more numbers than this, the backward kernel loads the block after the tile of a quantised cache, and not
 # before. A block that is loaded first waits in registers, where widened tiles leave little room.
 SMALL_BLOCK = 16 * 128
-# Tiles of a cache in pages have this many times as many keys, because the loop waits a little for each tile's pages. If
-# `num_key_splits` is given, tiles are those of a padded cache, so that the bits are the same.
-PAGED = 2
+# Tiles have this many times as many keys for a cache in pages, because the loop waits a little for each tile's pages, and where
+# the memory is fast, because the work of a tile would take longer than its loads. For WHOLE_STAGES_FROM query rows or a head
+# dimension up to NARROW, whose tiles have many keys, only tiles of pages are large. If `num_key_splits` is given, no tiles are, so
+# that the bits of pages and of padded caches are the same.
+LARGE, NARROW = 2, 64
 # Partial results of a sequence that the merging kernel loads at a time, at most.
 MOST_MERGED = 32
 
-# The facts of an H100, for use if there is no device to ask.
-MULTIPROCESSORS = 132
+# An H100's, for use if there is no device to ask.
 CAPABILITY = "9.0"
 # Shared memory per program, at most, in KiB (CUDA C++ Programming Guide, technical specifications per compute capability).
 SHARED_MEMORY = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227, "11.0": 227}
@@ -181,16 +183,15 @@ def fitting_rows(problem: Problem, fits) -> int:
 def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
     """Number of keys per tile, for blocks of `rows` query rows. It does not depend on the batch if `num_key_splits` is given."""
     keys = tile_keys(problem)
-    if problem.paged and not problem.quantised and not problem.fwd_params.num_key_splits:
-        keys *= PAGED
     if not problem.quantised:
-        return keys
+        fast = has_fast_memory(target) and rows < WHOLE_STAGES_FROM and problem.head_dim > NARROW
+        return keys * LARGE if (problem.paged or fast) and not problem.fwd_params.num_key_splits else keys
     if is_wide(problem):
         return FEW_QUANTISED_KEYS
     if rows > 16:
         return min(keys, FEW_QUANTISED_KEYS)
     if not problem.fwd_params.num_key_splits:
-        programs = PROGRAMS[True] * _multiprocessors(target) // problem.num_kv_heads
+        programs = PROGRAMS[True] * multiprocessors(target) // problem.num_kv_heads
         most_keys = problem.batch * min(problem.seq_len, problem.most_keys or problem.seq_len)
         while keys > LEAST_QUANTISED_KEYS and most_keys <= FEW_TILES * keys * programs:
             keys //= 2
@@ -232,17 +233,17 @@ def _tiles(problem, target, block_rows, block_keys, num_warps, num_stages, needs
     rows = problem.num_tokens * problem.num_q_heads
     row_blocks = -(-problem.num_tokens * problem.group // block_rows)
     splits = problem.fwd_params.num_key_splits
-    multiprocessors = _multiprocessors(target)
+    processors = multiprocessors(target)
     programs = PROGRAMS[problem.quantised]
     while programs * (needs(num_stages) + RESERVED) > _shared_memory(target) + RESERVED:
         programs -= 1
-    schedule = Schedule.of(problem, programs * multiprocessors // (problem.num_kv_heads * row_blocks), block_keys)
+    schedule = Schedule.of(problem, programs * processors // (problem.num_kv_heads * row_blocks), block_keys)
 
     # Merging is short, so there are only as many programs as run at once, with a few query rows each. The shape of this work sets
     # the order of sums. If `num_key_splits` is given, the shape must not depend on the batch.
     key_parts, value_parts = Part.of(problem.head_dim), Part.of(problem.value_dim)
     dim = max(map(width_of, (key_parts, value_parts)))
-    rows_each = 1 if splits else power_of_two(problem.batch * rows // (4 * multiprocessors))
+    rows_each = 1 if splits else power_of_two(problem.batch * rows // (4 * processors))
     merge_rows = min(rows_each, 4, max(512 // dim, 1))
     merge_slots = min(max(power_of_two(schedule.slots // problem.batch), 8), MOST_MERGED)
     merge_warps = min(max(power_of_two(merge_rows * merge_slots * dim // 4096), 1), 8)
@@ -276,10 +277,6 @@ def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
 
 def _fitting_stages(needs, target, most=NUM_STAGES) -> int:
     return next((stages for stages in range(most, 1, -1) if needs(stages) <= _shared_memory(target)), 1)
-
-
-def _multiprocessors(target) -> int:
-    return getattr(target.device, "core_count", None) or MULTIPROCESSORS
 
 
 def _shared_memory(target) -> int:
