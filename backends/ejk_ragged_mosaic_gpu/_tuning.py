@@ -43,9 +43,9 @@ BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 # query rows, and always in 8 bits.
 LEADING_ROWS, LEADING_ROWS_OF_8_BITS, SHORT, MUCH, MOST_ALONE = 64, 20, 256, 128 << 20, 2
 # Where the memory is fast, as measured on an H200, they are also faster for up to LONG_ROWS query rows of a full cache that has
-# LONG rows per sequence and MUCH_LONG bytes, with head dimensions of up to LONG_DIMS. And where pages are said above, padded caches
-# are as well.
-LONG, MUCH_LONG, LONG_ROWS, LONG_DIMS = 8192, 512 << 20, 16, 192
+# LONG rows per sequence and MUCH_LONG bytes, without a window, with head dimensions in LONG_DIMS. And where pages are said above,
+# padded caches are as well.
+LONG, MUCH_LONG, LONG_ROWS, LONG_DIMS = 8192, 512 << 20, 16, (128, 192)
 
 # An H100's, for lowering without a device.
 SHARED_MEMORY = 227 * 1024
@@ -139,8 +139,8 @@ def leads(problem: Problem, target: Target) -> str:
         return ""
     if where and problem.batch == problem.num_tokens == 1:
         return f"a single sequence {where}"
-    long = keys >= LONG and _most_bytes(problem) >= MUCH_LONG and takes_many
-    if fast and long and rows <= LONG_ROWS and problem.head_dim <= LONG_DIMS:
+    long = problem.seq_len >= LONG and _most_bytes(problem) >= MUCH_LONG and problem.most_keys is None
+    if fast and long and rows <= LONG_ROWS and problem.head_dim in LONG_DIMS and takes_many:
         return "long sequences of a large cache in fast memory"
     return ""
 
