@@ -20,7 +20,7 @@ SHAPES = {
     "one sequence of one kv head": (1, 524288, 64),
 }
 DTYPES = ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2"]
-# The shape decides how XLA lays the cache out, and the dtype what XLA converts. So the first shape has all dtypes, and the others two.
+# The shape decides how XLA lays the cache out, and the dtype what XLA converts. So one shape has all dtypes, and the others two.
 CACHES = [(shape, dtype) for shape in SHAPES for dtype in (DTYPES if shape == "several sequences" else ["bfloat16", "int8"])]
 
 
