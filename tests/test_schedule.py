@@ -1,6 +1,7 @@
 """The schedule of the GPU kernels: which tiles of the live ranges each program works through, and where its results go."""
 
 import functools
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from ejk_ragged import Target
 from ejk_ragged_pallas_triton._blocks import line_of, store_pieces
 from ejk_ragged_schedule import Schedule
+from ejk_ragged_schedule.devices import has_fast_memory
 
 
 BATCH, SEQ_LEN = 5, 200  # the sizes of most tests
@@ -139,3 +142,12 @@ def test_a_line_longer_than_int32():
     shape = jax.ShapeDtypeStruct((workers, 2), jnp.int32)
     found = pl.pallas_call(kernel, grid=(workers,), out_shape=shape, interpret=True)()
     assert found.tolist() == [list(divmod(BATCH * rows // workers * program, rows)) for program in range(workers)]
+
+
+@pytest.mark.parametrize(
+    ("name", "fast"),
+    [("NVIDIA H200", True), ("NVIDIA H200 NVL", True), ("NVIDIA H100", False), ("NVIDIA GH200 480GB", False), ("cpu", False)],
+)
+def test_which_memory_is_fast(name, fast):
+    assert has_fast_memory(Target("cuda", types.SimpleNamespace(device_kind=name))) is fast
+    assert not has_fast_memory(Target("cuda"))
