@@ -30,7 +30,7 @@ MARKS = {"core": f"not {ANY}", "backends": ANY} | {backend: backend for backend 
 CONSTRAINTS = {"3.12": ["jax==0.11.2"]}
 # What another release may break, marks and files. The newest, which users have: the waist, kernels lowered, the shared suite on
 # XLA, and its backend compiled as users have it. The one between, with which GPUs are measured: kernels lowered, and Mosaic GPU's
-# interpreted, which needs JAX 0.11 and takes place nowhere else. `nox -s pythons -- tests` runs all.
+# interpreted, which needs JAX 0.11. `nox -s pythons -- tests` runs all.
 KERNELS = ("schedule", "pallas_triton", "mosaic_gpu")
 INTERPRETED = ("mosaic_gpu_rows", "accuracy")
 WAIST = ("jit", "vmap", "grad", "loops", "export", "devices", "module", "sharding")

@@ -45,14 +45,6 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{name}: the shared suite's share of the backend {name}")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests of Mosaic GPU's kernels in the interpreter belong to the backend's share."""
-    for item in items:
-        if "interpreted" in item.fixturenames:
-            item.add_marker("mosaic_gpu")
-
-
 def pytest_collection_finish():
     """Takes what is imported out of garbage collections, which would walk through all of it again and again."""
     gc.freeze()

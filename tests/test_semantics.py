@@ -272,8 +272,6 @@ def test_dtypes_of_the_answer(subject):
 
 
 INTEGERS = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
-# The same, with the two that hold the fewest numbers on every release of JAX.
-NARROW_INTEGERS = [pytest.param(x, marks=[] if x.endswith("t8") else [pytest.mark.once]) for x in INTEGERS]
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
@@ -286,7 +284,7 @@ def test_dtypes_of_lengths(subject, dtype):
         np.testing.assert_allclose(np.exp(lse[:, 0]), [97, min(300, np.iinfo(dtype).max)], rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", NARROW_INTEGERS)
+@pytest.mark.parametrize("dtype", INTEGERS)
 def test_dtypes_of_query_lengths(subject, dtype):
     """130 and 260 tokens are more than int8 and uint8 hold. The smallest number of the dtype means no tokens, and the largest
     means all."""

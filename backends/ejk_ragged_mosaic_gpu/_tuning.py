@@ -42,10 +42,10 @@ BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 # faster above FEW or WIDE_FEW query rows, for pages of a cache that has MUCH_WIDE bytes, for up to MOST_ALONE sequences with few
 # query rows, and always in 8 bits.
 LEADING_ROWS, LEADING_ROWS_OF_8_BITS, SHORT, MUCH, MOST_ALONE = 64, 20, 256, 128 << 20, 2
-# Where the memory is fast, as measured on an H200, they are also faster for up to LONG_ROWS query rows of a full cache that has
-# LONG rows per sequence and MUCH_LONG bytes, without a window, with head dimensions in LONG_DIMS. And where pages are said above,
-# padded caches are as well.
-LONG, MUCH_LONG, LONG_ROWS, LONG_DIMS = 8192, 512 << 20, 16, (128, 192)
+# Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, too. Without a
+# window, and with head dimensions in FAST_DIMS, they are faster for up to FAST_ROWS query rows of a full cache that has LONG rows
+# per sequence and MUCH_LONG bytes, and for one token of a single sequence.
+LONG, MUCH_LONG, FAST_ROWS, FAST_DIMS = 8192, 512 << 20, 16, (128, 192)
 
 # An H100's, for lowering without a device.
 SHARED_MEMORY = 227 * 1024
@@ -118,7 +118,7 @@ def leads(problem: Problem, target: Target) -> str:
         return ""
     rows, takes_many = problem.num_tokens * problem.group, _takes_many(problem)
     keys, fast = _most_keys(problem), has_fast_memory(target)
-    where = "in fast memory" if fast else "in pages" if problem.paged else ""
+    where = "in pages" if problem.paged else "in fast memory" if fast else ""
     if is_wide(problem):
         if problem.value_columns is None or _tile_dim(problem) <= WIDE or not takes_many:
             return ""
@@ -137,12 +137,11 @@ def leads(problem: Problem, target: Target) -> str:
         return f"{least} or more query rows per kv head{cache}"
     if problem.quantised:
         return ""
-    if where and problem.batch == problem.num_tokens == 1:
+    plain = fast and rows <= FAST_ROWS and problem.head_dim in FAST_DIMS and problem.most_keys is None and takes_many
+    if (problem.paged or plain) and problem.batch == problem.num_tokens == 1:
         return f"a single sequence {where}"
-    long = problem.seq_len >= LONG and _most_bytes(problem) >= MUCH_LONG and problem.most_keys is None
-    if fast and long and rows <= LONG_ROWS and problem.head_dim in LONG_DIMS and takes_many:
-        return "long sequences of a large cache in fast memory"
-    return ""
+    long = problem.seq_len >= LONG and _most_bytes(problem) >= MUCH_LONG
+    return "long sequences of a large cache in fast memory" if plain and long else ""
 
 
 def does_not_fit(problem: Problem, target: Target) -> str | None:
