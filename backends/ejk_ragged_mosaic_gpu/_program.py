@@ -148,12 +148,16 @@ class Program:
     def clear(self, piece: Piece, row, values):
         """Sets rows of a tile of values, read at `row`, to zero where they lie outside the range: 0 times what such a row holds may
         be NaN."""
-        for first in range(0, values.shape[1], AT_ONCE):
-            part = values.at[:, pl.ds(first, min(AT_ONCE, values.shape[1] - first))]
+        size = math.gcd(64 if self.plan.pair else AT_ONCE, values.shape[1])  # a pair has few registers beside its sums
+
+        def clear_part(i, _):
+            part = values.at[:, pl.ds(pl.multiple_of(i * size, size), size)]
             layout = plgpu.Layout.SMEM_GMEM_COPY(part.shape, part.dtype, self.plan.line)
             key = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=layout) + row
             zeros = plgpu.layout_cast(jnp.zeros(part.shape, part.dtype), layout)
             part[...] = jnp.where((key >= piece.start) & (key < piece.end), plgpu.load(part, layout=layout), zeros)
+
+        lax.fori_loop(0, values.shape[1] // size, clear_part, None)
         plgpu.commit_smem()
 
     def barriers(self, name):
