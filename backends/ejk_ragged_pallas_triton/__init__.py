@@ -58,11 +58,6 @@ class PallasTritonBackend(Backend):
             return f"it needs a GPU of compute capability {least} or newer{what}, not {capability}"
         return None
 
-    def supports_backward(self, problem: Problem, target: Target) -> str | None:
-        if problem.value_columns is not None and not (problem.paged or problem.quantised):
-            return "its kernels write no gradient of rows that are both key and value"
-        return self.supports(problem, target)
-
     def fwd_params(self, problem: Problem, target: Target) -> FwdParams:
         from ._tuning import resolve
 

@@ -3,7 +3,8 @@
 The forward operation keeps only lse of the softmax: p_j = exp(logit_j - lse), and d_logit_j = p_j (d_out . v_j - delta).
 
 - d_key and d_value: `split` writes each row exactly once. Rows outside the live ranges are zeros. A second schedule shares them out
-  evenly among all programs.
+  evenly among all programs. If the value is in the key's rows, the gradient of a column that both use is the sum of two products,
+  added up in registers.
 - d_query: `split` adds up d_query in registers, and writes one partial result per piece.
 
 If a kv head has several blocks of query rows, `split` runs twice. For d_key and d_value, a program goes through all blocks at each
@@ -114,6 +115,12 @@ def _split_kernel(*refs, tree, problem, plan: Tiles, idle: Schedule, wanted: Wan
     line = line_of(schedule, program, lengths["start"], lengths["end"], rows.align)
     num_tiles, tile_at = schedule.tiles(line)
     rows_late = problem.quantised and plan.block_rows * plan.key_width > SMALL_BLOCK
+    written, unused = _written(problem, plan), [(0, part) for part in plan.unused_parts]
+
+    def store_zeros(number_and_parts, place, live):
+        for number, part in number_and_parts:
+            zeros = jnp.zeros((*live.shape, part.size), out_refs[number].dtype)
+            store(block.of_cache(out_refs[number], place, live, part), zeros)
 
     def tile(i, carry):
         d_q, fresh, b, key, end, found = carry
@@ -147,13 +154,15 @@ def _split_kernel(*refs, tree, problem, plan: Tiles, idle: Schedule, wanted: Wan
         if wanted.key_value:
 
             def outer_products(p, d_x, q, d_out):
-                """The gradients of the tile's keys, and then of its values.
+                """The gradients of the tile's keys, and then of its values, as in `written`.
 
                 If there is one block, d_key is on its way to memory while d_value is computed. Both come before d_query, whose
                 store is a branch.
                 """
-                for weights, rows in ((d_x, q), (p, d_out)):
-                    yield from (dot(problem, weights.astype(part.dtype).T, part) for part in rows)
+                factors = [(weights, part) for weights, rows in ((d_x, q), (p, d_out)) for part in rows]
+                for numbers in written.values():
+                    products = (dot(problem, weights.astype(x.dtype).T, x) for weights, x in (factors[n] for n in numbers))
+                    yield functools.reduce(jnp.add, products)
 
             def add(row_block, sums):
                 other = Block.of(kv_head, row_block, problem, plan)
@@ -164,8 +173,9 @@ def _split_kernel(*refs, tree, problem, plan: Tiles, idle: Schedule, wanted: Wan
             sums = outer_products(p, d_x, q, d_out)
             if plan.row_blocks > 1:
                 sums = jax.lax.fori_loop(1, plan.row_blocks, add, tuple(sums))
-            for (ref, part), values in zip(_parts_of(out_refs, plan), sums, strict=True):
-                store(block.of_cache(ref, place, live, part), values)
+            for (number, part), values in zip(written, sums, strict=True):
+                store(block.of_cache(out_refs[number], place, live, part), values)
+            store_zeros(unused, place, live)
 
         last = schedule.is_last(program, key, end)
         if wanted.query:
@@ -195,16 +205,23 @@ def _split_kernel(*refs, tree, problem, plan: Tiles, idle: Schedule, wanted: Wan
         def clear(i, _):
             which, key, end = idle_at(i)
             keys = key + jnp.arange(idle.block_keys, dtype=jnp.int32)
-            for ref, part in _parts_of(out_refs, plan):
-                zeros = jnp.zeros((idle.block_keys, part.size), ref.dtype)
-                store(block.of_cache(ref, (which % schedule.batch, keys), keys < end, part), zeros)
+            store_zeros([*written, *unused], (which % schedule.batch, keys), keys < end)
 
         jax.lax.fori_loop(0, num_idle, clear, None)
 
 
-def _parts_of(cache_refs, plan):
-    """Pairs of an array like key or value and a part of its dimensions."""
-    return [(ref, part) for ref, parts in zip(cache_refs, (plan.key_parts, plan.value_parts), strict=True) for part in parts]
+def _written(problem, plan):
+    """Which products add up to the gradient of a part of the cache's arrays.
+
+    Returns:
+        {(number of the array, part): numbers of products}. The products of the parts of the key come first, and then the products
+        of the parts of the value.
+    """
+    array, column = (1, 0) if problem.value_columns is None else (0, problem.value_columns[0])
+    written = {}
+    for number, place in enumerate([(0, x) for x in plan.key_parts] + [(array, x.moved(column)) for x in plan.value_parts]):
+        written.setdefault(place, []).append(number)
+    return written
 
 
 def _sum_kernel(parts_ref, pieces_ref, d_query_ref, *, plan: Tiles):

@@ -50,14 +50,14 @@ class Block:
         """The place and the mask of this block, in an array of one number per query row, for sequence `b`: [block_rows]."""
         return ref.at[b, self.places], self.ok
 
-    def of_cache(self, ref, place, live, part, column=0):
+    def of_cache(self, ref, place, live, part):
         """The place and the mask of a part of the rows at `place`, in an array like the cache: [keys, part.size].
 
         `place` comes from `Rows.place`. Rows that are not live are masked: they are not read, so they may hold anything.
         """
         page, rows = place
         page = page[:, None] if getattr(page, "ndim", 0) else page
-        return ref.at[page, rows[:, None], self.kv_head, column + part.dims[None, :]], part.masked(live)
+        return ref.at[page, rows[:, None], self.kv_head, part.dims[None, :]], part.masked(live)
 
     def scales(self, problem, ref, place, live):
         """The scales of the rows at `place`, [keys]. None without a ref, or if all rows of a sequence have the same scale."""
@@ -108,23 +108,14 @@ def load_tile(problem, plan, block, cache, place, live) -> tuple[Tile, Tile]:
     dtype. Registers have no room for two widened parts.
     """
     keys = [load(block.of_cache(cache.key, place, live, part)) for part in plan.key_parts]
-    if problem.value_columns is not None:
-        keys = [widened(tile, problem.dtype) for tile in keys]
     if problem.value_columns is None:
         values = [load(block.of_cache(cache.value, place, live, part)) for part in plan.value_parts]
     else:
         column, _ = problem.value_columns
-        loaded = {(part.first, part.size): tile for part, tile in zip(plan.key_parts, keys, strict=True)}
-        values = [
-            loaded.get((column + part.first, part.size))
-            if part.first + part.size <= part.limit and column + part.first + part.size <= problem.head_dim
-            else None
-            for part in plan.value_parts
-        ]
-        values = [
-            load(block.of_cache(cache.key, place, live, part, column)) if value is None else value
-            for part, value in zip(plan.value_parts, values, strict=True)
-        ]
+        keys = [widened(tile, problem.dtype) for tile in keys]
+        loaded = dict(zip(plan.key_parts, keys, strict=True))
+        columns = [part.moved(column) for part in plan.value_parts]
+        values = [loaded[part] if part in loaded else load(block.of_cache(cache.key, place, live, part)) for part in columns]
     scales = (block.scales(problem, ref, place, live) for ref in (cache.key_scale, cache.value_scale))
     return tuple(Tile(parts, of_rows) for parts, of_rows in zip((keys, values), scales, strict=True))  # pyright: ignore[reportReturnType]
 

@@ -142,8 +142,7 @@ def _combine_kernel(parts_ref, part_stats_ref, pieces_ref, *refs, num_q_heads, p
 
     def masked(part, mask):
         """A mask [pieces, rows] with one more axis, the dimensions of `part`."""
-        beyond = part.first + part.size > part.limit
-        return mask[:, :, None] & (part.dims < part.limit)[None, None, :] if beyond else mask[:, :, None]
+        return mask[:, :, None] & (part.dims < part.end)[None, None, :] if part.padded else mask[:, :, None]
 
     def merge(i, carry):
         acc, high, total = carry

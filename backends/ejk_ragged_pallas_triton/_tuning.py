@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 from ejk_ragged import FwdParams, Problem, Target
@@ -20,6 +21,7 @@ class Tiles:
             tile of the tensor cores.
         row_blocks: number of blocks of query rows per kv head.
         key_parts, value_parts: the dimensions of keys and values, in parts that are powers of two.
+        unused_parts: the columns of a row that are neither key nor value, if they have a gradient, in such parts.
         num_warps, num_stages: warps and stages of the first kernel.
         merge_rows: number of query rows per program of the merging kernel.
         merge_slots: number of partial results that the merging kernel loads at a time.
@@ -31,6 +33,7 @@ class Tiles:
     row_blocks: int
     key_parts: tuple[Part, ...]
     value_parts: tuple[Part, ...]
+    unused_parts: tuple[Part, ...]
     num_warps: int
     num_stages: int
     merge_rows: int
@@ -118,7 +121,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
         keys = given.block_size_keys or default_block_keys(problem, rows, target)
         return shared_bytes(problem, keys, rows, 1, backward=False) <= _shared_memory(target)
 
-    rows = given.block_size_heads or fitting_rows(problem, fits)
+    rows = given.block_size_heads or fitting_rows(problem, fits, backward=False)
     keys = given.block_size_keys or default_block_keys(problem, rows, target)
     needs = functools.partial(shared_bytes, problem, keys, rows, backward=False)
     # For a quantised cache and a large block, two stages, so that two programs fit on a multiprocessor.
@@ -152,7 +155,8 @@ def forward_tiles(problem: Problem, target: Target) -> Tiles:
     hints = problem.fwd_params
     block_rows = max(hints.block_size_heads or 0, 16)
     needs = functools.partial(shared_bytes, problem, hints.block_size_keys, block_rows, backward=False)
-    return _tiles(problem, target, block_rows, hints.block_size_keys, hints.num_warps, hints.num_stages, needs)
+    parts = parts_of(problem, backward=False)
+    return _tiles(problem, target, parts, block_rows, hints.block_size_keys, hints.num_warps, hints.num_stages, needs)
 
 
 def backward_tiles(problem: Problem, target: Target) -> Tiles:
@@ -160,24 +164,40 @@ def backward_tiles(problem: Problem, target: Target) -> Tiles:
 
     def keys_beside(rows):
         # Warps exchange tiles of probabilities and of their gradients, [rows, keys]. Such a tile has at most TILE_BYTES, too.
-        keys = min(tile_keys(problem), max(TILE_BYTES // (rows * problem.dtype.itemsize), 16))
+        keys = min(tile_keys(problem, backward=True), max(TILE_BYTES // (rows * problem.dtype.itemsize), 16))
         return min(keys, FEW_QUANTISED_KEYS) if problem.quantised else keys
 
     def needs(rows, stages):
         return shared_bytes(problem, keys_beside(rows), rows, stages, backward=True)
 
-    rows = fitting_rows(problem, lambda rows: needs(rows, 1) <= _shared_memory(target))
+    rows = fitting_rows(problem, lambda rows: needs(rows, 1) <= _shared_memory(target), backward=True)
     of_stages = functools.partial(needs, rows)
     stages = _fitting_stages(of_stages, target, 2 if problem.quantised else NUM_STAGES)
-    return _tiles(problem, target, rows, keys_beside(rows), NUM_WARPS, stages, of_stages)
+    return _tiles(problem, target, parts_of(problem, backward=True), rows, keys_beside(rows), NUM_WARPS, stages, of_stages)
 
 
-def fitting_rows(problem: Problem, fits) -> int:
+def parts_of(problem: Problem, *, backward: bool) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
+    """The parts of the key, of the value, and of the columns that are neither and have a gradient.
+
+    The backward operation writes each part once. If the value is in the key's rows, rows are cut where the key ends and where the
+    value begins and ends. A part of a row is then used as a whole or not at all, by the key as by the value.
+    """
+    if problem.value_columns is None or not backward:
+        return Part.of(problem.head_dim), Part.of(problem.value_dim), ()
+    first, end = problem.value_columns
+    cuts = sorted({0, first, end, problem.head_dim, problem.row_dim})
+    row = [part for low, high in itertools.pairwise(cuts) for part in Part.of(high, low)]
+    key, value = ([part for part in row if low <= part.first < high] for low, high in ((0, problem.head_dim), (first, end)))
+    unused = [part for part in row if part not in key and part not in value]
+    return tuple(key), tuple(part.moved(-first) for part in value), tuple(unused)
+
+
+def fitting_rows(problem: Problem, fits, *, backward: bool) -> int:
     """Number of query rows per block: all query rows of a kv head, or fewer if they exceed `MAX_ROWS`, `MOST_SUMS` or `fits`."""
     # The tensor cores take 16 query rows at least. A smaller block is padded.
     most = min(max(power_of_two(problem.num_tokens * problem.group), 16), MOST_ROWS_IF_WIDE if is_wide(problem) else MAX_ROWS)
-    widest = max(width_of(Part.of(dim)) for dim in (problem.head_dim, problem.value_dim))
-    return next((rows for rows in (64, 32) if rows <= most and rows * widest <= MOST_SUMS and fits(rows)), 16)
+    dims = widest(parts_of(problem, backward=backward))
+    return next((rows for rows in (64, 32) if rows <= most and rows * dims <= MOST_SUMS and fits(rows)), 16)
 
 
 def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
@@ -198,14 +218,14 @@ def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
     return keys
 
 
-def tile_keys(problem: Problem) -> int:
+def tile_keys(problem: Problem, *, backward: bool = False) -> int:
     """Number of keys per tile of `TILE_BYTES`, within bounds."""
     # For float32 queries, the size of the widened tile counts.
     itemsize = max(problem.cache_dtype.itemsize, 4 if problem.dtype.itemsize == 4 else 1)
     most = MOST_QUANTISED_KEYS if problem.quantised else MOST_KEYS
     if problem.cache_dtype.name.startswith("float8"):
         most = min(most, max(power_of_two(problem.head_dim), FEW_QUANTISED_KEYS))
-    keys = 2 * TILE_BYTES / (row_width(problem) * itemsize)
+    keys = 2 * TILE_BYTES / (row_width(problem, backward=backward) * itemsize)
     return min(max(1 << round(math.log2(keys)), 16), most)
 
 
@@ -214,10 +234,17 @@ def is_wide(problem: Problem) -> bool:
     return problem.quantised and problem.dtype.itemsize == 2 and max(problem.head_dim, problem.value_dim) > WIDE
 
 
-def row_width(problem: Problem) -> int:
+def row_width(problem: Problem, *, backward: bool) -> int:
     """Number of columns that are loaded per row of the cache, for key and value together, with padding."""
-    key, value = (width_of(Part.of(dim)) for dim in (problem.head_dim, problem.value_dim))
-    return key + value if problem.value_columns is None else max(key, problem.value_columns[1])
+    key, value, _ = parts_of(problem, backward=backward)
+    if problem.value_columns is None:
+        return width_of(key) + width_of(value)
+    first, end = problem.value_columns
+    return width_of({*key, *(part.moved(first) for part in value)}) if backward else max(width_of(key), end)
+
+
+def widest(parts) -> int:
+    return max(map(width_of, parts[:2]))
 
 
 def width_of(parts) -> int:
@@ -229,7 +256,7 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _tiles(problem, target, block_rows, block_keys, num_warps, num_stages, needs) -> Tiles:
+def _tiles(problem, target, parts, block_rows, block_keys, num_warps, num_stages, needs) -> Tiles:
     rows = problem.num_tokens * problem.num_q_heads
     row_blocks = -(-problem.num_tokens * problem.group // block_rows)
     splits = problem.fwd_params.num_key_splits
@@ -241,14 +268,13 @@ def _tiles(problem, target, block_rows, block_keys, num_warps, num_stages, needs
 
     # Merging is short, so there are only as many programs as run at once, with a few query rows each. The shape of this work sets
     # the order of sums. If `num_key_splits` is given, the shape must not depend on the batch.
-    key_parts, value_parts = Part.of(problem.head_dim), Part.of(problem.value_dim)
-    dim = max(map(width_of, (key_parts, value_parts)))
+    dim = widest(parts)
     rows_each = 1 if splits else power_of_two(problem.batch * rows // (4 * processors))
     merge_rows = min(rows_each, 4, max(512 // dim, 1))
     merge_slots = min(max(power_of_two(schedule.slots // problem.batch), 8), MOST_MERGED)
     merge_warps = min(max(power_of_two(merge_rows * merge_slots * dim // 4096), 1), 8)
     merge = merge_rows, merge_slots, merge_warps
-    return Tiles(block_rows, row_blocks, key_parts, value_parts, num_warps, num_stages, *merge, schedule)
+    return Tiles(block_rows, row_blocks, *parts, num_warps, num_stages, *merge, schedule)
 
 
 def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
@@ -258,8 +284,8 @@ def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
     registers, except where the terms below say otherwise. Shared memory also holds sums over query rows, and tiles [rows, keys]
     whose layout changes.
     """
-    rows, width = max(block_rows, 16), row_width(problem)
-    dim = max(width_of(Part.of(problem.head_dim)), width_of(Part.of(problem.value_dim)))
+    rows, width = max(block_rows, 16), row_width(problem, backward=backward)
+    dim = widest(parts_of(problem, backward=backward))
     whole = rows >= WHOLE_STAGES_FROM
     blocks, layouts = (2, 3) if backward else (1, 1)
     queries = blocks * rows * dim * problem.dtype.itemsize
