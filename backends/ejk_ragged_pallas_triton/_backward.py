@@ -42,7 +42,7 @@ from ._tuning import backward_tiles, SMALL_BLOCK, Tiles
 
 def backward(problem, target, queries, cache, lse, d_out, delta, *, wanted, interpret):
     """Does `ejk_ragged.Backend.backward` for a problem whose hints are resolved."""
-    plan = backward_tiles(problem, target)
+    plan = backward_tiles(problem, target, key_value=wanted.key_value)
     if plan.row_blocks > 1 and wanted.query and wanted.key_value:
         arguments = problem, target, queries, cache, lse, d_out, delta
         apart = Wanted(query=True, key_value=False), Wanted(query=False, key_value=True)

@@ -159,12 +159,18 @@ def forward_tiles(problem: Problem, target: Target) -> Tiles:
     return _tiles(problem, target, parts, block_rows, hints.block_size_keys, hints.num_warps, hints.num_stages, needs)
 
 
-def backward_tiles(problem: Problem, target: Target) -> Tiles:
-    """The shape of the backward operation, which uses no hint but `num_key_splits`."""
+def backward_tiles(problem: Problem, target: Target, *, key_value: bool = True) -> Tiles:
+    """The shape of the backward operation, which uses no hint but `num_key_splits`.
+
+    `key_value` says whether d_key and d_value are wanted.
+    """
+    parts = parts_of(problem, backward=True)
+    # A column that is key and value is loaded once. Its gradient is two products, whose operands wait in registers.
+    columns = sum(map(width_of, parts[:2])) if key_value else row_width(problem, backward=True)
 
     def keys_beside(rows):
         # Warps exchange tiles of probabilities and of their gradients, [rows, keys]. Such a tile has at most TILE_BYTES, too.
-        keys = min(tile_keys(problem, backward=True), max(TILE_BYTES // (rows * problem.dtype.itemsize), 16))
+        keys = min(tile_keys(problem, columns), max(TILE_BYTES // (rows * problem.dtype.itemsize), 16))
         return min(keys, FEW_QUANTISED_KEYS) if problem.quantised else keys
 
     def needs(rows, stages):
@@ -173,7 +179,7 @@ def backward_tiles(problem: Problem, target: Target) -> Tiles:
     rows = fitting_rows(problem, lambda rows: needs(rows, 1) <= _shared_memory(target), backward=True)
     of_stages = functools.partial(needs, rows)
     stages = _fitting_stages(of_stages, target, 2 if problem.quantised else NUM_STAGES)
-    return _tiles(problem, target, parts_of(problem, backward=True), rows, keys_beside(rows), NUM_WARPS, stages, of_stages)
+    return _tiles(problem, target, parts, rows, keys_beside(rows), NUM_WARPS, stages, of_stages)
 
 
 def parts_of(problem: Problem, *, backward: bool) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
@@ -218,14 +224,14 @@ def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
     return keys
 
 
-def tile_keys(problem: Problem, *, backward: bool = False) -> int:
-    """Number of keys per tile of `TILE_BYTES`, within bounds."""
+def tile_keys(problem: Problem, columns: int | None = None) -> int:
+    """Number of keys per tile of `TILE_BYTES`, within bounds. `columns` is the number of columns per row, by default as loaded."""
     # For float32 queries, the size of the widened tile counts.
     itemsize = max(problem.cache_dtype.itemsize, 4 if problem.dtype.itemsize == 4 else 1)
     most = MOST_QUANTISED_KEYS if problem.quantised else MOST_KEYS
     if problem.cache_dtype.name.startswith("float8"):
         most = min(most, max(power_of_two(problem.head_dim), FEW_QUANTISED_KEYS))
-    keys = 2 * TILE_BYTES / (row_width(problem, backward=backward) * itemsize)
+    keys = 2 * TILE_BYTES / ((columns or row_width(problem, backward=False)) * itemsize)
     return min(max(1 << round(math.log2(keys)), 16), most)
 
 
@@ -285,7 +291,8 @@ def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
     whose layout changes.
     """
     rows, width = max(block_rows, 16), row_width(problem, backward=backward)
-    dim = widest(parts_of(problem, backward=backward))
+    parts = parts_of(problem, backward=backward)
+    dim = widest(parts)
     whole = rows >= WHOLE_STAGES_FROM
     blocks, layouts = (2, 3) if backward else (1, 1)
     queries = blocks * rows * dim * problem.dtype.itemsize
@@ -297,7 +304,9 @@ def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
     if stages == 1:
         return stage + queries * whole + widened
     sums = (8 if backward else 6) * rows * dim + 4096 if whole and problem.quantised else (rows + 2) * 1024 + 4096 * (rows > 16)
-    beside = max(sums, layouts * rows * block_keys * weights + 2048) + widened
+    # Gradients change their layout before they are stored: 16 rows of a part at a time.
+    stored = 64 * (max(part.size for part in itertools.chain(*parts)) + 8) if backward and not problem.quantised else 0
+    beside = max(sums, stored, layouts * rows * block_keys * weights + 2048) + widened
     return stage * (stages - (not whole or problem.quantised)) + beside
 
 
