@@ -21,7 +21,7 @@ from ejk_ragged._registry import registry
 from ejk_ragged.testing import Case
 from ejk_ragged_pallas_triton import PallasTritonBackend
 from ejk_ragged_pallas_triton._parts import Part
-from ejk_ragged_pallas_triton._tuning import backward_tiles, forward_tiles, resolve, shared_bytes, tile_keys
+from ejk_ragged_pallas_triton._tuning import backward_tiles, forward_tiles, parts_of, resolve, shared_bytes, tile_keys
 
 
 CUSTOM_CALL = "__gpu$xla.gpu.triton"
@@ -99,6 +99,30 @@ def test_rows_between_the_tokens_ranges(cache_dtype):
     for i in range(2):
         want = jax.value_and_grad(lambda query, i=i: jnp.sum(function(query, start[i], end[i])))(query)
         assert_close(jax.tree.map(lambda x, i=i: x[i], mapped), want)
+
+
+IN_ROWS = Case("", 2, 64, 4, 2, 40, "float32", ("ranges", (3, 60), (0, 20)), softmax_scale=0.2)
+
+
+@pytest.mark.pallas_triton
+@pytest.mark.parametrize(
+    ("columns", "facts"),
+    [
+        ((0, 32), {"row_dim": 64}),  # a part of the key
+        ((3, 36), {"dtype": "float16"}),  # inside the key, with padding on all sides
+        ((17, 47), {"dtype": "bfloat16", "row_dim": 50, "logits_soft_cap": 3.0, "sinks": ("query", 2)}),  # beyond the key
+        ((43, 60), {"row_dim": 60, "num_tokens": 3, "sliding_window": (9, 0)}),  # apart from the key
+        ((5, 40), {"num_tokens": 40}),  # two blocks of query rows
+        ((0, 512), {"head_dim": 576, "dtype": "bfloat16", "num_kv_heads": 1}),
+    ],
+    ids=str,
+)
+def test_gradients_of_rows_that_are_key_and_value(columns, facts):
+    """A column that neither uses may hold NaN, and has a gradient of 0."""
+    arguments = dataclasses.replace(IN_ROWS, value_columns=columns, **facts).draw(poison=True)
+    key, head_dim = arguments["key"], arguments["query"].shape[-1]
+    key[..., [i for i in range(head_dim, key.shape[-1]) if not columns[0] <= i < columns[1]]] = np.nan
+    assert_right(functools.partial(ragged_decode_attention, backend=pallas_triton()), arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -269,6 +293,31 @@ def test_estimates_of_shared_memory_cover_what_is_taken(dtype, head_dim, group, 
     shape = (one, tile_keys(one), group, stages)
     assert shared_bytes(*shape, backward=False) >= forward
     assert shared_bytes(*shape, backward=True) >= backward
+
+
+@pytest.mark.parametrize(
+    ("facts", "taken"),
+    [
+        ({"head_dim": 512}, 164352),
+        ({"head_dim": 576, "value_dim": 512}, 172544),
+        ({"head_dim": 576, "value_dim": 512, "value_columns": (0, 512)}, 139776),
+    ],
+    ids=str,
+)
+def test_estimates_of_wide_gradients(facts, taken):
+    """Gradients of a wide part need more shared memory for a change of their layout than for anything else."""
+    one = problem(num_q_heads=16, num_kv_heads=1, **facts)
+    tiles = backward_tiles(one, Target("cuda"))
+    assert (tiles.block_rows, tiles.schedule.block_keys, tiles.num_stages) == (16, 16, 3)
+    assert taken <= shared_bytes(one, 16, 16, 3, backward=True)
+
+
+def test_gradients_that_shared_memory_does_not_hold():
+    """Another backend does them. The compiler takes as many bytes as the message says."""
+    one = problem("float32", head_dim=512)
+    small, large = (Target("cuda", types.SimpleNamespace(compute_capability=x, core_count=84)) for x in ("8.6", "9.0"))
+    assert "gradients need about 131072 bytes" in str(PallasTritonBackend().supports_backward(one, small))
+    assert PallasTritonBackend().supports_backward(one, large) is None
 
 
 @pytest.mark.parametrize(
@@ -479,13 +528,34 @@ def test_lowers_with_pages(page_size, held, splits):
 
 @pytest.mark.parametrize(("columns", "row_dim"), [((0, 96), 128), ((128, 256), 256), ((40, 128), 192)])
 def test_lowers_with_the_value_in_the_keys_rows(columns, row_dim):
-    """The value is a part of the key, next to the key, or across parts of the key."""
+    """The value is a part of the key, next to the key, or across parts of the key: in pages, with d_query, and in a padded cache,
+    with the gradient of the rows, too."""
 
-    def call(query, pool, table, start, end):
+    def loss(query, cache, start, end, table=None):
         settings = {"softmax_scale": 0.1, "value_columns": columns, "page_table": table}
-        return ragged_decode_attention(query, pool, None, start, end, **settings)
+        return jnp.sum(ragged_decode_attention(query, cache, None, start, end, **settings).astype(jnp.float32))
 
-    assert lowered(call, pages(64, "bfloat16", row_dim=row_dim)).count(CUSTOM_CALL) == 2
+    query, pool, table, *lengths = pages(64, "bfloat16", row_dim=row_dim)
+    in_pages, padded = (query, pool, *lengths, table), (query, jax.ShapeDtypeStruct((4, 1000, 4, row_dim), "bfloat16"), *lengths)
+    assert lowered(loss, in_pages).count(CUSTOM_CALL) == 2
+    assert lowered(jax.grad(loss), in_pages).count(CUSTOM_CALL) == 4
+    assert lowered(jax.grad(loss, (0, 1)), padded).count(CUSTOM_CALL) == 4
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "columns", "row_dim", "parts"),
+    [
+        (576, (0, 512), 576, [[(0, 512, 512), (512, 64, 576)], [(0, 512, 512)], []]),
+        (64, (64, 128), 128, [[(0, 64, 64)], [(0, 64, 64)], []]),
+        (40, (3, 36), 40, [[(0, 16, 3), (3, 64, 36), (36, 16, 40)], [(0, 64, 33)], []]),
+        (40, (17, 50), 60, [[(0, 32, 17), (17, 32, 40)], [(0, 32, 23), (23, 16, 33)], [(50, 16, 60)]]),
+    ],
+)
+def test_parts_of_a_row_that_is_key_and_value(head_dim, columns, row_dim, parts):
+    """No part is in the key or in the value by half, and no padding is in another part's gradient."""
+    value_dim = columns[1] - columns[0]
+    one = problem(head_dim=head_dim, value_dim=value_dim, row_dim=row_dim, value_columns=columns)
+    assert [[dataclasses.astuple(part) for part in held] for held in parts_of(one, backward=True)] == parts
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(192, 128), (576, 512), (96, 8), (80, 200)])

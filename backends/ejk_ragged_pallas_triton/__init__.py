@@ -58,6 +58,11 @@ class PallasTritonBackend(Backend):
             return f"it needs a GPU of compute capability {least} or newer{what}, not {capability}"
         return None
 
+    def supports_backward(self, problem: Problem, target: Target) -> str | None:
+        from ._tuning import too_large
+
+        return self.supports(problem, target) or too_large(problem, target)
+
     def fwd_params(self, problem: Problem, target: Target) -> FwdParams:
         from ._tuning import resolve
 

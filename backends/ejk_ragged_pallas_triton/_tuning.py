@@ -182,6 +182,14 @@ def backward_tiles(problem: Problem, target: Target, *, key_value: bool = True) 
     return _tiles(problem, target, parts, rows, keys_beside(rows), NUM_WARPS, stages, of_stages)
 
 
+def too_large(problem: Problem, target: Target) -> str | None:
+    """Why there is too little shared memory for the backward operation, or None if there is enough."""
+    tiles = backward_tiles(problem, target)
+    needs = shared_bytes(problem, tiles.schedule.block_keys, tiles.block_rows, tiles.num_stages, backward=True)
+    room = _shared_memory(target)
+    return f"its gradients need about {needs} bytes of shared memory, and a program has {room}" if needs > room else None
+
+
 def parts_of(problem: Problem, *, backward: bool) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
     """The parts of the key, of the value, and of the columns that are neither and have a gradient.
 
