@@ -312,10 +312,16 @@ def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
     if stages == 1:
         return stage + queries * whole + widened
     sums = (8 if backward else 6) * rows * dim + 4096 if whole and problem.quantised else (rows + 2) * 1024 + 4096 * (rows > 16)
-    # Gradients change their layout before they are stored: 16 rows of a part at a time.
-    stored = 64 * (max(part.size for part in itertools.chain(*parts)) + 8) if backward and not problem.quantised else 0
+    # Gradients of 16 bits change their layout before they are stored: 16 rows of a part at a time.
+    stored = 64 * (max(part.size for part in itertools.chain(*parts)) + 8) if backward and problem.cache_dtype.itemsize == 2 else 0
     beside = max(sums, stored, layouts * rows * block_keys * weights + 2048) + widened
-    return stage * (stages - (not whole or problem.quantised)) + beside
+    loaded = stages - (not whole or problem.quantised)
+    # For d_key and d_value, a loop over one further block of query rows is unrolled. Both blocks are then loaded with a tile.
+    has_d_key = backward and not (problem.paged or problem.quantised)
+    if not (has_d_key and rows < problem.num_tokens * problem.group <= 2 * rows):
+        return stage * loaded + beside
+    both = block_keys * width * problem.cache_dtype.itemsize + 2 * rows * sum(map(width_of, parts[:2])) * problem.dtype.itemsize
+    return max(stage * loaded + beside, both * loaded + rows * block_keys * weights + 10240)
 
 
 def _fitting_stages(needs, target, most=NUM_STAGES) -> int:
