@@ -316,6 +316,13 @@ def test_estimates_of_gradients(facts, group, shape, taken):
     assert ((tiles.schedule.block_keys, tiles.block_rows, tiles.num_stages) == shape) == (taken <= 227 * 1024)
 
 
+def test_a_value_across_parts_of_the_key_is_loaded_apart():
+    """With three stages the forward kernel asked for 348160 bytes of shared memory."""
+    columns = {"head_dim": 576, "value_dim": 512, "num_pages": 300, "page_size": 64, "num_q_heads": 16, "num_kv_heads": 1}
+    stages = [resolve(problem(value_columns=x, **columns), Target("cuda")).num_stages for x in ((0, 512), (64, 576))]
+    assert stages == [3, 2]
+
+
 def test_gradients_that_shared_memory_does_not_hold():
     """Another backend does them. The compiler takes as many bytes as the message says."""
     one = problem("float32", head_dim=512)

@@ -184,7 +184,7 @@ def backward_tiles(problem: Problem, target: Target, *, key_value: bool = True) 
 
 def too_large(problem: Problem, target: Target) -> str | None:
     """Why there is too little shared memory for the backward operation, or None if there is enough."""
-    tiles = backward_tiles(problem, target)
+    tiles = backward_tiles(problem, target, key_value=has_cache_gradients(problem))
     needs = shared_bytes(problem, tiles.schedule.block_keys, tiles.block_rows, tiles.num_stages, backward=True)
     room = _shared_memory(target)
     return f"its gradients need about {needs} bytes of shared memory, and a program has {room}" if needs > room else None
@@ -204,6 +204,11 @@ def parts_of(problem: Problem, *, backward: bool) -> tuple[tuple[Part, ...], tup
     key, value = ([part for part in row if low <= part.first < high] for low, high in ((0, problem.head_dim), (first, end)))
     unused = [part for part in row if part not in key and part not in value]
     return tuple(key), tuple(part.moved(-first) for part in value), tuple(unused)
+
+
+def has_cache_gradients(problem: Problem) -> bool:
+    """Whether d_key and d_value are ever wanted."""
+    return not (problem.paged or problem.quantised)
 
 
 def fitting_rows(problem: Problem, fits, *, backward: bool) -> int:
@@ -233,7 +238,9 @@ def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
 
 
 def tile_keys(problem: Problem, columns: int | None = None) -> int:
-    """Number of keys per tile of `TILE_BYTES`, within bounds. `columns` is the number of columns per row, by default as loaded."""
+    """Number of keys per tile of `TILE_BYTES`, within bounds. `columns` is the number of columns per row, by default as stored."""
+    if columns is None and problem.value_columns is not None:
+        columns = max(width_of(Part.of(problem.head_dim)), problem.value_columns[1])
     # For float32 queries, the size of the widened tile counts.
     itemsize = max(problem.cache_dtype.itemsize, 4 if problem.dtype.itemsize == 4 else 1)
     most = MOST_QUANTISED_KEYS if problem.quantised else MOST_KEYS
@@ -253,8 +260,8 @@ def row_width(problem: Problem, *, backward: bool) -> int:
     key, value, _ = parts_of(problem, backward=backward)
     if problem.value_columns is None:
         return width_of(key) + width_of(value)
-    first, end = problem.value_columns
-    return width_of({*key, *(part.moved(first) for part in value)}) if backward else max(width_of(key), end)
+    first, _ = problem.value_columns
+    return width_of({*key, *(part.moved(first) for part in value)})
 
 
 def widest(parts) -> int:
@@ -317,8 +324,7 @@ def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
     beside = max(sums, stored, layouts * rows * block_keys * weights + 2048) + widened
     loaded = stages - (not whole or problem.quantised)
     # For d_key and d_value, a loop over one further block of query rows is unrolled. Both blocks are then loaded with a tile.
-    has_d_key = backward and not (problem.paged or problem.quantised)
-    if not (has_d_key and rows < problem.num_tokens * problem.group <= 2 * rows):
+    if not (backward and has_cache_gradients(problem) and rows < problem.num_tokens * problem.group <= 2 * rows):
         return stage * loaded + beside
     both = block_keys * width * problem.cache_dtype.itemsize + 2 * rows * sum(map(width_of, parts[:2])) * problem.dtype.itemsize
     return max(stage * loaded + beside, both * loaded + rows * block_keys * weights + 10240)
