@@ -112,7 +112,7 @@ IN_ROWS = Case("", 2, 64, 4, 2, 40, "float32", ("ranges", (3, 60), (0, 20)), sof
         ((3, 36), {"dtype": "float16"}),  # inside the key, with padding on all sides
         ((17, 47), {"dtype": "bfloat16", "row_dim": 50, "logits_soft_cap": 3.0, "sinks": ("query", 2)}),  # beyond the key
         ((43, 60), {"row_dim": 60, "num_tokens": 3, "sliding_window": (9, 0)}),  # apart from the key
-        ((5, 40), {"num_tokens": 40}),  # two blocks of query rows
+        ((5, 40), {"num_tokens": 30}),  # as many query rows as a block has
         ((0, 512), {"head_dim": 576, "dtype": "bfloat16", "num_kv_heads": 1}),
     ],
     ids=str,
@@ -329,6 +329,22 @@ def test_gradients_that_shared_memory_does_not_hold():
     small, large = (Target("cuda", types.SimpleNamespace(compute_capability=x, core_count=84)) for x in ("8.6", "9.0"))
     assert "gradients need about 131072 bytes" in str(PallasTritonBackend().supports_backward(one, small))
     assert PallasTritonBackend().supports_backward(one, large) is None
+
+
+def test_gradients_that_xla_is_faster_at():
+    """A row that is key and value, more query rows than one block has, and a cache that has a gradient."""
+    latent = {"head_dim": 576, "value_dim": 512, "num_kv_heads": 1}
+    in_rows = latent | {"value_columns": (0, 512)}
+    pages = {"num_pages": 300, "page_size": 64}
+    calls = [
+        in_rows | {"num_q_heads": 32},
+        in_rows | {"num_q_heads": 33},
+        in_rows | {"num_q_heads": 33} | pages,
+        latent | {"num_q_heads": 33},
+    ]
+    reasons = [PallasTritonBackend().supports_backward(problem(**x), Target("cuda")) for x in calls]
+    assert [reason is None for reason in reasons] == [True, False, True, True]
+    assert "for more than 32 query rows" in str(reasons[1])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ second warpgroup those of the second half. Weights, and what goes from half to h
 """
 
 import dataclasses
-import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -38,7 +37,7 @@ def shared(plan, dtype, interpreted):
     return arrays | ({"mine": plgpu.SMEM((PAIR, *tile), dtype, transforms=tiled)} if interpreted else {})
 
 
-def compute_pieces(program: Program, me):
+def compute_pieces(program: Program, me: int):
     """All pieces, for the columns of one warpgroup: the output, if the sequence has no other piece, or partial results."""
     program.ranges.pieces(program.number, lambda piece: _compute_piece(program, piece, me))
 
@@ -50,14 +49,11 @@ def _compute_piece(program, piece, me):
     query, size = shared.q.at[q_slot, 0], plan.value_dim // PAIR
     columns = pl.ds(me * size, size)
     softmax = Softmax.of(program, piece, program.query_rows())
+    halves = _Halves(program, piece, me, softmax)
     nothing = tile_of((64, size), 0), softmax.nothing()
 
-    def loop(one):
-        return lax.fori_loop(0, piece.num_tiles, _Halves(program, piece, one, softmax).tile, nothing)
-
     def compute():
-        # A loop per warpgroup. All else is one program for both warpgroups, because a long program takes long to compile.
-        acc, stats = lax.switch(me, [functools.partial(loop, one) for one in range(PAIR)])
+        acc, stats = lax.fori_loop(0, piece.num_tiles, halves.tile, nothing)
         return acc, *stats
 
     # At the end nobody reads the query: all weights have passed.

@@ -24,16 +24,14 @@ def write_result(softmax: Softmax, compute, nothing, staging, columns, with_stat
     def keep(acc, high, total):
         slot = plan.schedule.slot(program.number, piece.sequence)
         store(results.parts.at[slot, head, query_rows, columns], acc)
-
-        @when(with_stats)
-        def _():
-            for i, values in enumerate((softmax.natural(high), total)):
-                store(results.stats.at[slot, head, i, query_rows], values)
+        for i, values in enumerate((softmax.natural(high), total) if with_stats else ()):
+            store(results.stats.at[slot, head, i, query_rows], values)
 
     def write(acc, high, total):
         sink = sinks_at(program.sink, piece.sequence, head, query_rows)
         out, lse = finished(acc, softmax.natural(high), total, sink)
-        when(with_stats)(lambda: store(results.lse.at[piece.sequence, head, query_rows], lse))
+        if with_stats:
+            store(results.lse.at[piece.sequence, head, query_rows], lse)
         write_out(plan, results.out, staging(), out, piece.sequence, head, query_rows, columns)
 
     def work():

@@ -97,7 +97,11 @@ def _kernel(*refs, tree, problem, plan, results, interpreted, **shared):
         shared=types.SimpleNamespace(**shared),
     )
     warpgroup = lax.axis_index("warpgroup")
-    when(warpgroup < plan.warpgroups)(lambda: _multiply(program, warpgroup))
+    if plan.pair:
+        for one in range(plan.warpgroups):
+            when(warpgroup == one)(functools.partial(_multiply, program, one))
+    else:
+        when(warpgroup < plan.warpgroups)(lambda: _multiply(program, warpgroup))
     if plan.wide_stages:
         when(warpgroup == plan.warpgroups)(lambda: (widen if plan.many else widen_parts)(program))
     when(warpgroup == lax.axis_size("warpgroup") - 1)(lambda: copy(program))

@@ -59,9 +59,9 @@ class PallasTritonBackend(Backend):
         return None
 
     def supports_backward(self, problem: Problem, target: Target) -> str | None:
-        from ._tuning import too_large
+        from ._tuning import refuses_backward
 
-        return self.supports(problem, target) or too_large(problem, target)
+        return self.supports(problem, target) or refuses_backward(problem, target)
 
     def fwd_params(self, problem: Problem, target: Target) -> FwdParams:
         from ._tuning import resolve

@@ -182,9 +182,11 @@ def backward_tiles(problem: Problem, target: Target, *, key_value: bool = True) 
     return _tiles(problem, target, parts, rows, keys_beside(rows), NUM_WARPS, stages, of_stages)
 
 
-def too_large(problem: Problem, target: Target) -> str | None:
-    """Why there is too little shared memory for the backward operation, or None if there is enough."""
+def refuses_backward(problem: Problem, target: Target) -> str | None:
+    """Why another backend should do the backward operation, or None if this one should."""
     tiles = backward_tiles(problem, target, key_value=has_cache_gradients(problem))
+    if tiles.row_blocks > 1 and problem.value_columns is not None and has_cache_gradients(problem):
+        return f"XLA is faster at gradients of rows that are both key and value for more than {tiles.block_rows} query rows"
     needs = shared_bytes(problem, tiles.schedule.block_keys, tiles.block_rows, tiles.num_stages, backward=True)
     room = _shared_memory(target)
     return f"its gradients need about {needs} bytes of shared memory, and a program has {room}" if needs > room else None
