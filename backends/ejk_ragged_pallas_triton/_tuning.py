@@ -240,15 +240,17 @@ def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
 
 
 def tile_keys(problem: Problem, columns: int | None = None) -> int:
-    """Number of keys per tile of `TILE_BYTES`, within bounds. `columns` is the number of columns per row, by default as stored."""
+    """Number of keys per tile of `TILE_BYTES`, within bounds. `columns` is the number of columns per row, by default those up to the
+    last one that is used."""
     if columns is None and problem.value_columns is not None:
         columns = max(width_of(Part.of(problem.head_dim)), problem.value_columns[1])
+    columns = columns or row_width(problem, backward=False)
     # For float32 queries, the size of the widened tile counts.
     itemsize = max(problem.cache_dtype.itemsize, 4 if problem.dtype.itemsize == 4 else 1)
     most = MOST_QUANTISED_KEYS if problem.quantised else MOST_KEYS
     if problem.cache_dtype.name.startswith("float8"):
         most = min(most, max(power_of_two(problem.head_dim), FEW_QUANTISED_KEYS))
-    keys = 2 * TILE_BYTES / ((columns or row_width(problem, backward=False)) * itemsize)
+    keys = 2 * TILE_BYTES / (columns * itemsize)
     return min(max(1 << round(math.log2(keys)), 16), most)
 
 
@@ -267,6 +269,7 @@ def row_width(problem: Problem, *, backward: bool) -> int:
 
 
 def widest(parts) -> int:
+    """Number of dimensions of the key or of the value, whichever has more, with padding."""
     return max(map(width_of, parts[:2]))
 
 
