@@ -240,8 +240,8 @@ def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
 
 
 def tile_keys(problem: Problem, columns: int | None = None) -> int:
-    """Number of keys per tile of `TILE_BYTES`, within bounds. `columns` is the number of columns per row, by default those up to the
-    last one that is used."""
+    """Number of keys per tile of `TILE_BYTES`, within bounds. `columns` is the number of columns per row, by default up to the last
+    one that is used."""
     if columns is None and problem.value_columns is not None:
         columns = max(width_of(Part.of(problem.head_dim)), problem.value_columns[1])
     columns = columns or row_width(problem, backward=False)
@@ -300,7 +300,8 @@ def _tiles(problem, target, parts, block_rows, block_keys, num_warps, num_stages
     merge_slots = min(max(power_of_two(schedule.slots // problem.batch), 8), MOST_MERGED)
     merge_warps = min(max(power_of_two(merge_rows * merge_slots * dim // 4096), 1), 8)
     merge = merge_rows, merge_slots, merge_warps
-    return Tiles(block_rows, row_blocks, *parts, num_warps, num_stages, *merge, schedule)
+    key, value, unused = parts
+    return Tiles(block_rows, row_blocks, key, value, unused, num_warps, num_stages, *merge, schedule)
 
 
 def shared_bytes(problem, block_keys, block_rows, stages, *, backward) -> int:
