@@ -318,8 +318,8 @@ def test_estimates_of_gradients(facts, group, shape, taken):
 
 def test_a_value_across_parts_of_the_key_is_loaded_apart():
     """With three stages the forward kernel asked for 348160 bytes of shared memory."""
-    columns = {"head_dim": 576, "value_dim": 512, "num_pages": 300, "page_size": 64, "num_q_heads": 16, "num_kv_heads": 1}
-    stages = [resolve(problem(**columns | {"value_columns": x}), Target("cuda")).num_stages for x in ((0, 512), (64, 576))]
+    one = problem(num_pages=300, page_size=64, num_q_heads=16, num_kv_heads=1, head_dim=576, value_dim=512, value_columns=(0, 512))
+    stages = [resolve(dataclasses.replace(one, value_columns=x), Target("cuda")).num_stages for x in ((0, 512), (64, 576))]
     assert stages == [3, 2]
 
 
