@@ -309,7 +309,7 @@ def test_estimates_of_shared_memory_cover_what_is_taken(dtype, head_dim, group, 
     ids=str,
 )
 def test_estimates_of_gradients(facts, group, shape, taken):
-    """A wide part needs shared memory to change its layout. With two blocks of query rows, both blocks are loaded with a tile of keys."""
+    """A wide part needs shared memory to change its layout. Two blocks of query rows are both loaded with a tile of keys."""
     one = problem(num_q_heads=group, num_kv_heads=1, **facts)
     assert taken <= shared_bytes(one, *shape, backward=True) <= 1.15 * taken
     tiles = backward_tiles(one, Target("cuda"))
