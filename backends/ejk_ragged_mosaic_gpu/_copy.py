@@ -16,7 +16,7 @@ def copy(program: Program):
         plgpu.barrier_arrive(shared.stops_full)
     if plan.registers:
         plgpu.set_max_registers(plan.registers[-1], action="decrease")
-    names = [f"narrow_{name}" if plan.wide_stages else name for name in plan.columns]
+    prefix = "narrow_" if plan.wide_stages else ""
 
     def into(name, slot):
         """A function of a source, and of a part of the next place of the ring, that copies; the place is free."""
@@ -44,25 +44,26 @@ def copy(program: Program):
         def tile(i, places):
             following = places_of(piece, i + 1)  # looks up the next tile's entries, so that they are there in time
             for half in range(plan.halves):
-                number = (piece.tiles_before + i) * plan.halves + half
                 for part in range(plan.parts):
-                    slot = lax.rem(number * plan.parts + part, plan.stages)
-                    copy_part(slot, part, places[half * len(places) // plan.halves :][: len(places) // plan.halves])
+                    slot = plan.place(piece.tiles_before + i, half, part)
+                    copy_part(half, slot, part, places[half * len(places) // plan.halves :][: len(places) // plan.halves])
             return following
 
-        def copy_part(slot, part, places):
-            for name, ref, width in zip(names, program.cache, plan.place_columns.values(), strict=False):
-                copy_rows = into(name, slot)
+        def copy_part(half, slot, part, places):
+            for name in plan.order(half):
+                ring, copy_rows = plan.rings[name], into(prefix + name, slot)
+                ref = program.cache[ring.source]
                 # The slice has as many dimensions as products take, with zeros beyond the last one. JAX refuses such a slice if it
                 # knows the start, so the start is computed at run time.
-                columns = pl.ds(part * width if plan.direct else piece.number * 0, width)
+                first = ring.first + part * ring.columns
+                columns = pl.ds(first if plan.direct else piece.number * 0, ring.columns)
                 for i, (page, row) in enumerate(places):
                     rows = pl.ds(pl.multiple_of(row, plan.align), plan.part_rows)
                     where = pl.ds(i * plan.part_rows, plan.part_rows)
                     source = ref.at[page, rows, program.head]
-                    whole = plan.direct and width == ref.shape[-1]
+                    whole = plan.direct and ring.columns == ref.shape[-1]
                     copy_rows(source if whole else source.at[:, columns], (where,) if len(places) > 1 else ())
-                    if name == "narrow_k":
+                    if prefix + name == "narrow_k":
                         copy_scales(slot, page, rows, where)
 
         def copy_scales(slot, page, rows, where):
@@ -86,4 +87,4 @@ def copy(program: Program):
         return [(jnp.clip(page, 0, num_pages - 1), lax.rem(row, page_size)) for page, row in zip(pages, rows, strict=True)]
 
     program.ranges.pieces(program.number, work)
-    program.drain("q", *names)
+    program.drain("q", *[prefix + name for name in plan.rings])

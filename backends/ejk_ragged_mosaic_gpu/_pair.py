@@ -19,6 +19,12 @@ from ._softmax import Softmax
 
 
 PAIR = 2
+VALUES = "v0", "v1"  # the rings of values, one for each warpgroup
+
+
+def freed_by(plan, me: int) -> list[str]:
+    """The rings whose places are first said to be free by a warpgroup."""
+    return [name for name in plan.rings if name == VALUES[me] or (me == 0 and name not in VALUES)]
 
 
 def shared(plan, dtype, interpreted):
@@ -86,31 +92,39 @@ class _Halves:
         acc, stats = carry
         weights, stats, fade = self.weigh(i, slot, self.products(i, slot), stats)
         acc = self.add(acc, fade, weights, slot)
-        plgpu.barrier_wait(self.program.shared.k_full.at[other_slot])
-        weights, stats, fade = self.received(stats)
-        return self.add(acc, fade, weights, other_slot, wait=True), stats
+        weights, stats, fade = self.received(other_slot, stats)
+        return self.add(acc, fade, weights, other_slot), stats
 
     def second(self, carry, i, other_slot, slot):
         """Tile i for the second warpgroup, which has logits of its own half ready when the weights of the other half come."""
         acc, stats = carry
-        plgpu.barrier_wait(self.program.shared.k_full.at[other_slot])
         products = self.products(i, slot)
-        weights, stats, fade = self.received(stats)
-        acc = self.add(acc, fade, weights, other_slot, wait=True)
+        weights, stats, fade = self.received(other_slot, stats)
+        acc = self.add(acc, fade, weights, other_slot)
         weights, stats, fade = self.weigh(i, slot, products, stats)
         return self.add(acc, fade, weights, slot), stats
 
     def slot(self, i, half):
         """The place of a half of tile i in the rings."""
-        return lax.rem((self.piece.tiles_before + i) * PAIR + half, self.program.plan.stages)
+        return self.program.plan.place(self.piece.tiles_before + i, half)
 
     def products(self, i, slot):
-        """q . k of the half of tile i that is mine, once its keys are there: [64, keys]."""
-        plan, shared = self.program.plan, self.program.shared
-        plgpu.barrier_wait(shared.k_full.at[slot])
+        """q . k of the half of tile i that is mine, part by part as keys come: [64, keys]."""
+        plan, shared, piece = self.program.plan, self.program.shared, self.piece
         zero = unknown_zero(i)
-        query = shared.q.at[lax.rem(self.piece.number, plan.query_slots) + zero, 0]
-        return product(query, shared.k.at[slot + zero, :, pl.ds(0, plan.block_dim)].transpose((1, 0)))
+        query = shared.q.at[lax.rem(piece.number, plan.query_slots) + zero, 0]
+
+        def multiply(logits):
+            for name in plan.order(self.me):
+                if size := plan.key_columns(name):
+                    self.wait(slot, name)
+                    keys = getattr(shared, name).at[slot + zero, :, pl.ds(0, size)]
+                    plgpu.wgmma(logits, query.at[:, pl.ds(plan.rings[name].first, size)], keys.transpose((1, 0)))
+            return logits[...]
+
+        products = pl.run_scoped(multiply, plgpu.ACC((64, plan.place_rows), jnp.float32))
+        self.free(slot, *[name for name in plan.rings if name not in VALUES])
+        return products
 
     def weigh(self, i, slot, products, stats):
         """Weights of the half that is mine, the new `stats`, and the factor for the output so far. The other warpgroup gets weights
@@ -123,24 +137,30 @@ class _Halves:
             shared.p.at[term][...] = weight
         for place, numbers in enumerate(stats):
             store(shared.stats.at[me, place], numbers)
-        values = self.values(slot, wait=True)
-        when(program.at_an_end(piece, row))(lambda: program.clear(piece, row, values))
+        self.wait(slot, *[name for name in VALUES if not program.plan.key_columns(name)])
+
+        def clear():
+            for name in VALUES:
+                program.clear(piece, row, getattr(shared, name).at[slot])
+
+        when(program.at_an_end(piece, row))(clear)
         plgpu.barrier_arrive(shared.passed.at[me])
         return weights, stats, fade
 
-    def received(self, stats):
+    def received(self, slot, stats):
         """The weights and the `stats` of the other warpgroup's half, and its factor for the output so far, from the `stats` before
         this half."""
         shared = self.program.shared
         plgpu.barrier_wait(shared.passed.at[1 - self.me])
+        self.wait(slot, VALUES[self.me])
         weights = [plgpu.load(shared.p.at[term], layout=TILE) for term in range(self.program.plan.terms)]
         high, total = (load_of_rows(shared.stats.at[1 - self.me, place]) for place in range(2))
         return weights, [high, total], jnp.exp2((stats[0] - high) * self.program.factor)
 
-    def add(self, acc, fade, weights, slot, *, wait=False):
-        """The output so far with the values of a half, which is free from then on."""
-        program, plan, size = self.program, self.program.plan, self.program.plan.value_dim // PAIR
-        values = self.values(slot, wait=wait).at[:, pl.ds(self.me * size, size)]
+    def add(self, acc, fade, weights, slot):
+        """The output so far with the values of a half, whose place is free from then on."""
+        program, name = self.program, VALUES[self.me]
+        values = getattr(program.shared, name).at[slot]
         acc = acc * over(fade, acc)
         if program.interpreted:  # which takes both operands of a product from shared memory
             for weight in weights:
@@ -149,15 +169,13 @@ class _Halves:
                 acc = plus_products(program, acc, (program.shared.mine.at[self.me], values))
         else:
             acc = plus_products(program, acc, *[(weight, values) for weight in weights])
-        for name in plan.columns:
-            plgpu.barrier_arrive(program.barriers(name)[1].at[slot])
+        self.free(slot, name)
         return acc
 
-    def values(self, slot, *, wait=False):
-        """The values of a half. Each warpgroup waits once for the values of each half."""
-        plan, shared = self.program.plan, self.program.shared
-        if plan.value_start is not None:
-            return shared.k.at[slot, :, pl.ds(plan.value_start, plan.value_dim)]
-        if wait:
-            plgpu.barrier_wait(shared.v_full.at[slot])
-        return shared.v.at[slot]
+    def wait(self, slot, *names):
+        for name in names:
+            plgpu.barrier_wait(self.program.barriers(name)[0].at[slot])
+
+    def free(self, slot, *names):
+        for name in names:
+            plgpu.barrier_arrive(self.program.barriers(name)[1].at[slot])

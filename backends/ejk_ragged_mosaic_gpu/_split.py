@@ -116,12 +116,12 @@ def _rings(problem, plan, cache):
     ]
     arrivals: dict[str, Any] = {"q": (plan.block_rows // plan.copy_rows, plan.warpgroups)}
     shared: dict[str, Any] = {"q": ((plan.row_groups, plan.warpgroup_rows, plan.block_dim), problem.dtype)}
-    for name, columns in plan.place_columns.items():
-        shared[name] = (keys, columns), problem.dtype if name == "k" else plan.value_dtype(problem)
-        arrivals[name] = 1 if plan.wide_stages else parts, plan.warpgroups
+    for name, (source, _, columns) in plan.rings.items():
+        shared[name] = (keys, columns), plan.value_dtype(problem) if source else problem.dtype
+        arrivals[name] = 1 if plan.wide_stages else parts, 1 if plan.pair else plan.warpgroups
         if plan.wide_stages:
             shared[f"narrow_{name}"] = (keys, columns), problem.cache_dtype
-            arrivals[f"narrow_{name}"] = parts * (len(plan.columns) + len(by_row)), 1
+            arrivals[f"narrow_{name}"] = parts * (len(plan.rings) + len(by_row)), 1
     rings: dict[str, Any] = {}
     for name, (shape, dtype) in shared.items():
         tiled = plan.direct or name == "q"
@@ -143,8 +143,8 @@ def _multiply(program, warpgroup):
     """All pieces of a program, for one of the warpgroups that multiply."""
     if program.plan.registers:
         plgpu.set_max_registers(program.plan.registers[0], action="increase")
-    program.release("q", *program.plan.columns)
+    form = _pair if program.plan.pair else _many if program.plan.many else _few
+    program.release("q", *(_pair.freed_by(program.plan, warpgroup) if program.plan.pair else program.plan.rings))
     if program.plan.table:
         plgpu.barrier_wait(program.shared.stops_full)
-    form = _pair if program.plan.pair else _many if program.plan.many else _few
     form.compute_pieces(program, warpgroup)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
+
+from jax import lax
 
 from ejk_ragged import Problem
 from ejk_ragged_schedule import Schedule
@@ -18,6 +21,19 @@ LEAST_MERGED = 4  # partial results of a query row that a program reads at once,
 MOST_TERMS = 2
 ITEMSIZE = 2
 BARRIERS = 1024  # bytes
+
+
+class Ring(NamedTuple):
+    """What the places of a ring hold of a tile.
+
+    Attributes:
+        source: 0 for the cache's array of keys, 1 for its array of values.
+        first, columns: the first column in that array, and the number of columns.
+    """
+
+    source: int
+    first: int
+    columns: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +116,33 @@ class Tiles:
         return math.gcd(self.place_rows, self.value_dim // self.halves, 64) * ITEMSIZE
 
     @property
-    def columns(self) -> dict[str, int]:
-        """Columns of the tiles of each ring: "k", and "v" if values are in an array of their own."""
-        return {"k": self.tile_dim} | ({"v": self.value_dim} if self.value_start is None else {})
+    def rings(self) -> dict[str, Ring]:
+        """The rings of tiles: "k", and "v" if values are in an array of their own. For a tile in several parts, "k" is the first
+        part. A pair has a ring "v0", "v1" for the values of each warpgroup, and the others for what else keys have."""
+        source, start = (1, 0) if self.value_start is None else (0, self.value_start)
+        if not self.pair:
+            return {"k": Ring(0, 0, self.part_dim)} | ({"v": Ring(1, 0, self.value_dim)} if source else {})
+        size = self.value_dim // 2
+        values = {f"v{i}": Ring(source, start + i * size, size) for i in range(2)}
+        others = [(0, self.tile_dim)] if source else [(0, start), (start + self.value_dim, self.tile_dim)]
+        return {f"k{i}": Ring(0, first, end - first) for i, (first, end) in enumerate(others) if first < end} | values
+
+    def order(self, half: int) -> list[str]:
+        """The rings in the order in which the places of a half of a tile are filled. In a pair, that is the order in which they are
+        read and become free: the values of the warpgroup that computes the weights before those of the other."""
+        return sorted(self.rings, key=lambda name: (name[0], name != f"v{half}"))
+
+    def key_columns(self, name: str) -> int:
+        """Columns of the key in the places of a ring."""
+        source, first, columns = self.rings[name]
+        return 0 if source else max(min(columns, self.block_dim - first), 0)
+
+    def place(self, tile, half: int = 0, part: int = 0):
+        """The place in the rings of copies for a part or a half of the tile with this number. Each half has places of its own, because
+        a place is free when certain warpgroups say so, and halves are read by others."""
+        if not self.pair:
+            return lax.rem(tile * self.parts + part, self.stages)
+        return lax.rem(tile, (self.stages + 1 - half) // 2) * 2 + half
 
     @property
     def parts(self) -> int:
@@ -120,11 +160,6 @@ class Tiles:
             size = min(self.value_start + self.value_dim - first, self.part_dim) - start
             found.append((start, size) if size > 0 else None)
         return found
-
-    @property
-    def place_columns(self) -> dict[str, int]:
-        """Columns of a place of each ring."""
-        return self.columns | {"k": self.part_dim}
 
     @property
     def num_rows(self) -> int:
@@ -159,8 +194,8 @@ class Tiles:
     @property
     def places(self) -> dict[str, int]:
         """Places of each ring in shared memory."""
-        narrow = {f"narrow_{name}": self.stages for name in self.columns} if self.wide_stages else {}
-        return {"q": self.query_slots, **dict.fromkeys(self.columns, self.wide_stages or self.stages), **narrow}
+        narrow = {f"narrow_{name}": self.stages for name in self.rings} if self.wide_stages else {}
+        return {"q": self.query_slots, **dict.fromkeys(self.rings, self.wide_stages or self.stages), **narrow}
 
     @property
     def filled_with(self) -> dict[str, str]:
@@ -216,7 +251,7 @@ class Tiles:
     def shared_bytes(self) -> int:
         """Bytes of shared memory that a program needs, each array beginning at a multiple of 1024."""
         keys, rows, dim = self.place_rows, self.block_rows, self.block_dim
-        tiles = keys * sum(self.place_columns.values()) * ITEMSIZE
+        tiles = keys * sum(ring.columns for ring in self.rings.values()) * ITEMSIZE
         narrow = [tiles // ITEMSIZE * self.stages, *[keys * 4 * places for places in (self.stages, self.wide_stages) * 2]]
         weights = self.terms if self.pair else 0 if self.many else MOST_TERMS
         arrays = narrow if self.wide_stages else []

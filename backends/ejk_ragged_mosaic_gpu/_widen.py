@@ -89,7 +89,7 @@ def _all_tiles(program, tile, before):
     """`tile(piece, its number, the row at which it is read, carry)` for all tiles. A piece begins with the carry `before`."""
     plan = program.plan
     plgpu.set_max_registers(plan.registers[1], action="decrease")
-    program.release(*[f"narrow_{name}" for name in plan.columns])
+    program.release(*[f"narrow_{name}" for name in plan.rings])
     if plan.table:
         plgpu.barrier_wait(program.shared.stops_full)
 
@@ -100,7 +100,7 @@ def _all_tiles(program, tile, before):
         lax.fori_loop(0, piece.num_tiles, step, before)
 
     program.ranges.pieces(program.number, work)
-    program.drain(*plan.columns)
+    program.drain(*plan.rings)
 
 
 def load_scales(program, piece, slot, row):
