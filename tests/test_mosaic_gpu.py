@@ -396,7 +396,8 @@ def test_hints_are_rounded_up_to_what_is_multiplied():
     [
         ({}, (128, 2)),
         ({"num_q_heads": 512}, (128, 2)),  # two blocks of query rows
-        ({"batch": 1000}, (64, 3)),  # the table of sequences takes the room
+        ({"batch": 1000}, (128, 2)),  # the table has an entry for each eight sequences
+        ({"batch": 3000}, (64, 3)),  # the table takes the room
         ({"keeps_accum_dtype": True}, (64, 3)),  # and so does a second term of weights
         ({"keeps_accum_dtype": True, "fwd_params": FwdParams(block_size_keys=128)}, (64, 3)),  # a hint of the call, for gradients
         ({"fwd_params": FwdParams(num_stages=4)}, (64, 4)),
@@ -411,6 +412,14 @@ def test_the_tiles_of_a_pair(changes, expected):
     plan = tiles(dataclasses.replace(given, fwd_params=hints), Target("cuda"))
     assert plan.pair
     assert plan.shared_bytes() <= 227 * 1024
+
+
+@pytest.mark.parametrize(("batch", "step"), [(100, 1), (256, 1), (257, 2), (384, 2), (385, 4), (768, 4), (769, 8), (9000, 8)])
+def test_the_table_of_a_pair(batch, step):
+    """One entry is for several sequences where a batch has many, and only in a pair."""
+    for heads, expected in ((160, step), (16, 1)):
+        given = problem(**LATENT | {"num_q_heads": heads, "batch": batch})
+        assert tiles(dataclasses.replace(given, fwd_params=resolve(given, Target("cuda"))), Target("cuda")).table_step == expected
 
 
 def test_hints_that_cannot_work():

@@ -16,7 +16,7 @@ from support import array, assert_right, has_mosaic_gpu
 from ejk_ragged import Cache, explain, FwdParams, Problem, Queries, Target
 from ejk_ragged._problem import Settings
 from ejk_ragged.testing import Case, oracle, relative_error
-from ejk_ragged_mosaic_gpu import MosaicGpuBackend
+from ejk_ragged_mosaic_gpu import _tuning, MosaicGpuBackend
 from ejk_ragged_mosaic_gpu._tiles import Tiles
 from ejk_ragged_mosaic_gpu._tuning import resolve, tiles
 
@@ -162,7 +162,8 @@ def test_the_bits_of_a_sequence(interpreted):
 # Values in the key's rows, and wide heads
 
 
-# Name: case, programs, and what the shape of the work is. Hints ask for as many stages, and for 128 keys in one case.
+# Name: case, programs, and what the shape of the work is. Hints ask for as many stages, and for as many keys. One program alone uses
+# each place several times.
 WIDE = {
     "few query rows, in pages": (
         Case(
@@ -201,6 +202,16 @@ WIDE = {
         1,
         {"pair": True, "writes_out": True},
     ),
+    "a pair, halves that share three places": (
+        Case("", 2, 256, 40, 1, 128, "bfloat16", ("ranges", (3, 250), (60, 70)), value_columns=(64, 128), num_tokens=2),
+        1,
+        {"pair": True, "stages": 3, "place_rows": 32, "apart": False},
+    ),
+    "a pair, two places per half": (
+        Case("", 2, 256, 40, 1, 192, "float16", ("ranges", (3, 250), (60, 70)), page_size=16, value_columns=(64, 192)),
+        1,
+        {"pair": True, "stages": 4, "place_rows": 32, "apart": True, "part_rows": 16},
+    ),
     "a pair, wide values of their own": (
         Case("", 2, 128, 40, 1, 64, "float16", TWO, value_dim=320),
         2,
@@ -217,6 +228,17 @@ def test_wide_rows(interpreted, name):
     found = plan(case, programs, hints)
     assert {field: getattr(found, field) for field in expected} == expected
     assert_right(interpreted(hints, programs), case.draw(poison=True), gradients=False)
+
+
+@pytest.mark.parametrize(("batch", "step"), [(75, 4), (19, 8), (72, 1)])
+def test_tables_of_sequences(interpreted, monkeypatch, batch, step):
+    """A program's table has blocks of 64 sequences, the rest of eight or more, and the rest of fewer. An entry may be for several
+    sequences, which only large batches have by themselves."""
+    usual = _tuning._tiles
+    monkeypatch.setattr(_tuning, "_tiles", lambda *args: dataclasses.replace(usual(*args), table_step=step))
+    case = Case("", batch, 16, 2, 1, 64, "bfloat16", ("uniform", 0, 16))
+    assert plan(case, 3).table_step == step
+    assert_right(interpreted(programs=3), case.draw(poison=True), gradients=False)
 
 
 def test_a_pair_with_two_terms_per_weight(capfd):

@@ -14,8 +14,7 @@ from jax.experimental import pallas as pl
 from ejk_ragged_schedule import cdiv, Line
 
 from ._jax import OF_COLUMNS, plgpu, TILE, when
-from ._tiles import round_up, Tiles
-from ._tuning import BLOCK_SEQUENCES
+from ._tiles import BLOCK_SEQUENCES, Tiles
 
 
 class Piece(NamedTuple):
@@ -26,6 +25,7 @@ class Piece(NamedTuple):
         start, end: the sequence's range.
         row: the first row of the first tile.
         num_tiles: number of tiles. 0 if the other workers on the stretch have all rows.
+        siblings: number of pieces of the sequence, this one included.
         number: number of pieces that the program did before.
         tiles_before: number of tiles that the program did before.
     """
@@ -35,6 +35,7 @@ class Piece(NamedTuple):
     end: Any
     row: Any
     num_tiles: Any
+    siblings: Any
     number: Any
     tiles_before: Any
 
@@ -46,37 +47,47 @@ class Ranges:
     Attributes:
         plan: the static shape of the work.
         lengths: (start, end), refs of int32 [B], or None.
-        stops: ref in shared memory, int32 [plan.table]: where each sequence stops on the line. None if each sequence is on a line
-            of its own.
+        stops: ref in shared memory, int32: where on the line the last of each `step` sequences stops. None if each sequence is on a
+            line of its own.
+        step: sequences per entry.
     """
 
     plan: Tiles
     lengths: Any
     stops: Any
+    step: int = 1
 
     def make_table(self):
         """Fills `stops`. Each program fills its own."""
         if self.stops is None:
             return
         batch = self.plan.schedule.batch
-        whole, rest = divmod(batch, BLOCK_SEQUENCES)
+        in_blocks = batch - batch % 8
+        whole, rest = divmod(in_blocks, BLOCK_SEQUENCES)
         first = lambda i: pl.multiple_of(i * BLOCK_SEQUENCES, 8)
         total = lax.fori_loop(0, whole, lambda i, total: self._sum_up(first(i), BLOCK_SEQUENCES, total), jnp.int32(0))
-        for count in (rest - rest % 8, rest % 8):
-            if count:
-                total = self._sum_up(batch - rest, count, total)
-                rest -= count
+        if rest:  # a whole block again, if there is one, which ends with the rest
+            begin = max(in_blocks - BLOCK_SEQUENCES, 0)
+            total = self._sum_up(begin, in_blocks - begin, self.stops[begin // self.step - 1] if begin else total)
+        few = [self._rounds(*self._range(b)) for b in range(in_blocks, batch)]  # fewer than a copy to registers takes
+        for b, rounds in enumerate(few, in_blocks):
+            total += rounds
+            if (b + 1) % self.step == 0 or b + 1 == batch:
+                self.stops[b // self.step] = total
+        plgpu.commit_smem()
 
     def _sum_up(self, first, count, total):
-        number = plgpu.broadcasted_iota(jnp.int32, (round_up(count, 8),), 0, layout=OF_COLUMNS) + first
-        start, end = (None if ref is None else _lengths(ref, first, count) for ref in self.lengths)
+        number = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=OF_COLUMNS) + first
+        lengths = lambda ref: plgpu.load(ref.at[pl.ds(first, count)], layout=OF_COLUMNS, optimized=False)
+        start, end = (None if ref is None else lengths(ref) for ref in self.lengths)
         rounds = self._rounds(*self.plan.schedule.clipped(number, start, end))
         square = BLOCK_SEQUENCES, rounds.size
         this, other = (plgpu.broadcasted_iota(jnp.int32, square, axis, layout=TILE) for axis in (0, 1))
-        rounds = jnp.where(other <= this, lax.broadcast_in_dim(rounds, square, [1]), 0)
-        self.stops[pl.ds(first, BLOCK_SEQUENCES)] = jnp.sum(rounds, axis=1, dtype=jnp.int32) + total
+        rounds = jnp.where(other < (this + 1) * self.step, lax.broadcast_in_dim(rounds, square, [1]), 0)
+        entry = lambda b: b if self.step == 1 else b >> (self.step.bit_length() - 1)
+        self.stops[pl.ds(entry(first), BLOCK_SEQUENCES)] = jnp.sum(rounds, axis=1, dtype=jnp.int32) + total
         plgpu.commit_smem()
-        return self.stops[first + count - 1]
+        return self.stops[entry(first + count) - 1]
 
     def pieces(self, program, work):
         """Calls `work` with one piece of the program after another."""
@@ -90,14 +101,14 @@ class Ranges:
         def piece(carry):
             b, before, number, tiles = carry
             start, end = self._range(b)
-            stop = self._stop(b)
+            stop = before + self._rounds(start, end)
             begun = jnp.maximum(before, first)
             line = Line(worker, b, self._first_row(start, end), end, stop - before, stop, total)
             origin, piece_end = schedule.piece(line)
             row = origin + begun * schedule.stride
             here = stop > begun
             num_tiles = jnp.where(here, cdiv(jnp.maximum(piece_end - row, 0), schedule.stride), 0)
-            when(here)(lambda: work(Piece(b, start, end, row, num_tiles, number, tiles)))
+            when(here)(lambda: work(Piece(b, start, end, row, num_tiles, schedule.pieces(line)[1], number, tiles)))
             return b + 1, stop, number + jnp.where(here, 1, 0), tiles + num_tiles
 
         before = jnp.where(count > 0, before, first)
@@ -112,20 +123,30 @@ class Ranges:
 
     def _find(self, place):
         """The sequence at a place on the line, and where the sequence begins on the line."""
-        number, last = jnp.int32(0), self.plan.schedule.batch - 1  # of sequences that stop at or before it; the last one does not
+        number, last = jnp.int32(0), self._last  # entries of sequences that stop at or before the place; the last one does not
         for digit in reversed(range(-(-last.bit_length() // 4))):  # by which few loads wait for each other
             step = 16**digit
             ends = [self.stops[jnp.minimum(number + i * step - 1, last)] for i in range(1, min(last // step, 15) + 1)]
             # Not `astype`: JAX takes 7 ms to lower a conversion from bool.
             number += step * sum(jnp.where(end <= place, 1, 0) for end in ends)
-        return number, self._before(number)
+        b, before, stop = number * self.step, self._before(number), self._before(number)
+        for i in range(self.step - 1):  # sequences of the same entry
+            stop += self._rounds(*self._range(jnp.minimum(number * self.step + i, self.plan.schedule.batch - 1)))
+            b += jnp.where(stop <= place, 1, 0)
+            before = jnp.where(stop <= place, stop, before)
+        return b, before
+
+    @property
+    def _last(self) -> int:
+        """The number of the last entry."""
+        return (self.plan.schedule.batch - 1) // self.step
 
     def _range(self, b):
         return self.plan.schedule.clipped(b, *(None if ref is None else ref[b] for ref in self.lengths))
 
     def _total(self, b):
         """The rounds of the line on which a sequence lies."""
-        return self._stop(b if self.stops is None else self.plan.schedule.batch - 1)
+        return self._stop(b if self.stops is None else self._last)
 
     def _stop(self, b):
         return self._rounds(*self._range(b)) if self.stops is None else self.stops[b]
@@ -139,12 +160,3 @@ class Ranges:
     def _first_row(self, start, end):
         """The row at which the tiles of a range begin. A copy can begin at this row."""
         return jnp.where(start < end, start & -self.plan.align, start)
-
-
-def _lengths(ref, first, count):
-    """The ranges of `count` sequences. Fewer than 8 sequences are read one by one, and padded with zeros."""
-    if count % 8 == 0:
-        return plgpu.load(ref.at[pl.ds(first, count)], layout=OF_COLUMNS, optimized=False)
-    place = plgpu.broadcasted_iota(jnp.int32, (8,), 0, layout=OF_COLUMNS)
-    # A product: what is selected from a single number has no sign (see the tests).
-    return sum((place == i).astype(jnp.int32) * ref[first + i] for i in range(count))

@@ -6,14 +6,16 @@ second warpgroup those of the second half. Weights, and what goes from half to h
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from ._jax import plgpu, store, TILE, when
 from ._line import Piece
-from ._program import load_of_rows, over, plus_products, product, Program, tile_of, tiling, unknown_zero
+from ._program import load_of_rows, over, product, Program, tile_of, tiling, unknown_zero
 from ._results import write_result
 from ._softmax import Softmax
 
@@ -22,9 +24,15 @@ PAIR = 2
 VALUES = "v0", "v1"  # the rings of values, one for each warpgroup
 
 
+def freed_at_once(plan) -> list[str]:
+    """The rings in which a half is free once its logits are there: who computes them is the only one who reads it."""
+    return [name for name in plan.rings if plan.apart and name not in VALUES]
+
+
 def freed_by(plan, me: int) -> list[str]:
-    """The rings whose places are first said to be free by a warpgroup."""
-    return [name for name in plan.rings if name == VALUES[me] or (me == 0 and name not in VALUES)]
+    """The rings in which a half is free for one warpgroup once the warpgroup has added its values: the ring of these values. Where
+    halves share their places, both warpgroups free all rings."""
+    return [VALUES[me]] if plan.apart else list(plan.rings)
 
 
 def shared(plan, dtype, interpreted):
@@ -39,8 +47,14 @@ def shared(plan, dtype, interpreted):
         "p": plgpu.SMEM((plan.terms, *tile), dtype, transforms=tiled),
         "stats": plgpu.SMEM((PAIR, 2, 64), jnp.float32),
         "passed": plgpu.Barrier(num_arrivals=1, num_barriers=PAIR),
+        "asked": plgpu.Barrier(num_arrivals=1),
     }
     return arrays | ({"mine": plgpu.SMEM((PAIR, *tile), dtype, transforms=tiled)} if interpreted else {})
+
+
+def first_free(plan, me: int) -> list[str]:
+    """The rings in which all places are free at the beginning, as one warpgroup says for itself or for both."""
+    return freed_by(plan, me) + (freed_at_once(plan) if me == 0 else [])
 
 
 def compute_pieces(program: Program, me: int):
@@ -68,6 +82,20 @@ def _compute_piece(program, piece, me):
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
 
 
+class _Weighed(NamedTuple):
+    """A half of a tile, weighed.
+
+    Attributes:
+        weights: weights [64, keys], in the terms of `Program.terms`.
+        stats: the `stats` of `Softmax` after this half.
+        fade: the factor of each query row for the output so far.
+    """
+
+    weights: list[Any]
+    stats: list[Any]
+    fade: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class _Halves:
     """The halves of the tiles of a piece, for one warpgroup.
@@ -90,27 +118,34 @@ class _Halves:
     def first(self, carry, i, slot, other_slot):
         """Tile i for the first warpgroup: its own half, then the other."""
         acc, stats = carry
-        weights, stats, fade = self.weigh(i, slot, self.products(i, slot), stats)
-        acc = self.add(acc, fade, weights, slot)
-        weights, stats, fade = self.received(other_slot, stats)
-        return self.add(acc, fade, weights, other_slot), stats
+        half = self.weigh(i, slot, self.products(i, slot), stats)
+        acc, _ = self.add(acc, half, slot)
+        half = self.received(other_slot, half.stats)
+        acc, _ = self.add(acc, half, other_slot)
+        return acc, half.stats
 
     def second(self, carry, i, other_slot, slot):
-        """Tile i for the second warpgroup, which has logits of its own half ready when the weights of the other half come."""
+        """Tile i for the second warpgroup, which has logits of its own half ready when the weights of the other half come. It
+        computes its weights while the tensor cores add the values of the other half."""
         acc, stats = carry
         products = self.products(i, slot)
-        weights, stats, fade = self.received(other_slot, stats)
-        acc = self.add(acc, fade, weights, other_slot)
-        weights, stats, fade = self.weigh(i, slot, products, stats)
-        return self.add(acc, fade, weights, slot), stats
+        half = self.received(other_slot, stats)
+        weigh = lambda stats: self.weigh(i, slot, products, stats)
+        acc, following = self.add(acc, half, other_slot, beside=weigh if self.program.plan.apart else None)
+        half = following or weigh(half.stats)
+        acc, _ = self.add(acc, half, slot)
+        return acc, half.stats
 
     def slot(self, i, half):
         """The place of a half of tile i in the rings."""
         return self.program.plan.place(self.piece.tiles_before + i, half)
 
     def products(self, i, slot):
-        """q . k of the half of tile i that is mine, part by part as keys come: [64, keys]."""
+        """q . k of the half of tile i that is mine, part by part as keys come: [64, keys]. The tensor cores serve the first
+        warpgroup before the second, so that the first one's softmax runs while they compute the second one's products."""
         plan, shared, piece = self.program.plan, self.program.shared, self.piece
+        if self.me == 1 and plan.apart:
+            plgpu.barrier_wait(shared.asked)
         zero = unknown_zero(i)
         query = shared.q.at[lax.rem(piece.number, plan.query_slots) + zero, 0]
 
@@ -120,15 +155,18 @@ class _Halves:
                     self.wait(slot, name)
                     keys = getattr(shared, name).at[slot + zero, :, pl.ds(0, size)]
                     plgpu.wgmma(logits, query.at[:, pl.ds(plan.rings[name].first, size)], keys.transpose((1, 0)))
+            if self.me == 0 and plan.apart:
+                plgpu.wgmma_wait(1)
+                plgpu.barrier_arrive(shared.asked)
             return logits[...]
 
         products = pl.run_scoped(multiply, plgpu.ACC((64, plan.place_rows), jnp.float32))
-        self.free(slot, *[name for name in plan.rings if name not in VALUES])
+        self.free(slot, *freed_at_once(plan))
         return products
 
     def weigh(self, i, slot, products, stats):
-        """Weights of the half that is mine, the new `stats`, and the factor for the output so far. The other warpgroup gets weights
-        and `stats`, and finds zeros in rows of the value outside the range: 0 times what such a row holds may be NaN."""
+        """The half that is mine, weighed. The other warpgroup gets weights and `stats`, and finds zeros in rows of the value
+        outside the range: 0 times what such a row holds may be NaN."""
         program, piece, shared, me = self.program, self.piece, self.program.shared, self.me
         first = program.first_key(piece, i)
         row = program.row_of(piece, first) + me * program.plan.place_rows
@@ -145,32 +183,43 @@ class _Halves:
 
         when(program.at_an_end(piece, row))(clear)
         plgpu.barrier_arrive(shared.passed.at[me])
-        return weights, stats, fade
+        return _Weighed(weights, stats, fade)
 
     def received(self, slot, stats):
-        """The weights and the `stats` of the other warpgroup's half, and its factor for the output so far, from the `stats` before
-        this half."""
+        """The other warpgroup's half, weighed. `stats` are those before this half."""
         shared = self.program.shared
         plgpu.barrier_wait(shared.passed.at[1 - self.me])
-        self.wait(slot, VALUES[self.me])
+        self.wait(slot, *freed_by(self.program.plan, self.me))
         weights = [plgpu.load(shared.p.at[term], layout=TILE) for term in range(self.program.plan.terms)]
         high, total = (load_of_rows(shared.stats.at[1 - self.me, place]) for place in range(2))
-        return weights, [high, total], jnp.exp2((stats[0] - high) * self.program.factor)
+        return _Weighed(weights, [high, total], jnp.exp2((stats[0] - high) * self.program.factor))
 
-    def add(self, acc, fade, weights, slot):
-        """The output so far with the values of a half, whose place is free from then on."""
-        program, name = self.program, VALUES[self.me]
-        values = getattr(program.shared, name).at[slot]
-        acc = acc * over(fade, acc)
+    def add(self, acc, half, slot, beside=None):
+        """The output so far with the values of a half, whose place is free from then on. With `beside`, a function of the `stats`,
+        also the next half, weighed while the tensor cores work."""
+        program = self.program
+        values = getattr(program.shared, VALUES[self.me]).at[slot]
+        acc = acc * over(half.fade, acc)
+        following, tree = jax.tree.flatten(half if beside else None)
+
+        def multiply(refs):
+            out, *results = refs
+            for weight in half.weights:
+                plgpu.wgmma(out, weight, values)
+            for ref, result in zip(results, jax.tree.leaves(beside(half.stats) if beside else None), strict=True):
+                ref[...] = result
+
         if program.interpreted:  # which takes both operands of a product from shared memory
-            for weight in weights:
-                program.shared.mine.at[self.me][...] = weight
+            mine = program.shared.mine.at[self.me]
+            for weight in half.weights:
+                mine[...] = weight
                 plgpu.commit_smem()
-                acc = plus_products(program, acc, (program.shared.mine.at[self.me], values))
+                acc = acc + product(mine, values)
+            following = jax.tree.leaves(beside(half.stats) if beside else None)
         else:
-            acc = plus_products(program, acc, *[(weight, values) for weight in weights])
-        self.free(slot, name)
-        return acc
+            acc, *following = pl.run_state(multiply)((plgpu.ACC.init(acc), *following))
+        self.free(slot, *freed_by(program.plan, self.me))
+        return acc, jax.tree.unflatten(tree, following)
 
     def wait(self, slot, *names):
         for name in names:

@@ -36,7 +36,7 @@ def write_result(softmax: Softmax, compute, nothing, staging, columns, with_stat
 
     def work():
         result = compute()
-        pieces = program.ranges.slots(piece.sequence)[1] if plan.writes_out else 0
+        pieces = piece.siblings if plan.writes_out else 0
         when(pieces == 1)(lambda: write(*result))
         when(pieces != 1)(lambda: keep(*result))
 

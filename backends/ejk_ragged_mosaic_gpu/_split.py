@@ -14,7 +14,7 @@ from ._copy import copy
 from ._jax import launch, plgpu, when
 from ._line import Ranges
 from ._program import Program, TILED, tiling
-from ._tiles import Tiles
+from ._tiles import table_entries, Tiles
 from ._widen import widen, widen_parts
 
 
@@ -58,7 +58,7 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
         dims = {"k_tile": plan.block_dim, "v_tile": plan.value_dim}
         shared |= {name: plgpu.SMEM((keys, dim), dtype, transforms=TILED) for name, dim in dims.items()}
     if plan.table:
-        shared |= {"stops": plgpu.SMEM((plan.table,), jnp.int32), "stops_full": plgpu.Barrier()}
+        shared |= {"stops": plgpu.SMEM((table_entries(plan.table, plan.table_step),), jnp.int32), "stops_full": plgpu.Barrier()}
     static = {"tree": tree, "problem": problem, "plan": plan, "results": tuple(results), "interpreted": how["interpret"]}
     call = launch(
         functools.partial(_kernel, **static),
@@ -90,7 +90,7 @@ def _kernel(*refs, tree, problem, plan, results, interpreted, **shared):
         cache=(cache.key, cache.value),
         scales={"k": cache.key_scale, "v": cache.value_scale},
         page_table=cache.page_table,
-        ranges=Ranges(plan, lengths, shared.pop("stops", None)),
+        ranges=Ranges(plan, lengths, shared.pop("stops", None), plan.table_step),
         query_bounds=query_bounds,
         sink=sink,
         results=types.SimpleNamespace(**dict(zip(results, outputs, strict=True))),
@@ -118,7 +118,7 @@ def _rings(problem, plan, cache):
     shared: dict[str, Any] = {"q": ((plan.row_groups, plan.warpgroup_rows, plan.block_dim), problem.dtype)}
     for name, (source, _, columns) in plan.rings.items():
         shared[name] = (keys, columns), plan.value_dtype(problem) if source else problem.dtype
-        arrivals[name] = 1 if plan.wide_stages else parts, 1 if plan.pair else plan.warpgroups
+        arrivals[name] = 1 if plan.wide_stages else parts, 1 if plan.apart else plan.warpgroups
         if plan.wide_stages:
             shared[f"narrow_{name}"] = (keys, columns), problem.cache_dtype
             arrivals[f"narrow_{name}"] = parts * (len(plan.rings) + len(by_row)), 1
@@ -144,7 +144,7 @@ def _multiply(program, warpgroup):
     if program.plan.registers:
         plgpu.set_max_registers(program.plan.registers[0], action="increase")
     form = _pair if program.plan.pair else _many if program.plan.many else _few
-    program.release("q", *(_pair.freed_by(program.plan, warpgroup) if program.plan.pair else program.plan.rings))
+    program.release("q", *(_pair.first_free(program.plan, warpgroup) if program.plan.pair else program.plan.rings))
     if program.plan.table:
         plgpu.barrier_wait(program.shared.stops_full)
     form.compute_pieces(program, warpgroup)

@@ -21,6 +21,7 @@ LEAST_MERGED = 4  # partial results of a query row that a program reads at once,
 MOST_TERMS = 2
 ITEMSIZE = 2
 BARRIERS = 1024  # bytes
+BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 
 
 class Ring(NamedTuple):
@@ -62,7 +63,8 @@ class Tiles:
         part_dim: columns of a part of a tile. A tile is one part but for wide tiles of 8 bits, which have columns of several parts.
         direct: whether copies lay a tile out as products want it. For this, 8 must divide the rows and 64 the head dimensions.
             Other tiles are copied as they are, and a warpgroup lays them out.
-        table: size of the table of sequences that each program makes. 0 if each program works on one sequence only.
+        table: sequences in the table that each program makes. 0 if each program works on one sequence only.
+        table_step: sequences per entry of the table of the first kernel: 1, 2, 4 or 8.
         schedule: who works on which rows.
     """
 
@@ -87,6 +89,7 @@ class Tiles:
     part_dim: int
     direct: bool
     table: int
+    table_step: int
     schedule: Schedule
 
     @property
@@ -103,6 +106,11 @@ class Tiles:
     def halves(self) -> int:
         """Places in shared memory per tile."""
         return 2 if self.pair else 1
+
+    @property
+    def apart(self) -> bool:
+        """Whether each half of a tile has places of its own. Then it is known which warpgroup reads a place last."""
+        return self.pair and self.stages % 2 == 0
 
     @property
     def place_rows(self) -> int:
@@ -138,11 +146,10 @@ class Tiles:
         return 0 if source else max(min(columns, self.block_dim - first), 0)
 
     def place(self, tile, half: int = 0, part: int = 0):
-        """The place in the rings of copies for a part or a half of the tile with this number. Each half has places of its own, because
-        a place is free when certain warpgroups say so, and halves are read by others."""
-        if not self.pair:
-            return lax.rem(tile * self.parts + part, self.stages)
-        return lax.rem(tile, (self.stages + 1 - half) // 2) * 2 + half
+        """The place in the rings for a part or a half of the tile with this number."""
+        if self.apart:
+            return lax.rem(tile, self.stages // 2) * 2 + half
+        return lax.rem((tile * self.halves + half) * self.parts + part, self.stages)
 
     @property
     def parts(self) -> int:
@@ -262,8 +269,13 @@ class Tiles:
             weights * rows * keys * ITEMSIZE,
             2 * 2 * rows * 4 * self.pair,
         ]
-        arrays += [self.reduction_bytes, BARRIERS, self.table * 4]
+        arrays += [self.reduction_bytes, BARRIERS, table_entries(self.table, self.table_step) * 4]
         return sum(round_up(size, 1024) for size in arrays)
+
+
+def table_entries(sequences: int, step: int) -> int:
+    """Numbers in a table with one entry for `step` sequences. If `step` is above 1, each block writes beyond its own entries."""
+    return sequences if step == 1 else sequences // step + BLOCK_SEQUENCES
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -8,7 +8,7 @@ from ejk_ragged import FwdParams, Problem, Target
 from ejk_ragged_schedule import Schedule
 from ejk_ragged_schedule.devices import has_fast_memory, multiprocessors
 
-from ._tiles import ITEMSIZE, LEAST_MERGED, MOST_TERMS, round_up, Tiles, WIDENING_REGISTERS
+from ._tiles import BLOCK_SEQUENCES, ITEMSIZE, LEAST_MERGED, MOST_TERMS, round_up, table_entries, Tiles, WIDENING_REGISTERS
 
 
 # The defaults, as measured on an H100. docs/developers has the log.
@@ -25,6 +25,7 @@ STAGE_BYTES = 64 * 1024  # of tiles that are on their way or worked on; more til
 NARROW_BYTES = 48 * 1024  # the same for tiles of 8 bits
 PAIR_STAGES = 3, 2  # halves of tiles per pair, for tiles of BLOCK_KEYS and of more keys
 WIDE_STAGES = 3  # widened tiles per program: with 2, the warpgroups that multiply wait more often
+MOST_ENTRIES = 256  # of the table of a pair
 PARTS = 192, 128, 64  # columns of a part of a wide tile of 8 bits, which is widened part by part
 FEW_NARROW_BYTES = 72 * 1024, 48 * 1024  # of narrow parts, for up to 16 query rows and for more
 WIDE = 256  # head dimensions of one warpgroup, at most
@@ -33,7 +34,6 @@ LEAST_SCALES = 32  # per copy of scales: 128 bytes, the least that a copy takes
 MERGE_ROWS = 4  # query rows that a program merges at once, if query rows are few, and that leaves one program per multiprocessor
 MERGE_DIMS, FEW_MERGE_DIMS = 64, 16  # dimensions that a program merges at once, if query rows are many
 MERGE_PROGRAMS = 4  # programs per multiprocessor: as many as find room next to one of the first kernel
-BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 
 # Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless no
 # more than SHORT rows of a sequence are seen, or a full cache has fewer than MUCH bytes: they take some microseconds longer to
@@ -303,12 +303,19 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         wide_stages=wide_stages,
         part_dim=_part_dim(problem),
         direct=_direct(problem),
-        table=0 if alone else round_up(problem.batch, 8) + BLOCK_SEQUENCES - 8,  # where the last sum begins, and what it writes
+        table=0 if alone else max(round_up(problem.batch, 8), BLOCK_SEQUENCES),
+        table_step=1 if alone or not pair else step_of_table(problem.batch),
         schedule=schedule,
     )
     if (many or wide_stages) and plan.shared_bytes() > shared_memory(target):
         return dataclasses.replace(plan, query_slots=1)
     return plan
+
+
+def step_of_table(batch: int) -> int:
+    """Sequences per entry of the table of a pair, whose tiles leave room for MOST_ENTRIES."""
+    fits = (step for step in (1, 2, 4) if table_entries(round_up(batch, 8), step) <= MOST_ENTRIES)
+    return next(fits, 8)
 
 
 def merging(target: Target, batch: int, rows: int) -> tuple[int, int]:
