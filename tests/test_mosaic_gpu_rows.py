@@ -162,8 +162,8 @@ def test_the_bits_of_a_sequence(interpreted):
 # Values in the key's rows, and wide heads
 
 
-# Name: case, programs, and what the shape of the work is. Hints ask for as many stages, and for as many keys. One program alone uses
-# each place several times.
+# Name: case, programs, and what the shape of the work is. Hints ask for as many stages, and for as many keys. A program that is
+# alone uses each place several times.
 WIDE = {
     "few query rows, in pages": (
         Case(
