@@ -129,7 +129,8 @@ class Ranges:
             ends = [self.stops[jnp.minimum(number + i * step - 1, last)] for i in range(1, min(last // step, 15) + 1)]
             # Not `astype`: JAX takes 7 ms to lower a conversion from bool.
             number += step * sum(jnp.where(end <= place, 1, 0) for end in ends)
-        b, before, stop = number * self.step, self._before(number), self._before(number)
+        b, before = number * self.step, self._before(number)
+        stop = before
         for i in range(self.step - 1):  # sequences of the same entry
             stop += self._rounds(*self._range(jnp.minimum(number * self.step + i, self.plan.schedule.batch - 1)))
             b += jnp.where(stop <= place, 1, 0)
