@@ -35,6 +35,11 @@ def freed_by(plan, me: int) -> list[str]:
     return [VALUES[me]] if plan.apart else list(plan.rings)
 
 
+def first_free(plan, me: int) -> list[str]:
+    """The rings in which all places are free at the beginning, as one warpgroup says for itself or for both."""
+    return freed_by(plan, me) + (freed_at_once(plan) if me == 0 else [])
+
+
 def shared(plan, dtype, interpreted):
     """What the warpgroups pass to each other in shared memory: weights, and the largest logit and the sum of weights.
 
@@ -50,11 +55,6 @@ def shared(plan, dtype, interpreted):
         "asked": plgpu.Barrier(num_arrivals=1),
     }
     return arrays | ({"mine": plgpu.SMEM((PAIR, *tile), dtype, transforms=tiled)} if interpreted else {})
-
-
-def first_free(plan, me: int) -> list[str]:
-    """The rings in which all places are free at the beginning, as one warpgroup says for itself or for both."""
-    return freed_by(plan, me) + (freed_at_once(plan) if me == 0 else [])
 
 
 def compute_pieces(program: Program, me: int):
@@ -201,12 +201,13 @@ class _Halves:
         values = getattr(program.shared, VALUES[self.me]).at[slot]
         acc = acc * over(half.fade, acc)
         following, tree = jax.tree.flatten(half if beside else None)
+        weigh_next = lambda: jax.tree.leaves(beside(half.stats) if beside else None)
 
         def multiply(refs):
             out, *results = refs
             for weight in half.weights:
                 plgpu.wgmma(out, weight, values)
-            for ref, result in zip(results, jax.tree.leaves(beside(half.stats) if beside else None), strict=True):
+            for ref, result in zip(results, weigh_next(), strict=True):
                 ref[...] = result
 
         if program.interpreted:  # which takes both operands of a product from shared memory
@@ -215,7 +216,7 @@ class _Halves:
                 mine[...] = weight
                 plgpu.commit_smem()
                 acc = acc + product(mine, values)
-            following = jax.tree.leaves(beside(half.stats) if beside else None)
+            following = weigh_next()
         else:
             acc, *following = pl.run_state(multiply)((plgpu.ACC.init(acc), *following))
         self.free(slot, *freed_by(program.plan, self.me))
