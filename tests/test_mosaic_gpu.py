@@ -397,10 +397,10 @@ def test_hints_are_rounded_up_to_what_is_multiplied():
         ({}, (128, 2)),
         ({"num_q_heads": 512}, (128, 2)),  # two blocks of query rows
         ({"batch": 1000}, (128, 2)),  # the table has an entry for each eight sequences
-        ({"batch": 3000}, (64, 3)),  # the table takes the room
-        ({"keeps_accum_dtype": True}, (64, 3)),  # and so does a second term of weights
-        ({"keeps_accum_dtype": True, "fwd_params": FwdParams(block_size_keys=128)}, (64, 3)),  # a hint of the call, for gradients
-        ({"fwd_params": FwdParams(num_stages=4)}, (64, 4)),
+        ({"batch": 3000}, (64, 2)),  # the table takes the room
+        ({"keeps_accum_dtype": True}, (64, 2)),  # and so does a second term of weights
+        ({"keeps_accum_dtype": True, "fwd_params": FwdParams(block_size_keys=128)}, (64, 2)),  # a hint of the call, for gradients
+        ({"fwd_params": FwdParams(num_stages=4)}, (128, 2)),  # each half has one place, whatever the hint says
         ({"value_dim": 448, "value_columns": (64, 512)}, (128, 2)),
     ],
 )
@@ -462,8 +462,8 @@ def test_with_splits_nothing_but_the_schedule_knows_the_batch():
         (PAGED | {"page_size": 20}, None, "do not divide pages of 20"),
         (PAGED | {"cache_dtype": INT8}, None, "copies 32 at once, which do not divide pages of 16"),
         (PAGED | {"page_size": 1}, None, "do not divide pages of 1"),
-        (PAGED | {"head_dim": 80}, None, "head dimensions that 64 divides, not 80 and 80"),
-        (PAGED | {"value_dim": 40}, None, "head dimensions that 64 divides, not 128 and 40"),
+        (PAGED | {"head_dim": 88}, None, "head dimensions that 16 divides, not 88 and 88"),
+        (PAGED | {"value_dim": 40}, None, "head dimensions that 16 divides, not 128 and 40"),
         ({"value_dim": 520}, None, "a value_dim of up to 512 that is a multiple of 8, not 520"),
         ({"head_dim": 648}, None, "a head_dim of up to 640 that is a multiple of 8, not 648"),
         ({"head_dim": 264}, None, "head dimensions above 256, where 64 divides the head dimensions"),

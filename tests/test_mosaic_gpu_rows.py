@@ -30,6 +30,10 @@ RANGES = ("ranges", (57, 183), (7, 7), (1, 250))
 TWO = ("ranges", (3, 119), (60, 70))
 
 
+# Sequences of 101 rows begin at every number of rows after a multiple of 8. Ranges begin or end with their sequence, or lie within.
+END_TO_END = ("ranges", (3, 101), (0, 101), (7, 7), (0, 5), (60, 70), (90, 101), (1, 64), (0, 101))
+
+
 def plan(case, programs, hints=None) -> Tiles:
     """The shape of the work of a case."""
     problem = explain(**case.draw(), backend=MosaicGpuBackend(interpret=True), fwd_params=hints).problem
@@ -57,6 +61,11 @@ MANY = {
         Case("", 2, 128, 17, 1, 64, "bfloat16", TWO, sinks=("query", 1), num_tokens=8),
         1,
         {"warpgroups": 3, "tokens": 1, "token_rows": 136, "stages": 1},
+    ),
+    "rows of all sequences end to end": (
+        Case("", 8, 101, 40, 1, 64, "bfloat16", END_TO_END, 0.2, (50, 0), num_tokens=2),
+        2,
+        {"warpgroups": 2, "end_to_end": True},
     ),
     "two blocks of two heads": (
         Case("", 2, 256, 64, 2, 64, "bfloat16", ("ranges", (1, 242), (60, 190)), -0.5, (150, 0), num_tokens=7),
@@ -119,6 +128,13 @@ WIDTHS = {
         Case("", 2, 128, 4, 1, 192, "bfloat16", TWO, page_size=64, value_dim=128),
         2,
     ),
+    "a narrower value, in lines of 16 columns": (Case("", 2, 128, 6, 2, 80, "bfloat16", TWO, value_dim=48, num_tokens=2), 1),
+    "lines of 32 columns, in pages": (Case("", 2, 128, 4, 1, 96, "float16", TWO, page_size=16, sliding_window=(70, 0)), 1),
+    "rows of all sequences end to end, in lines of 16 columns": (
+        Case("", 8, 101, 6, 2, 112, "bfloat16", END_TO_END, num_tokens=3, query_lengths=(3, 2, 1, 3, 3, 1, 2, 3)),
+        1,
+    ),
+    "whole sequences end to end": (Case("", 8, 37, 4, 1, 64, "bfloat16"), 3),
     "a narrower value, in no tiles": (Case("", 2, 70, 4, 1, 80, "bfloat16", ("ranges", (3, 67), (60, 70)), value_dim=40), 2),
     # Two programs share each of four stretches. The last round ends within the tile of the first program.
     "many query rows, a narrower value": (
@@ -134,8 +150,18 @@ def test_pages_and_widths(interpreted, name):
     case, programs = WIDTHS[name]
     found = plan(case, programs)
     assert found.many == ("many" in name)
+    assert found.direct == ("in no tiles" not in name)
+    assert found.line == (32 if "16 columns" in name else 64 if "32 columns" in name else 128)
+    assert found.end_to_end == ("end to end" in name)
     assert found.schedule.deal == (2 if programs == 8 else 1)
     assert_right(interpreted(programs=programs), case.draw(poison=True), gradients=False)
+
+
+def test_bits_do_not_depend_on_the_place_in_the_batch():
+    """Rows of all sequences are not copied end to end if `num_key_splits` is given."""
+    case = Case("", 8, 101, 4, 1, 64, "bfloat16")
+    assert plan(case, 1).end_to_end
+    assert not plan(case, 1, FwdParams(num_key_splits=2)).end_to_end
 
 
 def test_the_bits_of_a_sequence(interpreted):
@@ -202,15 +228,20 @@ WIDE = {
         1,
         {"pair": True, "writes_out": True},
     ),
-    "a pair, halves that share three places": (
+    "a pair, small halves": (
         Case("", 2, 256, 40, 1, 128, "bfloat16", ("ranges", (3, 250), (60, 70)), value_columns=(64, 128), num_tokens=2),
         1,
-        {"pair": True, "stages": 3, "place_rows": 32, "apart": False},
+        {"pair": True, "stages": 2, "place_rows": 32},
     ),
-    "a pair, two places per half": (
+    "a pair, small halves in pages": (
         Case("", 2, 256, 40, 1, 192, "float16", ("ranges", (3, 250), (60, 70)), page_size=16, value_columns=(64, 192)),
         1,
-        {"pair": True, "stages": 4, "place_rows": 32, "apart": True, "part_rows": 16},
+        {"pair": True, "stages": 2, "place_rows": 32, "part_rows": 16},
+    ),
+    "a pair, rows of all sequences end to end": (
+        Case("", 8, 101, 40, 1, 128, "bfloat16", END_TO_END, value_columns=(64, 128), sinks=("query", 1)),
+        1,
+        {"pair": True, "end_to_end": True, "writes_out": True},
     ),
     "a pair, wide values of their own": (
         Case("", 2, 128, 40, 1, 64, "float16", TWO, value_dim=320),

@@ -56,7 +56,8 @@ def copy(program: Program):
                 # The slice has as many dimensions as products take, with zeros beyond the last one. JAX refuses such a slice if it
                 # knows the start, so the start is computed at run time.
                 first = ring.first + part * ring.columns
-                columns = pl.ds(first if plan.direct else piece.number * 0, ring.columns)
+                beyond = first + ring.columns > ref.shape[-1]
+                columns = pl.ds(first + piece.number * 0 if beyond else first, ring.columns)
                 for i, (page, row) in enumerate(places):
                     rows = pl.ds(pl.multiple_of(row, plan.align), plan.part_rows)
                     where = pl.ds(i * plan.part_rows, plan.part_rows)
@@ -79,6 +80,9 @@ def copy(program: Program):
         """Where tile i of the piece is, part by part: the page, or the sequence of a padded cache, and the row in it."""
         row = program.row_of(piece, program.first_key(piece, i))
         rows = [row + part for part in range(0, schedule.block_keys, plan.part_rows)]
+        if plan.end_to_end:
+            begin = (piece.sequence * program.problem.seq_len) & -8
+            return [(0, begin + row) for row in rows]
         if program.page_table is None:
             return [(piece.sequence, row) for row in rows]
         page_size, num_pages = program.problem.page_size, program.problem.num_pages

@@ -19,10 +19,12 @@ def forward(problem, target, queries, cache, **how):
     """Output and log-sum-exp; shapes as in `ejk_ragged.Backend.forward`."""
     plan = tiles(problem, target)
     lengths = length_arrays(problem, queries)
+    if plan.end_to_end:
+        lengths, cache = _end_to_end(problem, lengths, cache)
     own = lengths["start"], lengths["end"]
     query_bounds = lengths.get("token_start"), lengths.get("token_end")
     if not plan.many:
-        query_bounds = _of_rows(problem, plan, query_bounds[0], problem.seq_len), _of_rows(problem, plan, query_bounds[1], 0)
+        query_bounds = _of_rows(problem, plan, query_bounds[0], plan.schedule.seq_len), _of_rows(problem, plan, query_bounds[1], 0)
     cache = _scales_by_row(problem, cache)
     sink = _sink_of_rows(problem, plan, queries.sink) if plan.many else queries.sink
     partial = split(problem, plan, _by_kv_head(problem, plan, queries.query), cache, own, query_bounds, sink, **how)
@@ -30,6 +32,18 @@ def forward(problem, target, queries, cache, **how):
     if plan.many:
         out, lse = _by_token(problem, plan, out, lse)
     return out.reshape(*queries.query.shape[:3], problem.value_dim), lse.reshape(queries.query.shape[:3])
+
+
+def _end_to_end(problem, lengths, cache):
+    """Lengths and cache with the rows of all sequences laid end to end. A sequence begins up to 7 rows early, where 8 divides the
+    number of the row."""
+    early = jnp.arange(problem.batch, dtype=jnp.int32) * problem.seq_len % 8
+    lengths = {"start": jnp.zeros_like(early), "end": jnp.full_like(early, problem.seq_len)} | {
+        name: x for name, x in lengths.items() if x is not None
+    }
+    lengths = {name: jnp.clip(x, 0, problem.seq_len) + early.reshape(-1, *[1] * (x.ndim - 1)) for name, x in lengths.items()}
+    flat = lambda x: None if x is None else x.reshape(1, -1, *x.shape[2:])
+    return lengths, dataclasses.replace(cache, key=flat(cache.key), value=flat(cache.value))
 
 
 def _by_kv_head(problem, plan, query):

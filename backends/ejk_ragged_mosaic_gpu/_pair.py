@@ -24,20 +24,15 @@ PAIR = 2
 VALUES = "v0", "v1"  # the rings of values, one for each warpgroup
 
 
-def freed_at_once(plan) -> list[str]:
-    """The rings in which a half is free once its logits are there: who computes them is the only one who reads it."""
-    return [name for name in plan.rings if plan.apart and name not in VALUES]
-
-
-def freed_by(plan, me: int) -> list[str]:
-    """The rings in which a half is free for one warpgroup once the warpgroup has added its values: the ring of these values. Where
-    halves share their places, both warpgroups free all rings."""
-    return [VALUES[me]] if plan.apart else list(plan.rings)
+def only_keys(plan) -> list[str]:
+    """The rings of columns that belong to the key only. A half is free there once its logits are: who computes them is the only one
+    who reads it."""
+    return [name for name in plan.rings if name not in VALUES]
 
 
 def first_free(plan, me: int) -> list[str]:
     """The rings in which all places are free at the beginning, as one warpgroup says for itself or for both."""
-    return freed_by(plan, me) + (freed_at_once(plan) if me == 0 else [])
+    return [VALUES[me], *(only_keys(plan) if me == 0 else [])]
 
 
 def shared(plan, dtype, interpreted):
@@ -113,58 +108,52 @@ class _Halves:
 
     def tile(self, i, carry):
         """The output and the `stats` of `Softmax` with both halves of tile i."""
-        return (self.first if self.me == 0 else self.second)(carry, i, *(self.slot(i, half) for half in range(PAIR)))
+        return (self.first if self.me == 0 else self.second)(carry, i)
 
-    def first(self, carry, i, slot, other_slot):
+    def first(self, carry, i):
         """Tile i for the first warpgroup: its own half, then the other."""
         acc, stats = carry
-        half = self.weigh(i, slot, self.products(i, slot), stats)
-        acc, _ = self.add(acc, half, slot)
-        half = self.received(other_slot, half.stats)
-        acc, _ = self.add(acc, half, other_slot)
+        half = self.weigh(i, self.products(i), stats)
+        acc, _ = self.add(acc, half, 0)
+        half = self.received(half.stats)
+        acc, _ = self.add(acc, half, 1)
         return acc, half.stats
 
-    def second(self, carry, i, other_slot, slot):
+    def second(self, carry, i):
         """Tile i for the second warpgroup, which has logits of its own half ready when the weights of the other half come. It
         computes its weights while the tensor cores add the values of the other half."""
         acc, stats = carry
-        products = self.products(i, slot)
-        half = self.received(other_slot, stats)
-        weigh = lambda stats: self.weigh(i, slot, products, stats)
-        acc, following = self.add(acc, half, other_slot, beside=weigh if self.program.plan.apart else None)
-        half = following or weigh(half.stats)
-        acc, _ = self.add(acc, half, slot)
+        products = self.products(i)
+        half = self.received(stats)
+        acc, half = self.add(acc, half, 0, beside=lambda stats: self.weigh(i, products, stats))
+        acc, _ = self.add(acc, half, 1)
         return acc, half.stats
 
-    def slot(self, i, half):
-        """The place of a half of tile i in the rings."""
-        return self.program.plan.place(self.piece.tiles_before + i, half)
-
-    def products(self, i, slot):
+    def products(self, i):
         """q . k of the half of tile i that is mine, part by part as keys come: [64, keys]. The tensor cores serve the first
         warpgroup before the second, so that the first one's softmax runs while they compute the second one's products."""
-        plan, shared, piece = self.program.plan, self.program.shared, self.piece
-        if self.me == 1 and plan.apart:
+        plan, shared, piece, me = self.program.plan, self.program.shared, self.piece, self.me
+        if me == 1:
             plgpu.barrier_wait(shared.asked)
         zero = unknown_zero(i)
         query = shared.q.at[lax.rem(piece.number, plan.query_slots) + zero, 0]
 
         def multiply(logits):
-            for name in plan.order(self.me):
+            for name in plan.order(me):
                 if size := plan.key_columns(name):
-                    self.wait(slot, name)
-                    keys = getattr(shared, name).at[slot + zero, :, pl.ds(0, size)]
+                    self.wait(me, name)
+                    keys = getattr(shared, name).at[me + zero, :, pl.ds(0, size)]
                     plgpu.wgmma(logits, query.at[:, pl.ds(plan.rings[name].first, size)], keys.transpose((1, 0)))
-            if self.me == 0 and plan.apart:
+            if me == 0:
                 plgpu.wgmma_wait(1)
                 plgpu.barrier_arrive(shared.asked)
             return logits[...]
 
         products = pl.run_scoped(multiply, plgpu.ACC((64, plan.place_rows), jnp.float32))
-        self.free(slot, *freed_at_once(plan))
+        self.free(me, *only_keys(plan))
         return products
 
-    def weigh(self, i, slot, products, stats):
+    def weigh(self, i, products, stats):
         """The half that is mine, weighed. The other warpgroup gets weights and `stats`, and finds zeros in rows of the value
         outside the range: 0 times what such a row holds may be NaN."""
         program, piece, shared, me = self.program, self.piece, self.program.shared, self.me
@@ -175,30 +164,30 @@ class _Halves:
             shared.p.at[term][...] = weight
         for place, numbers in enumerate(stats):
             store(shared.stats.at[me, place], numbers)
-        self.wait(slot, *[name for name in VALUES if not program.plan.key_columns(name)])
+        self.wait(me, *[name for name in VALUES if not program.plan.key_columns(name)])
 
         def clear():
             for name in VALUES:
-                program.clear(piece, row, getattr(shared, name).at[slot])
+                program.clear(piece, row, getattr(shared, name).at[me])
 
         when(program.at_an_end(piece, row))(clear)
         plgpu.barrier_arrive(shared.passed.at[me])
         return _Weighed(weights, stats, fade)
 
-    def received(self, slot, stats):
+    def received(self, stats):
         """The other warpgroup's half, weighed. `stats` are those before this half."""
-        shared = self.program.shared
-        plgpu.barrier_wait(shared.passed.at[1 - self.me])
-        self.wait(slot, *freed_by(self.program.plan, self.me))
+        shared, other = self.program.shared, 1 - self.me
+        plgpu.barrier_wait(shared.passed.at[other])
+        self.wait(other, VALUES[self.me])
         weights = [plgpu.load(shared.p.at[term], layout=TILE) for term in range(self.program.plan.terms)]
-        high, total = (load_of_rows(shared.stats.at[1 - self.me, place]) for place in range(2))
+        high, total = (load_of_rows(shared.stats.at[other, place]) for place in range(2))
         return _Weighed(weights, [high, total], jnp.exp2((stats[0] - high) * self.program.factor))
 
-    def add(self, acc, half, slot, beside=None):
+    def add(self, acc, half, place, beside=None):
         """The output so far with the values of a half, whose place is free from then on. With `beside`, a function of the `stats`,
         also the next half, weighed while the tensor cores work."""
         program = self.program
-        values = getattr(program.shared, VALUES[self.me]).at[slot]
+        values = getattr(program.shared, VALUES[self.me]).at[place]
         acc = acc * over(half.fade, acc)
         following, tree = jax.tree.flatten(half if beside else None)
         weigh_next = lambda: jax.tree.leaves(beside(half.stats) if beside else None)
@@ -219,13 +208,13 @@ class _Halves:
             following = weigh_next()
         else:
             acc, *following = pl.run_state(multiply)((plgpu.ACC.init(acc), *following))
-        self.free(slot, *freed_by(program.plan, self.me))
+        self.free(place, VALUES[self.me])
         return acc, jax.tree.unflatten(tree, following)
 
-    def wait(self, slot, *names):
+    def wait(self, place, *names):
         for name in names:
-            plgpu.barrier_wait(self.program.barriers(name)[0].at[slot])
+            plgpu.barrier_wait(self.program.barriers(name)[0].at[place])
 
-    def free(self, slot, *names):
+    def free(self, place, *names):
         for name in names:
-            plgpu.barrier_arrive(self.program.barriers(name)[1].at[slot])
+            plgpu.barrier_arrive(self.program.barriers(name)[1].at[place])

@@ -51,7 +51,8 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
         shared |= _pair.shared(plan, dtype, how["interpret"])
     elif not plan.many or how["interpret"]:
         weights = readers if plan.many else plan.terms, plan.warpgroup_rows, keys
-        shared["p"] = plgpu.SMEM(weights, plan.value_dtype(problem), transforms=TILED)
+        dtype_of_weights = plan.value_dtype(problem)
+        shared["p"] = plgpu.SMEM(weights, dtype_of_weights, transforms=tiling(keys, dtype_of_weights, plan.line))
     if readers > 1 and not plan.wide_stages and not plan.pair:
         shared["v_clear"] = plgpu.Barrier(num_arrivals=1, num_barriers=plan.stages)
     if not plan.direct:
@@ -118,7 +119,7 @@ def _rings(problem, plan, cache):
     shared: dict[str, Any] = {"q": ((plan.row_groups, plan.warpgroup_rows, plan.block_dim), problem.dtype)}
     for name, (source, _, columns) in plan.rings.items():
         shared[name] = (keys, columns), plan.value_dtype(problem) if source else problem.dtype
-        arrivals[name] = 1 if plan.wide_stages else parts, 1 if plan.apart else plan.warpgroups
+        arrivals[name] = 1 if plan.wide_stages else parts, 1 if plan.pair else plan.warpgroups
         if plan.wide_stages:
             shared[f"narrow_{name}"] = (keys, columns), problem.cache_dtype
             arrivals[f"narrow_{name}"] = parts * (len(plan.rings) + len(by_row)), 1

@@ -17,7 +17,7 @@ PAIR_REGISTERS = 240, 24
 WIDENING_REGISTERS = {1: (240, 152, 40), 2: (176, 112, 40)}
 LEAST_MERGED = 4  # partial results of a query row that a program reads at once, at least
 # A weight is written as the sum of up to MOST_TERMS numbers of 16 bits. There is always room for them, so that hints which fit a
-# call also fit its gradients. A pair has fewer stages with MOST_TERMS terms.
+# call also fit its gradients. A pair has tiles of fewer keys with MOST_TERMS terms.
 MOST_TERMS = 2
 ITEMSIZE = 2
 BARRIERS = 1024  # bytes
@@ -57,12 +57,14 @@ class Tiles:
         value_start: the first column of the value in the key's rows, or None.
         paged: whether the cache is a pool of pages.
         part_rows: rows of a tile that one copy takes: all, or those that lie in one page.
-        stages: places for tiles of keys that a program holds as they are copied, and for tiles of values. In a pair, a tile has
-            two places, one per half. A tile of 8 bits has one place per part.
+        stages: places for tiles of keys that a program holds as they are copied, and for tiles of values. A pair has one place per
+            half of a tile. A tile of 8 bits has one place per part.
         wide_stages: the same for widened tiles, or parts of tiles, of a cache of 8 bits; 0 for other caches.
         part_dim: columns of a part of a tile. A tile is one part but for wide tiles of 8 bits, which have columns of several parts.
-        direct: whether copies lay a tile out as products want it. For this, 8 must divide the rows and 64 the head dimensions.
-            Other tiles are copied as they are, and a warpgroup lays them out.
+        direct: whether copies lay a tile out as products want it. For this, 8 must divide the rows, and 16 or 64 the head
+            dimensions. Other tiles are copied as they are, and a warpgroup lays them out.
+        end_to_end: whether the rows of all sequences are copied as those of one, because 8 divides only the rows of all.
+        common_dim: the largest number of columns, up to 64, that divides what copies take: lines have no more.
         table: sequences in the table that each program makes. 0 if each program works on one sequence only.
         table_step: sequences per entry of the table of the first kernel: 1, 2, 4 or 8.
         schedule: who works on which rows.
@@ -88,6 +90,8 @@ class Tiles:
     wide_stages: int
     part_dim: int
     direct: bool
+    end_to_end: bool
+    common_dim: int
     table: int
     table_step: int
     schedule: Schedule
@@ -108,11 +112,6 @@ class Tiles:
         return 2 if self.pair else 1
 
     @property
-    def apart(self) -> bool:
-        """Whether each half of a tile has places of its own. Then it is known which warpgroup reads a place last."""
-        return self.pair and self.stages % 2 == 0
-
-    @property
     def place_rows(self) -> int:
         """Rows of a place in shared memory."""
         return self.schedule.block_keys // self.halves
@@ -121,7 +120,7 @@ class Tiles:
     def line(self) -> int:
         """Bytes of a line of the tiles that products want, at most. The columns of a line divide those of the value of a warpgroup,
         and products take as many rows of the value at once."""
-        return math.gcd(self.place_rows, self.value_dim // self.halves, 64) * ITEMSIZE
+        return math.gcd(self.place_rows, self.value_dim // self.halves, self.common_dim) * ITEMSIZE
 
     @property
     def rings(self) -> dict[str, Ring]:
@@ -146,10 +145,8 @@ class Tiles:
         return 0 if source else max(min(columns, self.block_dim - first), 0)
 
     def place(self, tile, half: int = 0, part: int = 0):
-        """The place in the rings for a part or a half of the tile with this number."""
-        if self.apart:
-            return lax.rem(tile, self.stages // 2) * 2 + half
-        return lax.rem((tile * self.halves + half) * self.parts + part, self.stages)
+        """The place in the rings for a part of the tile with this number, or for a half: each half has a place of its own."""
+        return half if self.pair else lax.rem(tile * self.parts + part, self.stages)
 
     @property
     def parts(self) -> int:

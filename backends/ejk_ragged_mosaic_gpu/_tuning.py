@@ -23,13 +23,14 @@ BLOCK_KEYS = 64  # keys per tile: what the tensor cores take at once
 MANY_KEYS = 128
 STAGE_BYTES = 64 * 1024  # of tiles that are on their way or worked on; more tiles would wait for each other
 NARROW_BYTES = 48 * 1024  # the same for tiles of 8 bits
-PAIR_STAGES = 3, 2  # halves of tiles per pair, for tiles of BLOCK_KEYS and of more keys
+PAIR_STAGES = 2  # halves of tiles per pair: one place for each. With more places each step computes addresses, which takes longer
 WIDE_STAGES = 3  # widened tiles per program: with 2, the warpgroups that multiply wait more often
 MOST_ENTRIES = 256  # of the table of a pair
 PARTS = 192, 128, 64  # columns of a part of a wide tile of 8 bits, which is widened part by part
 FEW_NARROW_BYTES = 72 * 1024, 48 * 1024  # of narrow parts, for up to 16 query rows and for more
 WIDE = 256  # head dimensions of one warpgroup, at most
 LEAST_SCALES = 32  # per copy of scales: 128 bytes, the least that a copy takes
+LEAST_COLUMNS = 16  # per line of a tile: 32 bytes, the least that copies and products take
 # The second kernel.
 MERGE_ROWS = 4  # query rows that a program merges at once, if query rows are few, and that leaves one program per multiprocessor
 MERGE_DIMS, FEW_MERGE_DIMS = 64, 16  # dimensions that a program merges at once, if query rows are many
@@ -60,17 +61,17 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     given = problem.fwd_params
     rows = _block_rows(problem, given.block_size_heads)
     keys = round_up(given.block_size_keys or _block_keys(problem, rows), 64)
-    if is_wide(problem) and rows == 64 and (given.block_size_keys is None or problem.keeps_accum_dtype):
-        stages = given.num_stages or default_stages(problem, keys, rows)
-        keys = keys if _bytes(problem, keys, rows, stages, target) <= shared_memory(target) else BLOCK_KEYS
+    if _by_pair(problem, rows) and (given.block_size_keys is None or problem.keeps_accum_dtype):
+        keys = keys if _bytes(problem, keys, rows, PAIR_STAGES, target) <= shared_memory(target) else BLOCK_KEYS
     if given.block_size_heads is None:
-        while rows > least_rows(problem) and _bytes(problem, keys, rows, given.num_stages or 2, target) > shared_memory(target):
+        least = lambda rows: PAIR_STAGES if _by_pair(problem, rows) else given.num_stages or 2
+        while rows > least_rows(problem) and _bytes(problem, keys, rows, least(rows), target) > shared_memory(target):
             rows = rows - 64 if rows > 64 else max(rows // 16 * 8, 8)
-    least = 2 if is_wide(problem) and rows == 64 else 1  # a pair works on both halves of a tile at once
-    stages = max(given.num_stages or default_stages(problem, keys, rows), least)
+    pair = _by_pair(problem, rows)
+    stages = PAIR_STAGES if pair else given.num_stages or default_stages(problem, keys, rows)
     # The gradients of a call keep two terms per weight, and get the hints of the call.
-    may_have_fewer = not given.num_stages or problem.keeps_accum_dtype
-    while may_have_fewer and stages > least and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
+    may_have_fewer = not pair and (not given.num_stages or problem.keeps_accum_dtype)
+    while may_have_fewer and stages > 1 and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
         stages -= 1
     needs = _bytes(problem, keys, rows, stages, target)
     if needs > shared_memory(target):
@@ -88,8 +89,8 @@ def least_rows(problem: Problem) -> int:
 
 def default_stages(problem: Problem, keys: int, rows: int) -> int:
     """Stages of about `STAGE_BYTES`: two at least, so that keys are on their way while values are worked on."""
-    if is_wide(problem) and rows == 64:
-        return PAIR_STAGES[keys > BLOCK_KEYS]
+    if _by_pair(problem, rows):
+        return PAIR_STAGES
     if is_wide(problem) and problem.quantised:
         return max(FEW_NARROW_BYTES[rows > 16] // (keys * _part_dim(problem)), 2)
     dims = _tile_dim(problem) + round_up(problem.value_dim, 64) * (problem.value_columns is None)
@@ -101,8 +102,9 @@ def default_stages(problem: Problem, keys: int, rows: int) -> int:
 def candidates(problem: Problem, target: Target):
     """Hints for the tuner to try: around the defaults, those that fit."""
     for keys in (BLOCK_KEYS, 2 * BLOCK_KEYS):
-        default = default_stages(problem, keys, _block_rows(problem, None))
-        for stages in (default, default + 1, max(default - 1, 2)):
+        rows = _block_rows(problem, None)
+        default = default_stages(problem, keys, rows)
+        for stages in (default,) if _by_pair(problem, rows) else (default, default + 1, max(default - 1, 2)):
             hints = FwdParams(block_size_keys=keys, num_stages=stages)
             try:
                 resolve(dataclasses.replace(problem, fwd_params=hints), target)
@@ -207,18 +209,37 @@ def _block_keys(problem: Problem, rows: int) -> int:
 def _takes_many(problem: Problem) -> bool:
     """Whether query rows can be the rows of the products: copies lay tiles out as products take them, and no rows lie between the
     ranges of tokens."""
-    return _direct(problem) and not problem.junk_between_tokens
+    return _direct(problem) and _common_dim(problem) == 64 and not problem.junk_between_tokens
 
 
 def _direct(problem: Problem) -> bool:
+    """Whether copies lay tiles out as products want them: lines of at least `LEAST_COLUMNS` columns, eight rows at once."""
+    least = 64 if is_wide(problem) or problem.quantised else LEAST_COLUMNS
+    return _common_dim(problem) % least == 0 and (problem.seq_len % 8 == 0 or _end_to_end(problem))
+
+
+def _end_to_end(problem: Problem) -> bool:
+    """Whether 8 divides the rows of all sequences together, but not those of one. Tiles of a sequence then begin at rows that
+    depend on its place in the batch. If `num_key_splits` is given, bits must not depend on that place."""
+    rows = problem.batch * problem.seq_len
+    whole = problem.seq_len % 8 != 0 and rows % 8 == 0 and rows < 1 << 31  # row numbers are int32
+    return whole and not (problem.paged or problem.quantised or problem.fwd_params.num_key_splits)
+
+
+def _common_dim(problem: Problem) -> int:
+    """The largest number of columns, up to 64, that divides head dimensions, columns of a row, and the first one of the value."""
     first, _ = problem.value_columns or (0, 0)
-    dims = problem.head_dim, problem.value_dim, problem.row_dim, first
-    return problem.seq_len % 8 == 0 and not any(dim % 64 for dim in dims)
+    return math.gcd(problem.head_dim, problem.value_dim, problem.row_dim, first, 64)
 
 
 def is_wide(problem: Problem) -> bool:
     """Whether a tile may be too wide for one warpgroup, or its keys have to wait for its values."""
     return problem.value_columns is not None or max(problem.head_dim, problem.value_dim) > WIDE
+
+
+def _by_pair(problem: Problem, rows: int) -> bool:
+    """Whether a pair of warpgroups multiplies, for blocks of `rows` query rows."""
+    return is_wide(problem) and rows == 64
 
 
 def _tile_dim(problem: Problem) -> int:
@@ -247,7 +268,7 @@ def cannot_copy(problem: Problem) -> str | None:
         return f"a copy takes {least} rows {what}, which do not divide pages of {problem.page_size}"
     if _direct(problem) or is_wide(problem):  # `does_not_fit` knows what wide rows need
         return None
-    return f"its pages have head dimensions that 64 divides, not {problem.head_dim} and {problem.value_dim}"
+    return f"its pages have head dimensions that {LEAST_COLUMNS} divides, not {problem.head_dim} and {problem.value_dim}"
 
 
 def _part_rows(problem: Problem, keys: int) -> int:
@@ -269,6 +290,9 @@ def tiles(problem: Problem, target: Target) -> Tiles:
 def _tiles(problem, keys, rows, stages, target) -> Tiles:
     row_blocks = -(-problem.num_tokens * problem.group // rows)
     schedule = Schedule.of(problem, multiprocessors(target) // (problem.num_kv_heads * row_blocks), keys)
+    end_to_end = _direct(problem) and _end_to_end(problem)
+    if end_to_end:  # a sequence begins up to 7 rows later
+        schedule = dataclasses.replace(schedule, seq_len=problem.seq_len + 7)
     alone = schedule.by_sequence or problem.batch == 1
     many = rows % 64 == 0 and _takes_many(problem)
     pair = many and is_wide(problem)
@@ -303,6 +327,8 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         wide_stages=wide_stages,
         part_dim=_part_dim(problem),
         direct=_direct(problem),
+        end_to_end=end_to_end,
+        common_dim=_common_dim(problem) if _direct(problem) else 64,
         table=0 if alone else max(round_up(problem.batch, 8), BLOCK_SEQUENCES),
         table_step=1 if alone or not pair else step_of_table(problem.batch),
         schedule=schedule,
