@@ -298,11 +298,11 @@ def test_estimates_of_shared_memory_cover_what_is_taken(dtype, head_dim, group, 
 @pytest.mark.parametrize(
     ("facts", "group", "shape", "taken"),
     [
-        ({"head_dim": 512}, 16, (16, 16, 3), 164352),
-        ({"head_dim": 576, "value_dim": 512}, 16, (16, 16, 3), 172544),
-        ({"head_dim": 576, "value_dim": 512, "value_columns": (0, 512)}, 16, (16, 16, 3), 139776),
+        ({"head_dim": 512}, 16, (32, 16, 3), 229888),
+        ({"head_dim": 576, "value_dim": 512}, 16, (32, 16, 2), 137472),
+        ({"head_dim": 576, "value_dim": 512, "value_columns": (0, 512)}, 16, (32, 16, 3), 176640),
+        ({"head_dim": 576, "value_dim": 512, "value_columns": (0, 512)}, 32, (32, 32, 2), 139776),
         ({"head_dim": 576, "value_dim": 512, "value_columns": (0, 512)}, 64, (16, 32, 3), 325120),
-        ({"head_dim": 576, "value_dim": 512, "value_columns": (0, 512)}, 64, (16, 32, 2), 166656),
         ({"head_dim": 320}, 64, (32, 32, 3), 251392),
         ({"head_dim": 192, "value_dim": 128, "value_columns": (0, 128)}, 80, (64, 64, 2), 230912),
     ],
@@ -314,6 +314,23 @@ def test_estimates_of_gradients(facts, group, shape, taken):
     assert taken <= shared_bytes(one, *shape, backward=True) <= 1.15 * taken
     tiles = backward_tiles(one, Target("cuda"))
     assert ((tiles.schedule.block_keys, tiles.block_rows, tiles.num_stages) == shape) == (taken <= 227 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "expected"),
+    [
+        ({}, "9.0", (32, 8)),
+        ({}, "8.6", (16, 4)),  # two stages of 32 keys do not fit
+        ({"dtype": "float32"}, "9.0", (16, 4)),
+        ({"value_dim": 128, "value_columns": None}, "9.0", (32, 4)),  # which has 32 keys by itself
+    ],
+)
+def test_gradients_of_rows_with_many_columns(changes, capability, expected):
+    """Four warps with tiles of 16 keys were slower, as the log says."""
+    latent = {"head_dim": 576, "value_dim": 512, "value_columns": (0, 512), "num_q_heads": 16, "num_kv_heads": 1}
+    target = Target("cuda", types.SimpleNamespace(compute_capability=capability, core_count=132))
+    tiles = backward_tiles(problem(**latent | changes), target)
+    assert (tiles.schedule.block_keys, tiles.num_warps) == expected
 
 
 def test_a_value_across_parts_of_the_key_is_loaded_apart():

@@ -75,6 +75,8 @@ NUM_STAGES = 3
 # multiprocessor gets an equal share of the bandwidth. But an 8-bit tile takes longer to work on than to load, so that two programs,
 # which work and load in turn, are faster.
 PROGRAMS = {False: 1, True: 2}
+# In the backward operation, a tile that would have fewer keys, because a row has many columns, has FEW_KEYS of them and 8 warps.
+FEW_KEYS = 32
 # If a block of queries has more numbers than this, the backward kernel loads the block after the tile of a quantised cache, and not
 # before. A block that is loaded first waits in registers, where widened tiles leave little room.
 SMALL_BLOCK = 16 * 128
@@ -167,19 +169,23 @@ def backward_tiles(problem: Problem, target: Target, *, key_value: bool = True) 
     parts = parts_of(problem, backward=True)
     # A column that is key and value is loaded once. Its gradient is two products, whose operands wait in registers.
     columns = sum(map(width_of, parts[:2])) if key_value else row_width(problem, backward=True)
+    most_keys = tile_keys(problem, columns)
 
-    def keys_beside(rows):
+    def keys_and_warps(rows):
+        few = most_keys < FEW_KEYS and problem.cache_dtype.itemsize == 2
+        if few and shared_bytes(problem, FEW_KEYS, rows, 2, backward=True) <= _shared_memory(target):
+            return FEW_KEYS, NUM_WARPS_IF_WIDE
         # Warps exchange tiles of probabilities and of their gradients, [rows, keys]. Such a tile has at most TILE_BYTES, too.
-        keys = min(tile_keys(problem, columns), max(TILE_BYTES // (rows * problem.dtype.itemsize), 16))
-        return min(keys, FEW_QUANTISED_KEYS) if problem.quantised else keys
+        keys = min(most_keys, max(TILE_BYTES // (rows * problem.dtype.itemsize), 16))
+        return min(keys, FEW_QUANTISED_KEYS) if problem.quantised else keys, NUM_WARPS
 
     def needs(rows, stages):
-        return shared_bytes(problem, keys_beside(rows), rows, stages, backward=True)
+        return shared_bytes(problem, keys_and_warps(rows)[0], rows, stages, backward=True)
 
     rows = fitting_rows(problem, lambda rows: needs(rows, 1) <= _shared_memory(target), backward=True)
     of_stages = functools.partial(needs, rows)
     stages = _fitting_stages(of_stages, target, 2 if problem.quantised else NUM_STAGES)
-    return _tiles(problem, target, parts, rows, keys_beside(rows), NUM_WARPS, stages, of_stages)
+    return _tiles(problem, target, parts, rows, *keys_and_warps(rows), stages, of_stages)
 
 
 def refuses_backward(problem: Problem, target: Target) -> str | None:
