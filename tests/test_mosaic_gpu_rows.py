@@ -62,6 +62,11 @@ MANY = {
         1,
         {"warpgroups": 3, "tokens": 1, "token_rows": 136, "stages": 1},
     ),
+    "two warpgroups in turn": (
+        Case("", 2, 256, 40, 1, 128, "bfloat16", ("ranges", (3, 250), (60, 70)), sinks=("query", 1), num_tokens=2),
+        1,
+        {"warpgroups": 2, "takes_turns": True},
+    ),
     "rows of all sequences end to end": (
         Case("", 8, 101, 40, 1, 64, "bfloat16", END_TO_END, 0.2, (50, 0), num_tokens=2),
         2,
@@ -70,7 +75,7 @@ MANY = {
     "two blocks of two heads": (
         Case("", 2, 256, 64, 2, 64, "bfloat16", ("ranges", (1, 242), (60, 190)), -0.5, (150, 0), num_tokens=7),
         8,
-        {"warpgroups": 2, "row_blocks": 2},
+        {"warpgroups": 2, "row_blocks": 2, "takes_turns": False},
     ),
 }
 

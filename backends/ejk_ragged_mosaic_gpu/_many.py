@@ -79,9 +79,11 @@ class _Tiles:
         values = self.values(i)
         plgpu.barrier_wait(self.program.shared.k_full.at[next_slot])
         scales = self.scales(next_slot)
+        self.wait_for_turn()
         if self.program.interpreted:  # which takes both operands of a product from shared memory
             products = product(self.query, self.keys(next_slot))
             acc = self.interpreted_sum(acc, weights, values)
+            self.pass_turn()
             weights, stats, fade = self.weights(i + 1, products, scales, stats)
         else:
 
@@ -92,6 +94,7 @@ class _Tiles:
                     plgpu.wgmma(logits, self.query, self.keys(next_slot))
                     for term in weights:
                         plgpu.wgmma(out, term, values)
+                    self.pass_turn()
                     products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
                     new_weights, new_stats, fade = self.weights(i + 1, products, scales, stats)
                     for ref, result in zip(results, (*new_weights, *new_stats, fade), strict=True):
@@ -128,6 +131,17 @@ class _Tiles:
             plgpu.barrier_arrive(program.shared.k_free.at[self.slot(i)])
         first = program.first_key(piece, i)
         return self.softmax.tile(first, program.row_of(piece, first), products, stats, *scales)
+
+    def wait_for_turn(self):
+        """Waits until the other warpgroup has asked for its products. The tensor cores then work for one warpgroup after the other,
+        and the softmax of one runs beside the products of the other."""
+        if self.program.plan.takes_turns:
+            plgpu.barrier_wait(self.program.shared.turn.at[self.warpgroup])
+
+    def pass_turn(self):
+        """Says that all products of this step have been asked for."""
+        if self.program.plan.takes_turns:
+            plgpu.barrier_arrive(self.program.shared.turn.at[1 - self.warpgroup])
 
     def scales(self, slot):
         """For the tile in this slot: scales of keys, one per row [keys], one for all, or None; factors of the weights [keys], or

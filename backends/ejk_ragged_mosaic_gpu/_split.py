@@ -55,6 +55,8 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
         shared["p"] = plgpu.SMEM(weights, dtype_of_weights, transforms=tiling(keys, dtype_of_weights, plan.line))
     if readers > 1 and not plan.wide_stages and not plan.pair:
         shared["v_clear"] = plgpu.Barrier(num_arrivals=1, num_barriers=plan.stages)
+    if plan.takes_turns:
+        shared["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=readers)
     if not plan.direct:
         dims = {"k_tile": plan.block_dim, "v_tile": plan.value_dim}
         shared |= {name: plgpu.SMEM((keys, dim), dtype, transforms=TILED) for name, dim in dims.items()}
@@ -146,6 +148,10 @@ def _multiply(program, warpgroup):
         plgpu.set_max_registers(program.plan.registers[0], action="increase")
     form = _pair if program.plan.pair else _many if program.plan.many else _few
     program.release("q", *(_pair.first_free(program.plan, warpgroup) if program.plan.pair else program.plan.rings))
+    if program.plan.takes_turns:
+        when(warpgroup == 1)(lambda: plgpu.barrier_arrive(program.shared.turn.at[0]))
     if program.plan.table:
         plgpu.barrier_wait(program.shared.stops_full)
     form.compute_pieces(program, warpgroup)
+    if program.plan.takes_turns:
+        when(warpgroup == 0)(lambda: plgpu.barrier_wait(program.shared.turn.at[0]))
