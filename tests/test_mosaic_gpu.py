@@ -491,6 +491,8 @@ def test_says_what_it_cannot_do(changes, device, reason):
         PAGED | LATENT | {"cache_dtype": INT8, "page_size": 32},
         {"cache_dtype": INT8},
         PAGED | {"cache_dtype": INT8, "page_size": 32, "value_dim": 64},
+        PAGED | {"head_dim": 80, "value_dim": 48},
+        LATENT | {"batch": 8, "seq_len": 1001},
     ):
         assert MosaicGpuBackend().supports(problem(**taken), Target("cuda")) is None
 
