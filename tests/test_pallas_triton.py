@@ -298,6 +298,10 @@ def test_estimates_of_shared_memory_cover_what_is_taken(dtype, head_dim, group, 
 @pytest.mark.parametrize(
     ("facts", "group", "shape", "taken"),
     [
+        ({"head_dim": 512}, 16, (16, 16, 3), 164352),
+        ({"head_dim": 576, "value_dim": 512}, 16, (16, 16, 3), 172544),
+        ({"head_dim": 576, "value_dim": 512, "value_columns": (0, 512)}, 16, (16, 16, 3), 139776),
+        ({"head_dim": 576, "value_dim": 512, "value_columns": (0, 512)}, 64, (16, 32, 2), 166656),
         ({"head_dim": 512}, 16, (32, 16, 3), 229888),
         ({"head_dim": 576, "value_dim": 512}, 16, (32, 16, 2), 137472),
         ({"head_dim": 576, "value_dim": 512, "value_columns": (0, 512)}, 16, (32, 16, 3), 176640),
@@ -313,7 +317,9 @@ def test_estimates_of_gradients(facts, group, shape, taken):
     one = problem(num_q_heads=group, num_kv_heads=1, **facts)
     assert taken <= shared_bytes(one, *shape, backward=True) <= 1.15 * taken
     tiles = backward_tiles(one, Target("cuda"))
-    assert ((tiles.schedule.block_keys, tiles.block_rows, tiles.num_stages) == shape) == (taken <= 227 * 1024)
+    # Tiles of 16 keys are those of GPUs with less shared memory.
+    chosen = taken <= 227 * 1024 and shape[0] >= 32
+    assert ((tiles.schedule.block_keys, tiles.block_rows, tiles.num_stages) == shape) == chosen
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from jax.experimental import pallas as pl
 
 from ._jax import plgpu
 from ._program import Program
+from ._tiles import begins_at
 
 
 def copy(program: Program):
@@ -62,7 +63,7 @@ def copy(program: Program):
                     rows = pl.ds(pl.multiple_of(row, plan.align), plan.part_rows)
                     where = pl.ds(i * plan.part_rows, plan.part_rows)
                     source = ref.at[page, rows, program.head]
-                    whole = plan.direct and ring.columns == ref.shape[-1]
+                    whole = ring.columns == ref.shape[-1]
                     copy_rows(source if whole else source.at[:, columns], (where,) if len(places) > 1 else ())
                     if prefix + name == "narrow_k":
                         copy_scales(slot, page, rows, where)
@@ -81,7 +82,7 @@ def copy(program: Program):
         row = program.row_of(piece, program.first_key(piece, i))
         rows = [row + part for part in range(0, schedule.block_keys, plan.part_rows)]
         if plan.end_to_end:
-            begin = (piece.sequence * program.problem.seq_len) & -8
+            begin, _ = begins_at(piece.sequence, program.problem.seq_len)
             return [(0, begin + row) for row in rows]
         if program.page_table is None:
             return [(piece.sequence, row) for row in rows]

@@ -12,6 +12,7 @@ from ejk_ragged_schedule import length_arrays
 
 from ._merge import combine
 from ._split import split
+from ._tiles import begins_at
 from ._tuning import tiles
 
 
@@ -20,7 +21,7 @@ def forward(problem, target, queries, cache, **how):
     plan = tiles(problem, target)
     lengths = length_arrays(problem, queries)
     if plan.end_to_end:
-        lengths, cache = _end_to_end(problem, lengths, cache)
+        lengths, cache = _laid_end_to_end(problem, lengths, cache)
     own = lengths["start"], lengths["end"]
     query_bounds = lengths.get("token_start"), lengths.get("token_end")
     if not plan.many:
@@ -34,10 +35,9 @@ def forward(problem, target, queries, cache, **how):
     return out.reshape(*queries.query.shape[:3], problem.value_dim), lse.reshape(queries.query.shape[:3])
 
 
-def _end_to_end(problem, lengths, cache):
-    """Lengths and cache with the rows of all sequences laid end to end. A sequence begins up to 7 rows early, where 8 divides the
-    number of the row."""
-    early = jnp.arange(problem.batch, dtype=jnp.int32) * problem.seq_len % 8
+def _laid_end_to_end(problem, lengths, cache):
+    """Lengths and cache with the rows of all sequences laid end to end. The rows of a sequence count from where it `begins_at`."""
+    _, early = begins_at(jnp.arange(problem.batch, dtype=jnp.int32), problem.seq_len)
     lengths = {"start": jnp.zeros_like(early), "end": jnp.full_like(early, problem.seq_len)} | {
         name: x for name, x in lengths.items() if x is not None
     }

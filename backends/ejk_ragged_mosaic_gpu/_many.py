@@ -21,7 +21,11 @@ from ._softmax import Softmax
 
 def compute_pieces(program: Program, warpgroup):
     """All pieces for 64 query rows: the output, if the sequence has no other piece, or partial results."""
+    if program.plan.takes_turns:  # the first turn is that of warpgroup 0
+        when(warpgroup == 1)(lambda: plgpu.barrier_arrive(program.shared.turn.at[0]))
     program.ranges.pieces(program.number, lambda piece: _compute_piece(program, piece, warpgroup))
+    if program.plan.takes_turns:  # and so is the last, in which nothing is left to do
+        when(warpgroup == 0)(lambda: plgpu.barrier_wait(program.shared.turn.at[0]))
 
 
 def _compute_piece(program: Program, piece: Piece, warpgroup):

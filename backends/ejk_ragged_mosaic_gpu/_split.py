@@ -148,10 +148,6 @@ def _multiply(program, warpgroup):
         plgpu.set_max_registers(program.plan.registers[0], action="increase")
     form = _pair if program.plan.pair else _many if program.plan.many else _few
     program.release("q", *(_pair.first_free(program.plan, warpgroup) if program.plan.pair else program.plan.rings))
-    if program.plan.takes_turns:
-        when(warpgroup == 1)(lambda: plgpu.barrier_arrive(program.shared.turn.at[0]))
     if program.plan.table:
         plgpu.barrier_wait(program.shared.stops_full)
     form.compute_pieces(program, warpgroup)
-    if program.plan.takes_turns:
-        when(warpgroup == 0)(lambda: plgpu.barrier_wait(program.shared.turn.at[0]))

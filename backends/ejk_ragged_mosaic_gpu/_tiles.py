@@ -49,6 +49,7 @@ class Tiles:
         block_rows: query rows of one kv head in a program: a multiple of 8, or of 64 where they are many.
         row_blocks: such blocks per kv head.
         warpgroups: warpgroups that multiply, each for an equal part of the block or, in a pair, for the same query rows.
+        takes_turns: whether two warpgroups ask for their products in turn.
         query_slots: blocks of query rows that a program holds: the block of this piece, and, if there is room, of the next piece.
         terms: a weight is written as the sum of so many numbers of 16 bits.
         writes_out: whether the first kernel writes the output of sequences that are one piece.
@@ -77,6 +78,7 @@ class Tiles:
     block_rows: int
     row_blocks: int
     warpgroups: int
+    takes_turns: bool
     query_slots: int
     terms: int
     writes_out: bool
@@ -105,13 +107,6 @@ class Tiles:
     def warpgroup_rows(self) -> int:
         """Query rows of one warpgroup."""
         return self.block_rows // self.row_groups
-
-    @property
-    def takes_turns(self) -> bool:
-        """Whether two warpgroups ask for their products in turn. As measured on an H200, that is faster for 16 bits, a head
-        dimension of 128 and one block, and slower for 8 bits and for several blocks."""
-        one_block = self.row_blocks == 1 and self.block_dim == 128
-        return self.warpgroups == 2 and one_block and not self.pair and not self.wide_stages
 
     @property
     def halves(self) -> int:
@@ -275,6 +270,13 @@ class Tiles:
         ]
         arrays += [self.reduction_bytes, BARRIERS, table_entries(self.table, self.table_step) * 4]
         return sum(round_up(size, 1024) for size in arrays)
+
+
+def begins_at(sequence, seq_len: int):
+    """Where a sequence begins if the rows of all sequences lie end to end: the number of a row that 8 divides, and how many rows
+    early, up to 7, this row is. A copy can begin there."""
+    first = sequence * seq_len
+    return first & -8, first & 7
 
 
 def table_entries(sequences: int, step: int) -> int:
