@@ -228,6 +228,11 @@ CALLS = {
         arrays(held="int8", tokens=(3,)),
         {"key_scale": 1.0, "value_scale": 1.0, "softmax_aux": np.zeros((28, 2), np.float32)},
     ),
+    "int8, a scale per row, few query rows": (
+        arrays(held="int8", group=5, tokens=(4,)),
+        dict.fromkeys(("key_scale", "value_scale"), jax.ShapeDtypeStruct((4, 4, 1000), "float32")),
+    ),
+    "float8_e5m2, a scale per row, 8 query rows per token": paged(32, (300, 4, 32), held="float8_e5m2", group=8, tokens=(4,)),
     "int8, a scale per row, padded": (
         arrays(held="int8", group=40),
         dict.fromkeys(("key_scale", "value_scale"), jax.ShapeDtypeStruct((4, 4, 1000), "float32")),
@@ -255,7 +260,7 @@ def test_lowers_for_cuda_anywhere(name):
 
 
 @has_mosaic_gpu
-@pytest.mark.parametrize("name", ["plain", "head_dim 256, many rows", "head_dim 512, many rows", "MLA in int8, 16 heads"])
+@pytest.mark.parametrize("name", ["plain", "head_dim 256, many rows", "head_dim 512, many rows", "MLA in int8, 16 heads", "int8"])
 def test_lowers_where_gradients_are_asked_for(name):
     """With gradients the output is not rounded, and weights have two terms. There is room for both."""
     (query, *rest), options = CALLS[name]
@@ -422,6 +427,20 @@ def test_the_table_of_a_pair(batch, step):
         assert tiles(dataclasses.replace(given, fwd_params=resolve(given, Target("cuda"))), Target("cuda")).table_step == expected
 
 
+@pytest.mark.parametrize("dims", [(128, 128), (256, 128), (256, 256)])
+@pytest.mark.parametrize("heads", [4, 128])
+def test_tiles_that_warpgroups_take_in_turn(dims, heads):
+    """A place is always that of the same warpgroup, so there is an even number of places."""
+    for stages in (None, 1, 3):
+        changes = {"cache_dtype": INT8, "num_q_heads": heads, "head_dim": dims[0], "row_dim": dims[0], "value_dim": dims[1]}
+        given = problem(**changes, fwd_params=FwdParams(num_stages=stages))
+        hints = resolve(given, Target("cuda"))
+        assert (hints.num_stages or 0) % 2 == 0
+        plan = tiles(dataclasses.replace(given, fwd_params=hints), Target("cuda"))
+        assert plan.in_registers
+        assert plan.shared_bytes() <= 227 * 1024
+
+
 def test_hints_that_cannot_work():
     with pytest.raises(ValueError, match=r"num_stages 9 need .* bytes of shared memory"):
         MosaicGpuBackend().fwd_params(problem(fwd_params=FwdParams(num_stages=9)), Target("cuda"))
@@ -511,8 +530,15 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
         ({"most_keys": 4096}, HOPPER, "64 or more query rows per kv head"),
         ({"cache_dtype": INT8}, HOPPER, "20 or more query rows per kv head of an 8-bit cache"),
         ({"cache_dtype": INT8, "num_q_heads": 80}, HOPPER, "20 or more query rows per kv head of an 8-bit cache"),
-        ({"cache_dtype": INT8, "num_q_heads": 76}, HOPPER, ""),
+        ({"cache_dtype": INT8, "num_q_heads": 76}, HOPPER, "more than 1024 rows per sequence of a large 8-bit cache"),
+        ({"cache_dtype": INT8, "num_q_heads": 76, "most_keys": 1024}, HOPPER, ""),
+        ({"cache_dtype": INT8, "num_q_heads": 76, "head_dim": 256, "value_dim": 64}, HOPPER, ""),
         ({"cache_dtype": INT8, "num_q_heads": 80, "batch": 15}, HOPPER, ""),
+        ({"cache_dtype": INT8, "num_q_heads": 32, "batch": 1}, HOPPER, "up to 8 query rows per kv head of an 8-bit cache"),
+        ({"cache_dtype": INT8, "num_q_heads": 32, "batch": 1, "head_dim": 64}, HOPPER, ""),
+        ({"cache_dtype": INT8, "num_q_heads": 32, "batch": 1, "most_keys": 256}, HOPPER, ""),
+        ({"cache_dtype": INT8, "num_q_heads": 16, "batch": 1, "num_tokens": 2}, HOPPER, ""),
+        ({"cache_dtype": INT8, "num_q_heads": 36, "batch": 1}, HOPPER, ""),
         ({"num_q_heads": 80}, HOPPER, ""),
         ({}, None, ""),
         ({"num_q_heads": 4, "num_tokens": 63}, HOPPER, ""),
@@ -545,7 +571,7 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
         (LATENT | {"num_q_heads": 16 * 4}, FAST, "values in wide rows of the key of a large cache in fast memory"),
         (LATENT | {"num_q_heads": 16 * 4, "batch": 6}, FAST, ""),
         ({"num_q_heads": 8, "batch": 1}, FAST, "a single sequence in fast memory"),
-        ({"num_q_heads": 8, "batch": 1, "cache_dtype": INT8}, FAST, ""),
+        ({"num_q_heads": 8, "batch": 1, "cache_dtype": INT8}, FAST, "up to 8 query rows per kv head of an 8-bit cache"),
         ({"num_q_heads": 8, "batch": 1, "seq_len": 1001}, FAST, ""),
         ({"num_q_heads": 8, "batch": 1, "head_dim": 64}, FAST, ""),
         ({"num_q_heads": 8, "batch": 1, "most_keys": 4096}, FAST, ""),
@@ -560,7 +586,7 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
         (LONG | {"batch": 7}, FAST, ""),
         (LONG | {"head_dim": 256}, FAST, ""),
         (LONG | {"head_dim": 64, "batch": 128}, FAST, ""),
-        (LONG | {"cache_dtype": INT8}, FAST, ""),
+        (LONG | {"cache_dtype": INT8}, FAST, "up to 8 query rows per kv head of an 8-bit cache"),
         (LONG | {"junk_between_tokens": True}, FAST, ""),
     ],
     ids=str,

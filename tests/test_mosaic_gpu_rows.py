@@ -316,6 +316,41 @@ QUANTISED = {
         1,
         FwdParams(num_stages=2),
     ),
+    # Few query rows, of tiles that are widened in registers. One program has more tiles than places, and a sequence of one tile.
+    "int8, a scale per row, few query rows": (
+        Case(
+            *("", 3, 640, 20, 2, 128, "bfloat16", ("ranges", (0, 640), (3, 40), (130, 500)), None, (300, 0)),
+            cache_dtype="int8",
+            scales="row",
+            num_tokens=2,
+            sinks=("query", 1),
+        ),
+        2,
+        FwdParams(num_stages=2),
+    ),
+    "float8_e4m3fn, a scale per row, 8 query rows per token, in pages": (
+        Case(
+            *("", 3, 256, 8, 1, 256, "bfloat16", RANGES),
+            cache_dtype="float8_e4m3fn",
+            scales="row",
+            page_size=32,
+            num_tokens=2,
+            value_dim=128,
+        ),
+        1,
+        None,
+    ),
+    "float8_e5m2, a scale per head, two blocks of few query rows, tiles of 128 keys": (
+        Case(
+            *("", 2, 512, 24, 2, 128, "bfloat16", TWO),
+            logits_soft_cap=20.0,
+            cache_dtype="float8_e5m2",
+            scales="head",
+            value_dim=256,
+        ),
+        4,
+        FwdParams(block_size_heads=8, block_size_keys=128),
+    ),
     "float8_e5m2, a scale per head, two blocks of two warpgroups and of two heads": (
         Case(
             *("", 2, 128, 80, 2, 64, "bfloat16", TWO, None, (70, 0), 20.0),
@@ -342,12 +377,15 @@ def expected(arguments):
     return oracle(**on_host)[0]
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
-def test_value_scales_of_any_size(interpreted, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "heads"),
+    [("int8", 64, 32), ("float8_e4m3fn", 64, 32), ("float8_e5m2", 64, 32), ("int8", 128, 4), ("float8_e5m2", 128, 4)],
+)
+def test_value_scales_of_any_size(interpreted, dtype, head_dim, heads):
     """Values times scales are in units of the largest scale so far, so that they stay in the range of float16, and the unit
     changes from tile to tile. Sequence 0 has scales that grow, and sequence 1 has scales that shrink. All scales of sequence 2 are
     0, and those of sequence 3 are the smallest of float32. Some values are the largest of the dtype."""
-    case = Case("", 4, 256, 32, 1, 64, "bfloat16", num_tokens=2, cache_dtype=dtype, scales="row")
+    case = Case("", 4, 256, heads, 1, head_dim, "bfloat16", num_tokens=2, cache_dtype=dtype, scales="row")
     arguments = case.draw()
     limits = jnp.iinfo(dtype) if dtype == "int8" else jnp.finfo(dtype)
     value = np.array(arguments["value"])
@@ -363,12 +401,13 @@ def test_value_scales_of_any_size(interpreted, dtype):
     assert np.isfinite(out[3]).all()
 
 
-def test_weights_next_to_nothing(interpreted):
+@pytest.mark.parametrize(("heads", "head_dim"), [(64, 64), (8, 128)])
+def test_weights_next_to_nothing(interpreted, heads, head_dim):
     """The first row has nearly all of the weight, and its value is 0. So the output is what rows with weights around 1e-7 add. In
     float16 such a weight has one or two bits."""
-    case = Case("", 1, 256, 64, 1, 64, "bfloat16", cache_dtype="int8", scales="row")
+    case = Case("", 1, 256, heads, 1, head_dim, "bfloat16", cache_dtype="int8", scales="row")
     arguments = case.draw()
-    query = np.zeros((1, 64, 64), np.float32)
+    query = np.zeros((1, heads, head_dim), np.float32)
     query[..., 0] = 8
     key, value = np.array(arguments["key"]), np.array(arguments["value"])
     key[..., 0] = np.linspace(0, 20, 256)[:, None]
@@ -378,3 +417,9 @@ def test_weights_next_to_nothing(interpreted):
     arguments["softmax_scale"] = 16 / 127
     want = expected(arguments)
     assert relative_error(np.asarray(interpreted()(**arguments)), want) < 2.5e-3
+
+
+def test_two_terms_of_weights_times_scales(interpreted):
+    """With gradients the output is not rounded, and weights times scales are the sum of two numbers of 16 bits."""
+    case = Case("", 2, 256, 8, 1, 128, "bfloat16", TWO, cache_dtype="int8", scales="row")
+    assert_right(interpreted(), case.draw(poison=True))

@@ -66,7 +66,7 @@ def widened(x, dtype, interpreted):
     """A matrix of 8 bits, laid out as `BYTES`, in a dtype of 16 bits that holds each of its numbers, laid out as `WORDS`."""
     dtype = jnp.dtype(dtype)
     if x.dtype == jnp.int8 and not interpreted:
-        return _in_words(x, dtype, _of_int8(dtype))
+        return _in_words(x, dtype, of_int8(dtype))
     if x.dtype != jnp.int8 and dtype != jnp.float16:  # of floats, the GPU widens by way of float16 alone
         x = x.astype(jnp.float16).astype(jnp.float32)
     x = x.astype(dtype)
@@ -93,7 +93,7 @@ def _in_words(x, dtype, convert):
     return relaid(x)
 
 
-def _of_int8(dtype):
+def of_int8(dtype):
     """A function of words of 4 numbers of int8 that gives words of 2 numbers of a dtype of 16 bits, in a few instructions.
 
     For float16, a byte plus 128 becomes the low bits of a number between 1024 and 1280, and 1152 is taken away again. The method is
@@ -107,6 +107,19 @@ def _of_int8(dtype):
         above, assembly = FROM_INT8[dtype.name]
         above = llvm.inline_asm(word, [], KNOWN_LATE.format(above), "=r")
         pairs: list[Any] = [llvm.inline_asm(pair, [numbers, above], assembly, "=r,=r,r,r") for numbers in words]
+        return [llvm.extractvalue(word, numbers, [i]) for numbers in pairs for i in range(2)]
+
+    return convert
+
+
+def of_float8(narrow, dtype):
+    """The same for words of 4 numbers of float8, which the GPU widens by way of float16 alone."""
+    kind = {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}[jnp.dtype(narrow).name]
+
+    def convert(words):
+        word = ir.IntegerType.get_signless(32)
+        pair = llvm.StructType.get_literal([word, word])
+        pairs: list[Any] = [llvm.inline_asm(pair, [numbers], FROM_FLOAT8[dtype.name].format(kind), "=r,=r,r") for numbers in words]
         return [llvm.extractvalue(word, numbers, [i]) for numbers in pairs for i in range(2)]
 
     return convert
@@ -148,4 +161,28 @@ and.b32 signs, high, 0xff80ff80;
 sub.bf16x2 $1, numbers, signs;
 }""",
     ),
+}
+FROM_FLOAT8 = {
+    "float16": """{{
+.reg .b16 low, high;
+mov.b32 {{low, high}}, $2;
+cvt.rn.f16x2.{0} $0, low;
+cvt.rn.f16x2.{0} $1, high;
+}}""",
+    "bfloat16": """{{
+.reg .b16 low, high, a, b;
+.reg .b32 pair;
+.reg .f32 x, y;
+mov.b32 {{low, high}}, $2;
+cvt.rn.f16x2.{0} pair, low;
+mov.b32 {{a, b}}, pair;
+cvt.f32.f16 x, a;
+cvt.f32.f16 y, b;
+cvt.rn.bf16x2.f32 $0, y, x;
+cvt.rn.f16x2.{0} pair, high;
+mov.b32 {{a, b}}, pair;
+cvt.f32.f16 x, a;
+cvt.f32.f16 y, b;
+cvt.rn.bf16x2.f32 $1, y, x;
+}}""",
 }

@@ -65,15 +65,16 @@ def copy(program: Program):
                     source = ref.at[page, rows, program.head]
                     whole = ring.columns == ref.shape[-1]
                     copy_rows(source if whole else source.at[:, columns], (where,) if len(places) > 1 else ())
-                    if prefix + name == "narrow_k":
-                        copy_scales(slot, page, rows, where)
+                    copy_scales(name, slot, page, rows, where)
 
-        def copy_scales(slot, page, rows, where):
-            for name in filter(program.by_row, "kv"):
+        def copy_scales(ring, slot, page, rows, where):
+            for name in plan.scales_with(ring):
+                if not program.by_row(name):
+                    continue
                 ref = program.scales[name]
                 source = ref.at[page if ref.shape[0] > 1 else 0, program.head if ref.shape[1] > 1 else 0, rows]
-                target = getattr(shared, f"narrow_{name}_scale").at[slot, where]
-                plgpu.copy_gmem_to_smem(source, target, shared.narrow_k_full.at[slot])
+                target = getattr(shared, f"{prefix}{name}_scale").at[slot, where]
+                plgpu.copy_gmem_to_smem(source, target, program.barriers(prefix + ring)[0].at[slot])
 
         lax.fori_loop(0, piece.num_tiles, tile, places)
 

@@ -79,7 +79,11 @@ def _compute_piece(program: Program, piece: Piece):
     if rounded:  # the output in units of the weights as they were rounded, so that the weight of a single row is exact
         ratio = jnp.where(rounded[0] > 0, total / rounded[0], total)
         sums = [acc * lax.broadcast_in_dim(ratio, acc.shape, [1]) for acc in sums]
-    _store(program, piece, sums if scale is None else [acc * scale for acc in sums], high, total)
+    first = 0
+    for acc in sums if scale is None else [acc * scale for acc in sums]:
+        store_sums(program, piece, first, plgpu.layout_cast(acc, TRANSPOSED))
+        first += acc.shape[0]
+    store_stats(program, piece, high, total)
 
 
 def _products(program, slots, query):
@@ -145,14 +149,17 @@ def _laid_out(program, name, slot, part, sees=None, at_an_end=False):
     return tile
 
 
-def _store(program, piece, sums, high, total):
-    """Writes the results of a piece from registers to memory. No thread waits for the writes."""
-    plan, results = program.plan, program.results
-    slot, query_rows = plan.schedule.slot(program.number, piece.sequence), program.query_rows()
-    first = 0
-    for acc in sums:
-        parts = results.parts.at[slot, program.head, query_rows, pl.ds(first, acc.shape[0])]
-        store(parts.transpose((1, 0)), plgpu.layout_cast(acc, TRANSPOSED))
-        first += acc.shape[0]
+def store_sums(program, piece, first, acc):
+    """Writes sums of values [dims, query rows], from the dimension `first` on, from registers to memory. No thread waits for it."""
+    plan = program.plan
+    slot = plan.schedule.slot(program.number, piece.sequence)
+    parts = program.results.parts.at[slot, program.head, program.query_rows(), pl.ds(first, acc.shape[0])]
+    store(parts.transpose((1, 0)), acc)
+
+
+def store_stats(program, piece, high, total):
+    """Writes the largest logits and the sums of weights [query rows] in the same way."""
+    plan = program.plan
+    slot = plan.schedule.slot(program.number, piece.sequence)
     for i, values in enumerate((high / LOG2_E, total)):
-        store(results.stats.at[slot, program.head, i, query_rows], values)
+        store(program.results.stats.at[slot, program.head, i, program.query_rows()], values)

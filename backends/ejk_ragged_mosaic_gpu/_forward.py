@@ -24,7 +24,7 @@ def forward(problem, target, queries, cache, **how):
         lengths, cache = _laid_end_to_end(problem, lengths, cache)
     own = lengths["start"], lengths["end"]
     query_bounds = lengths.get("token_start"), lengths.get("token_end")
-    if not plan.many:
+    if not (plan.many or plan.in_registers):
         query_bounds = _of_rows(problem, plan, query_bounds[0], plan.schedule.seq_len), _of_rows(problem, plan, query_bounds[1], 0)
     cache = _scales_by_row(problem, cache)
     sink = _sink_of_rows(problem, plan, queries.sink) if plan.many else queries.sink

@@ -25,6 +25,19 @@ BYTES, WORDS = (
     plgpu.Layout.TILED(plgpu.Tiling(((64, 64), (32, 32), (count,))), warp_dims=(-5, -4), lane_dims=(-3,), vector_dim=-1)
     for count in (16, 8)
 )
+# The same for tiles of 8 bits that become the first operand of a product in registers. In KEY_BYTES a thread has 32 columns of each
+# 128, side by side, of the rows that it has in TILE. In VALUE_BYTES a thread has four columns of each 128, of the rows that are its
+# columns in TILE. In SUMS a thread has four rows of each 128, side by side, and the columns that it has in TILE.
+KEY_BYTES = plgpu.Layout.TILED(
+    plgpu.Tiling(((64, 128), (16, 128), (8, 32), (16,))), warp_dims=(-7,), lane_dims=(-3, -4), vector_dim=-1
+)
+VALUE_BYTES = plgpu.Layout.TILED(plgpu.Tiling(((8, 128), (8, 32), (2, 4))), warp_dims=(-5,), lane_dims=(-3, -4), vector_dim=-1)
+# A thread loads eight numbers of the query as QUERY_LOADED, and stores them as QUERY_STORED, two at each place.
+QUERY_LOADED = plgpu.Layout.TILED(plgpu.Tiling(((8, 128), (2, 128), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+QUERY_STORED = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 128), (2, 128), (32,), (16,), (8,), (2,))), warp_dims=(-8,), lane_dims=(-6, -2, -5), vector_dim=-1
+)
+SUMS = plgpu.Layout.TILED(plgpu.Tiling(((128, 8), (32, 8), (4, 2))), warp_dims=(-6,), lane_dims=(-4, -3), vector_dim=-2)
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # used in place of -inf if -inf - -inf would give NaN
 

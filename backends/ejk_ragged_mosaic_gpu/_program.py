@@ -45,7 +45,7 @@ class Program:
         scales: refs of the scales of "k" and "v", as in `ejk_ragged.Cache`, or None each.
         page_table: ref of the page table, or None.
         ranges: where the pieces are.
-        query_bounds: refs of the first row and the end of each query row, as for `split`.
+        query_bounds: refs of first rows and ends, as for `split`.
         sink: ref of each query row's sink, float32 [B or 1, Hkv, query rows of all blocks], or None.
         results: refs of the results, by name.
         shared: what is in shared memory, by name.
@@ -81,6 +81,25 @@ class Program:
         """The query rows of this program, or of one of its warpgroups, among all of the kv head."""
         size = self.plan.warpgroup_rows
         return pl.ds(pl.multiple_of(self.query_block * self.plan.block_rows + warpgroup * size, 8), size)
+
+    def bounds(self, piece: Piece, query_rows, layout):
+        """First rows and ends of some query rows, from those of their tokens: int32 [query rows] or None each. Also the first row
+        and the end of what all of these query rows see."""
+        problem, bounds, seen_by_all = self.problem, [], []
+        first, last = lax.div(query_rows.start, problem.group), problem.num_tokens - 1
+        count = min(last + 1, (query_rows.size - 2) // problem.group + 2)  # tokens that so many query rows may be of
+        row = plgpu.broadcasted_iota(jnp.int32, (query_rows.size,), 0, layout=layout) + query_rows.start
+        for ref, of_all, narrower in zip(self.query_bounds, (piece.start, piece.end), (jnp.maximum, jnp.minimum), strict=True):
+            if ref is None:
+                bounds.append(None)
+            else:
+                of_tokens = [ref[piece.sequence, jnp.minimum(first + i, last)] for i in range(count)]
+                # A product: what is selected from a single number has no sign (see the tests).
+                token = lax.div(row, problem.group) - first
+                bounds.append(sum((token == i).astype(jnp.int32) * x for i, x in enumerate(of_tokens)))
+                of_all = functools.reduce(narrower, of_tokens, of_all)
+            seen_by_all.append(of_all)
+        return bounds, seen_by_all
 
     def sees(self, piece: Piece, first, row, bounds, shape, axis):
         """Which query row sees which row of a tile: bool of `shape`, whose `axis` is that of the rows."""

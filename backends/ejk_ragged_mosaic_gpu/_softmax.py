@@ -1,13 +1,12 @@
 """The softmax of tiles of logits, where query rows are the rows of the products: from products q . k to weights of the values."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from ._jax import LOWEST, OF_ROWS, plgpu
+from ._jax import LOWEST, OF_ROWS
 from ._line import Piece
 from ._program import LOG2_E, of_rows, over, Program, tile_of
 from ._widen import LEAST_UNIT
@@ -41,21 +40,7 @@ class Softmax:
     @classmethod
     def of(cls, program: Program, piece: Piece, query_rows) -> "Softmax":
         """With the bounds of the query rows, as each program finds them from those of the tokens."""
-        problem, bounds, seen_by_all = program.problem, [], []
-        first, last = lax.div(query_rows.start, problem.group), problem.num_tokens - 1
-        count = min(last + 1, (query_rows.size - 2) // problem.group + 2)  # tokens that so many query rows may be of
-        row = plgpu.broadcasted_iota(jnp.int32, (query_rows.size,), 0, layout=OF_ROWS) + query_rows.start
-        for ref, of_all, narrower in zip(program.query_bounds, (piece.start, piece.end), (jnp.maximum, jnp.minimum), strict=True):
-            if ref is None:
-                bounds.append(None)
-            else:
-                of_tokens = [ref[piece.sequence, jnp.minimum(first + i, last)] for i in range(count)]
-                # A product: what is selected from a single number has no sign (see the tests).
-                token = lax.div(row, problem.group) - first
-                bounds.append(sum((token == i).astype(jnp.int32) * x for i, x in enumerate(of_tokens)))
-                of_all = functools.reduce(narrower, of_tokens, of_all)
-            seen_by_all.append(of_all)
-        return cls(program, piece, query_rows, bounds, seen_by_all)
+        return cls(program, piece, query_rows, *program.bounds(piece, query_rows, OF_ROWS))
 
     def nothing(self):
         """`stats` before the first tile, but for the unit of the output."""

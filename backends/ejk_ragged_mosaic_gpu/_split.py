@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _few, _many, _pair
+from . import _few, _many, _narrow, _pair
 from ._copy import copy
 from ._jax import launch, plgpu, when
 from ._line import Ranges
@@ -25,7 +25,7 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
         query: [B, T, Hkv, G, D], D padded; `plan` says which T and G.
         lengths: (start, end), int32 [B] or None.
         query_bounds: (start, end), None where all query rows see the same rows. int32 [B, query rows of all blocks], or [B, T]
-            where query rows are many.
+            where query rows are many, or tiles are widened in registers.
         sink: float32 [B or 1, Hkv, query rows of all blocks], or None; looked at where output is written.
 
     Returns, by name:
@@ -50,10 +50,12 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
     if plan.pair:
         shared |= _pair.shared(plan, dtype, how["interpret"])
     elif not plan.many or how["interpret"]:
-        weights = readers if plan.many else plan.terms, plan.warpgroup_rows, keys
+        weights = readers if plan.many else plan.terms * readers, plan.warpgroup_rows, keys
         dtype_of_weights = plan.value_dtype(problem)
         shared["p"] = plgpu.SMEM(weights, dtype_of_weights, transforms=tiling(keys, dtype_of_weights, plan.line))
-    if readers > 1 and not plan.wide_stages and not plan.pair:
+    if plan.in_registers:
+        shared |= _narrow.shared(plan, dtype)
+    if plan.many and readers > 1 and not plan.wide_stages and not plan.pair:
         shared["v_clear"] = plgpu.Barrier(num_arrivals=1, num_barriers=plan.stages)
     if plan.takes_turns:
         shared["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=readers)
@@ -122,6 +124,9 @@ def _rings(problem, plan, cache):
     for name, (source, _, columns) in plan.rings.items():
         shared[name] = (keys, columns), plan.value_dtype(problem) if source else problem.dtype
         arrivals[name] = 1 if plan.wide_stages else parts, 1 if plan.pair else plan.warpgroups
+        if plan.in_registers:  # each place is always read by the same warpgroup
+            shared[name] = (keys, columns), problem.cache_dtype
+            arrivals[name] = parts * (1 + (name in by_row)), 1
         if plan.wide_stages:
             shared[f"narrow_{name}"] = (keys, columns), problem.cache_dtype
             arrivals[f"narrow_{name}"] = parts * (len(plan.rings) + len(by_row)), 1
@@ -135,8 +140,9 @@ def _rings(problem, plan, cache):
             if name not in others:
                 rings[f"{name}_{state}"] = plgpu.Barrier(num_arrivals=count, num_barriers=plan.places[name])
     for name in by_row:
-        rings[f"narrow_{name}_scale"] = plgpu.SMEM((plan.stages, keys), jnp.float32)
-        rings[f"{name}_scale"] = plgpu.SMEM((plan.wide_stages, keys), jnp.float32)
+        if plan.wide_stages:
+            rings[f"narrow_{name}_scale"] = plgpu.SMEM((plan.stages, keys), jnp.float32)
+        rings[f"{name}_scale"] = plgpu.SMEM((plan.wide_stages or plan.stages, keys), jnp.float32)
     if plan.many and "v" in by_row:
         rings["v_unit"] = plgpu.SMEM((plan.wide_stages,), jnp.float32)
     return rings
@@ -144,10 +150,12 @@ def _rings(problem, plan, cache):
 
 def _multiply(program, warpgroup):
     """All pieces of a program, for one of the warpgroups that multiply."""
-    if program.plan.registers:
-        plgpu.set_max_registers(program.plan.registers[0], action="increase")
-    form = _pair if program.plan.pair else _many if program.plan.many else _few
-    program.release("q", *(_pair.first_free(program.plan, warpgroup) if program.plan.pair else program.plan.rings))
-    if program.plan.table:
+    plan = program.plan
+    if plan.registers:
+        plgpu.set_max_registers(plan.registers[0], action="increase")
+    form = _pair if plan.pair else _many if plan.many else _narrow if plan.in_registers else _few
+    first_free = _pair.first_free(plan, warpgroup) if plan.pair else () if plan.in_registers else plan.rings
+    program.release("q", *first_free)
+    if plan.table:
         plgpu.barrier_wait(program.shared.stops_full)
     form.compute_pieces(program, warpgroup)

@@ -48,7 +48,8 @@ class Tiles:
         token_rows: query rows per token and kv head, G.
         block_rows: query rows of one kv head in a program: a multiple of 8, or of 64 where they are many.
         row_blocks: such blocks per kv head.
-        warpgroups: warpgroups that multiply, each for an equal part of the block or, in a pair, for the same query rows.
+        warpgroups: warpgroups that multiply, each for an equal part of the block. Those of a pair, and those that take tiles in
+            turn, are for all of it.
         takes_turns: whether two warpgroups ask for their products in turn.
         query_slots: blocks of query rows that a program holds: the block of this piece, and, if there is room, of the next piece.
         terms: a weight is written as the sum of so many numbers of 16 bits.
@@ -60,7 +61,8 @@ class Tiles:
         part_rows: rows of a tile that one copy takes: all, or those that lie in one page.
         stages: places for tiles of keys that a program holds as they are copied, and for tiles of values. A pair has one place per
             half of a tile. A tile of 8 bits has one place per part.
-        wide_stages: the same for widened tiles, or parts of tiles, of a cache of 8 bits; 0 for other caches.
+        wide_stages: the same for widened tiles, or parts of tiles, of a cache of 8 bits; 0 where no warpgroup of its own widens.
+        in_registers: whether the warpgroups that multiply take tiles of 8 bits in turn, and widen them in registers.
         part_dim: columns of a part of a tile. A tile is one part but for wide tiles of 8 bits, which have columns of several parts.
         direct: whether copies lay a tile out as products want it. For this, 8 must divide the rows, and 16 or 64 the head
             dimensions. Other tiles are copied as they are, and a warpgroup lays them out.
@@ -90,6 +92,7 @@ class Tiles:
     part_rows: int
     stages: int
     wide_stages: int
+    in_registers: bool
     part_dim: int
     direct: bool
     end_to_end: bool
@@ -100,8 +103,8 @@ class Tiles:
 
     @property
     def row_groups(self) -> int:
-        """Parts of a block of query rows: one per warpgroup, or one for a pair."""
-        return 1 if self.pair else self.warpgroups
+        """Parts of a block of query rows: one per warpgroup, or one where each warpgroup has all of them."""
+        return 1 if self.pair or self.in_registers else self.warpgroups
 
     @property
     def warpgroup_rows(self) -> int:
@@ -175,7 +178,7 @@ class Tiles:
     @property
     def copy_rows(self) -> int:
         """Query rows that one copy takes: they lie together in memory, and are a whole number of the products' tiles."""
-        return math.gcd(self.token_rows, 64) if self.many else self.block_rows
+        return math.gcd(self.token_rows, self.warpgroup_rows) if self.many or self.tokens > 1 else self.block_rows
 
     def output(self, problem: Problem) -> dict[str, tuple]:
         """Shapes and dtypes of output and lse, where query rows are many."""
@@ -186,7 +189,11 @@ class Tiles:
     def value_dtype(self, problem: Problem):
         """Dtype of weights and values in products. Values of 8 bits are float16, so that their products with scales are rounded an
         eighth as much as in bfloat16, but for values in the key's rows, which are what keys are."""
-        return "float16" if self.many and self.wide_stages else problem.dtype
+        return "float16" if self.in_registers or (self.many and self.wide_stages) else problem.dtype
+
+    def scales_with(self, ring: str) -> str:
+        """Whose scales, of "k" and "v", are copied with the tiles of a ring. A warpgroup that only widens waits once for all."""
+        return ring if self.in_registers else "kv" if self.wide_stages and ring == "k" else ""
 
     def is_freed(self, name: str) -> bool:
         """Whether the places of a ring have a barrier that says that they are free."""
@@ -222,6 +229,8 @@ class Tiles:
     def registers(self) -> tuple[int, ...]:
         """Registers of a thread that multiplies, of one that widens, if any does, and of one that copies; empty: as the compiler
         likes."""
+        if self.in_registers:
+            return REGISTERS[self.warpgroups]
         if not self.many:
             return WIDENING_REGISTERS[1] if self.wide_stages else ()
         if self.pair:
@@ -252,15 +261,20 @@ class Tiles:
     @property
     def reduction_bytes(self) -> int:
         """Shared memory in which a sum or maximum over keys passes between warps, all query rows at once."""
-        return 0 if self.pair else 2048 if self.many else 128 * self.block_rows
+        return 0 if self.pair or self.in_registers else 2048 if self.many else 128 * self.block_rows
 
     def shared_bytes(self) -> int:
         """Bytes of shared memory that a program needs, each array beginning at a multiple of 1024."""
         keys, rows, dim = self.place_rows, self.block_rows, self.block_dim
-        tiles = keys * sum(ring.columns for ring in self.rings.values()) * ITEMSIZE
+        tiles = keys * sum(ring.columns for ring in self.rings.values()) * (1 if self.in_registers else ITEMSIZE)
         narrow = [tiles // ITEMSIZE * self.stages, *[keys * 4 * places for places in (self.stages, self.wide_stages) * 2]]
         weights = self.terms if self.pair else 0 if self.many else MOST_TERMS
         arrays = narrow if self.wide_stages else []
+        if self.in_registers:  # scales, queries, numbers that pass between warps, and results of the second warpgroup
+            arrays += [keys * 4 * self.stages] * 2
+            arrays += [self.warpgroups * rows * size for size in (dim * ITEMSIZE, 128)]
+            arrays += [rows * size for size in (self.value_dim * 4, 2 * 4)]
+            weights *= self.warpgroups
         arrays += [
             tiles * (self.wide_stages or self.stages),
             tiles * (not self.direct),

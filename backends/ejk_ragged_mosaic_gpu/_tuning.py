@@ -22,7 +22,8 @@ BLOCK_KEYS = 64  # keys per tile: what the tensor cores take at once
 # Keys per tile with several blocks, and of a pair if they fit: the tensor cores set the pace, and read the query half as often.
 MANY_KEYS = 128
 STAGE_BYTES = 64 * 1024  # of tiles that are on their way or worked on; more tiles would wait for each other
-NARROW_BYTES = 48 * 1024  # the same for tiles of 8 bits
+NARROW_BYTES, FEW_NARROW_BYTES = 48 * 1024, 64 * 1024  # the same for tiles of 8 bits, and for those that are widened in registers
+TAKERS = 2  # warpgroups that take tiles in turn, and widen them in registers. With 3, they have too few registers
 PAIR_STAGES = 2  # halves of tiles per pair: one place for each. With more places each step computes addresses, which takes longer
 # Two warpgroups ask for their products in turn for one block of so many query rows, with this head dimension and 16 bits. As
 # measured on an H200, that is faster. It is slower for 8 bits and for several blocks.
@@ -30,9 +31,10 @@ TURNS = 128, 128
 WIDE_STAGES = 3  # widened tiles per program: with 2, the warpgroups that multiply wait more often
 MOST_ENTRIES = 256  # of the table of a pair
 PARTS = 192, 128, 64  # columns of a part of a wide tile of 8 bits, which is widened part by part
-FEW_NARROW_BYTES = 72 * 1024, 48 * 1024  # of narrow parts, for up to 16 query rows and for more
+PART_BYTES = 72 * 1024, 48 * 1024  # of narrow parts, for up to 16 query rows and for more
 WIDE = 256  # head dimensions of one warpgroup, at most
 LEAST_SCALES = 32  # per copy of scales: 128 bytes, the least that a copy takes
+OPERAND_DIM = 128  # divides the head dimensions of tiles that are widened in registers, as their layouts have it
 LEAST_COLUMNS = 16  # per line of a tile: 32 bytes, the least that copies and products take
 # The second kernel.
 MERGE_ROWS = 4  # query rows that a program merges at once, if query rows are few, and that leaves one program per multiprocessor
@@ -42,10 +44,13 @@ MERGE_PROGRAMS = 4  # programs per multiprocessor: as many as find room next to 
 # Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless no
 # more than SHORT rows of a sequence are seen, or a full cache has fewer than MUCH bytes: they take some microseconds longer to
 # begin and end. For twice the query rows half as many bytes are much, because pallas_triton reads them once for each 64 query
-# rows. In 8 bits they are faster from LEADING_ROWS_OF_8_BITS query rows on. Where the value lies in wide rows of the key, they are
-# faster above FEW or WIDE_FEW query rows, for pages of a cache that has MUCH_WIDE bytes, for up to MOST_ALONE sequences with few
-# query rows, and always in 8 bits.
+# rows. In 8 bits they are faster from LEADING_ROWS_OF_8_BITS query rows on. Where tiles are widened in registers, as measured on
+# an H200, they are also faster for one token and up to LEAST_ROWS query rows of any cache, and for other query rows of a large
+# cache where more than LONG_OF_8_BITS rows of a sequence are seen. Where the value lies in wide rows of the key, they are faster
+# above FEW or WIDE_FEW query rows, for pages of a cache that has MUCH_WIDE bytes, for up to MOST_ALONE sequences with few query
+# rows, and always in 8 bits.
 LEADING_ROWS, LEADING_ROWS_OF_8_BITS, SHORT, MUCH, MOST_ALONE = 64, 20, 256, 128 << 20, 2
+LEAST_ROWS, LONG_OF_8_BITS = 8, 1024
 # Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, too. Without a
 # window, and with head dimensions in FAST_DIMS, they are faster for up to FAST_ROWS query rows of a full cache that has LONG rows
 # per sequence and MUCH_LONG bytes, and for one token of a single sequence.
@@ -67,15 +72,16 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     if _by_pair(problem, rows) and (given.block_size_keys is None or problem.keeps_accum_dtype):
         keys = keys if _bytes(problem, keys, rows, PAIR_STAGES, target) <= shared_memory(target) else BLOCK_KEYS
     if given.block_size_heads is None:
-        least = lambda rows: PAIR_STAGES if _by_pair(problem, rows) else given.num_stages or 2
+        least = lambda rows: PAIR_STAGES if _by_pair(problem, rows) else round_up(given.num_stages or 2, _stage_step(problem, rows))
         while rows > least_rows(problem) and _bytes(problem, keys, rows, least(rows), target) > shared_memory(target):
             rows = rows - 64 if rows > 64 else max(rows // 16 * 8, 8)
     pair = _by_pair(problem, rows)
-    stages = PAIR_STAGES if pair else given.num_stages or default_stages(problem, keys, rows)
+    step = _stage_step(problem, rows)
+    stages = PAIR_STAGES if pair else round_up(given.num_stages or default_stages(problem, keys, rows), step)
     # The gradients of a call keep two terms per weight, and get the hints of the call.
     may_have_fewer = not pair and (not given.num_stages or problem.keeps_accum_dtype)
-    while may_have_fewer and stages > 1 and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
-        stages -= 1
+    while may_have_fewer and stages > step and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
+        stages -= step
     needs = _bytes(problem, keys, rows, stages, target)
     if needs > shared_memory(target):
         raise ValueError(
@@ -86,8 +92,8 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 
 
 def least_rows(problem: Problem) -> int:
-    """Query rows of the smallest block. With an 8-bit cache, query rows are rows of the products, unless tiles are wide."""
-    return 64 if problem.quantised and not is_wide(problem) else 8
+    """Query rows of the smallest block: where a warpgroup of its own widens tiles, query rows are rows of the products."""
+    return 64 if problem.quantised and not is_wide(problem) and not _widens_in_registers(problem, 8) else 8
 
 
 def default_stages(problem: Problem, keys: int, rows: int) -> int:
@@ -95,10 +101,11 @@ def default_stages(problem: Problem, keys: int, rows: int) -> int:
     if _by_pair(problem, rows):
         return PAIR_STAGES
     if is_wide(problem) and problem.quantised:
-        return max(FEW_NARROW_BYTES[rows > 16] // (keys * _part_dim(problem)), 2)
+        return max(PART_BYTES[rows > 16] // (keys * _part_dim(problem)), 2)
     dims = _tile_dim(problem) + round_up(problem.value_dim, 64) * (problem.value_columns is None)
     if problem.quantised:
-        return max(NARROW_BYTES // (keys * dims), 2)
+        few = _widens_in_registers(problem, rows)
+        return max((FEW_NARROW_BYTES if few else NARROW_BYTES) // (keys * dims) & -_stage_step(problem, rows), 2)
     return max(STAGE_BYTES // (keys * dims * ITEMSIZE), 2)
 
 
@@ -107,7 +114,8 @@ def candidates(problem: Problem, target: Target):
     for keys in (BLOCK_KEYS, 2 * BLOCK_KEYS):
         rows = _block_rows(problem, None)
         default = default_stages(problem, keys, rows)
-        for stages in (default,) if _by_pair(problem, rows) else (default, default + 1, max(default - 1, 2)):
+        step = _stage_step(problem, rows)
+        for stages in (default,) if _by_pair(problem, rows) else (default, default + step, max(default - step, 2)):
             hints = FwdParams(block_size_keys=keys, num_stages=stages)
             try:
                 resolve(dataclasses.replace(problem, fwd_params=hints), target)
@@ -137,16 +145,26 @@ def leads(problem: Problem, target: Target) -> str:
         alone = problem.batch <= MOST_ALONE and keys > SHORT and rows <= WIDE_FEW
         return f"values in wide rows of the key of up to {MOST_ALONE} sequences" if alone else ""
     much = keys > SHORT and _most_bytes(problem) * max(rows, LEADING_ROWS) >= MUCH * LEADING_ROWS
-    least, cache = (LEADING_ROWS_OF_8_BITS, " of an 8-bit cache") if problem.quantised else (LEADING_ROWS, "")
-    if rows >= least and takes_many and much and (not problem.quantised or problem.head_dim == 128):
-        return f"{least} or more query rows per kv head{cache}"
     if problem.quantised:
-        return ""
+        return _leads_in_8_bits(problem, rows, much) if takes_many and keys > SHORT else ""
+    if rows >= LEADING_ROWS and takes_many and much:
+        return f"{LEADING_ROWS} or more query rows per kv head"
     plain = fast and rows <= FAST_ROWS and problem.head_dim in FAST_DIMS and problem.most_keys is None and takes_many
     if (problem.paged or plain) and problem.batch == problem.num_tokens == 1:
         return f"a single sequence {where}"
     long = problem.seq_len >= LONG and _most_bytes(problem) >= MUCH_LONG
     return "long sequences of a large cache in fast memory" if plain and long else ""
+
+
+def _leads_in_8_bits(problem: Problem, rows: int, much: bool) -> str:
+    """The same for 8-bit caches that are not wide. `much` says whether a full cache has many bytes."""
+    in_registers = _widens_in_registers(problem, rows)
+    if in_registers and problem.num_tokens == 1 and rows <= LEAST_ROWS:
+        return f"up to {LEAST_ROWS} query rows per kv head of an 8-bit cache"
+    if much and rows >= LEADING_ROWS_OF_8_BITS and (in_registers or problem.head_dim == 128):
+        return f"{LEADING_ROWS_OF_8_BITS} or more query rows per kv head of an 8-bit cache"
+    long = in_registers and much and _most_keys(problem) > LONG_OF_8_BITS
+    return f"more than {LONG_OF_8_BITS} rows per sequence of a large 8-bit cache" if long else ""
 
 
 def does_not_fit(problem: Problem, target: Target) -> str | None:
@@ -160,7 +178,8 @@ def does_not_fit(problem: Problem, target: Target) -> str | None:
         return f"of quantised caches it takes head dimensions above {WIDE} where the value lies in the key's rows"
     if problem.quantised and not _takes_many(problem):
         return "it widens quantised caches where 64 divides the head dimensions, 8 the rows, and no junk lies between tokens"
-    needs = lambda problem: _bytes(problem, BLOCK_KEYS, least_rows(problem), 1, target)
+    least = least_rows(problem)
+    needs = lambda problem: _bytes(problem, BLOCK_KEYS, least, _stage_step(problem, least), target)
     if needs(problem) <= shared_memory(target):
         return None
     if needs(dataclasses.replace(problem, batch=1)) <= shared_memory(target):
@@ -171,6 +190,8 @@ def does_not_fit(problem: Problem, target: Target) -> str | None:
 def _block_rows(problem: Problem, wanted: int | None) -> int:
     """Query rows of a block."""
     there = problem.num_tokens * problem.group
+    if _widens_in_registers(problem, min(wanted or there, there)):
+        return round_up(min(wanted or there, there), 8)
     if is_wide(problem):
         most, few = (64, _wide_few(problem)) if _takes_many(problem) and not problem.quantised else (FEW, FEW)
         wanted = min(wanted or there, most)
@@ -183,6 +204,17 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
         return round_up(min(wanted or there, there), 8)
     blocks = -(-there // 64)
     return min(round_up(wanted, 64), 64 * blocks, MANY[2]) if wanted else MANY[min(blocks, len(MANY)) - 1]
+
+
+def _widens_in_registers(problem: Problem, rows: int) -> bool:
+    """Whether tiles of 8 bits are widened in registers, for blocks of `rows` query rows."""
+    whole = problem.head_dim % OPERAND_DIM == problem.value_dim % OPERAND_DIM == 0
+    return problem.quantised and not is_wide(problem) and whole and rows <= FEW
+
+
+def _stage_step(problem: Problem, rows: int) -> int:
+    """What divides the number of stages. A stage is always that of the same warpgroup, which counts the phases of its barriers."""
+    return TAKERS if _widens_in_registers(problem, rows) else 1
 
 
 def _wide_few(problem: Problem) -> int:
@@ -292,21 +324,22 @@ def tiles(problem: Problem, target: Target) -> Tiles:
 
 def _tiles(problem, keys, rows, stages, target) -> Tiles:
     row_blocks = -(-problem.num_tokens * problem.group // rows)
+    many = rows % 64 == 0 and _takes_many(problem)
+    in_registers = _widens_in_registers(problem, rows)
     schedule = Schedule.of(problem, multiprocessors(target) // (problem.num_kv_heads * row_blocks), keys)
     end_to_end = _direct(problem) and _end_to_end(problem)
     if end_to_end:  # rows of a sequence count from up to 7 rows early
         schedule = dataclasses.replace(schedule, seq_len=problem.seq_len + 7)
     alone = schedule.by_sequence or problem.batch == 1
-    many = rows % 64 == 0 and _takes_many(problem)
     pair = many and is_wide(problem)
     # Output is written by way of the query's place in shared memory.
     staged = problem.value_dim <= problem.head_dim if pair else problem.value_dim == problem.head_dim
     there = problem.num_tokens * problem.group
-    if many and problem.group % 8 == 0:
+    if (many or in_registers) and problem.group % 8 == 0:
         tokens, token_rows = problem.num_tokens, problem.group
     else:  # up to 8 are one tile, which may be larger than what there is
         tokens, token_rows = 1, round_up(there, 8) if many or there > 8 else there
-    wide_stages = WIDE_STAGES if problem.quantised else 0
+    wide_stages = WIDE_STAGES if problem.quantised and not in_registers else 0
     if wide_stages and not many:  # parts of one tile, and those that are widened meanwhile
         wide_stages = _tile_dim(problem) // _part_dim(problem) + 2
     plan = Tiles(
@@ -316,7 +349,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         token_rows=token_rows,
         block_rows=rows,
         row_blocks=row_blocks,
-        warpgroups=2 if pair else rows // 64 if many else 1,
+        warpgroups=TAKERS if in_registers else 2 if pair else rows // 64 if many else 1,
         takes_turns=many and (rows, problem.head_dim) == TURNS and row_blocks == 1 and not problem.quantised,
         query_slots=2,
         terms=MOST_TERMS if problem.keeps_accum_dtype else 1,
@@ -329,6 +362,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         part_rows=_part_rows(problem, keys) if problem.paged or not pair else keys // 2,
         stages=stages,
         wide_stages=wide_stages,
+        in_registers=in_registers,
         part_dim=_part_dim(problem),
         direct=_direct(problem),
         end_to_end=end_to_end,
@@ -337,7 +371,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         table_step=1 if alone or not pair else step_of_table(problem.batch),
         schedule=schedule,
     )
-    if (many or wide_stages) and plan.shared_bytes() > shared_memory(target):
+    if (many or wide_stages or in_registers) and plan.shared_bytes() > shared_memory(target):
         return dataclasses.replace(plan, query_slots=1)
     return plan
 

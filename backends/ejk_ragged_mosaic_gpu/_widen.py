@@ -28,7 +28,7 @@ def widen(program: Program):
         narrow_full, narrow_free = (barriers.at[slot] for barriers in program.barriers("narrow_k"))
         plgpu.barrier_wait(narrow_full)
         plgpu.barrier_wait(program.barriers("v")[1].at[place])
-        scales, value_scale = load_scales(program, piece, slot, row), None
+        scales, value_scale = _scales(program, piece, slot, row), None
         keys, values = (plgpu.load(ref.at[slot], layout=BYTES) for ref in (shared.narrow_k, shared.narrow_v))
         if "v" in scales:
             if plan.scales_values:
@@ -72,7 +72,7 @@ def widen_parts(program: Program):
         wide = shared.k.at[wide_slot]
         plgpu.barrier_wait(full)
         numbers = plgpu.load(shared.narrow_k.at[slot], layout=BYTES)
-        scales = load_scales(program, piece, slot, row) if part == 0 else {}
+        scales = _scales(program, piece, slot, row) if part == 0 else {}
         plgpu.barrier_wait(wide_free)
         wide[...] = widened(numbers, wide.dtype, program.interpreted)
         for name, scale in scales.items():
@@ -103,13 +103,15 @@ def _all_tiles(program, tile, before):
     program.drain(*plan.rings)
 
 
-def load_scales(program, piece, slot, row):
+def _scales(program, piece, slot, row):
     """Scales of "k" and "v" of a narrow tile that was read at `row`, where they differ by row."""
-    loaded = {}
-    for name in filter(program.by_row, "kv"):
-        scales = plgpu.load(getattr(program.shared, f"narrow_{name}_scale").at[slot], layout=IN_EACH_WARP, optimized=False)
-        key = plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=IN_EACH_WARP) + row
-        seen = (key >= piece.start) & (key < piece.end)  # the scale of a row outside the range may be NaN
-        zeros = plgpu.layout_cast(jnp.zeros(scales.shape, scales.dtype), IN_EACH_WARP)
-        loaded[name] = jnp.where(seen, scales, zeros)
-    return loaded
+    of = lambda name: load_scales(piece, getattr(program.shared, f"narrow_{name}_scale").at[slot], row)
+    return {name: of(name) for name in "kv" if program.by_row(name)}
+
+
+def load_scales(piece, ref, row, layout=IN_EACH_WARP):
+    """Scales of the rows of a tile that was read at `row`, with zeros outside the range, where a scale may be NaN."""
+    scales = plgpu.load(ref, layout=layout, optimized=False)
+    key = plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=layout) + row
+    zeros = plgpu.layout_cast(jnp.zeros(scales.shape, scales.dtype), layout)
+    return jnp.where((key >= piece.start) & (key < piece.end), scales, zeros)

@@ -1,0 +1,149 @@
+"""Tiles of 8 bits as the first operand of a product, in registers.
+
+A product of the tensor cores says which thread has which rows and columns of an operand in registers. A thread loads the bytes that
+it finds side by side, and takes them for the columns that the product wants it to have. So columns of the keys stand in another
+order, which is that of the query's columns (`in_order_of_keys`), and so do the rows of V^T, which `sums_by_column` puts right.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import llvm  # jax.extend.mlir does not have it
+
+from ._bits import of_float8, of_int8
+from ._jax import KEY_BYTES, plgpu, QUERY_LOADED, QUERY_STORED, store, SUMS, TILE, VALUE_BYTES
+
+
+def in_order_of_keys(x):
+    """An array [.., D] with its columns in the order of `keys_of`. 128 divides D."""
+    *shape, dims = x.shape
+    return x.reshape(*shape, dims // 128, 4, 8, 2, 2).swapaxes(-4, -3).swapaxes(-3, -2).reshape(*shape, dims)
+
+
+def store_in_order_of_keys(source, target, interpreted):
+    """Copies a query [query rows, D] in shared memory, with its columns in the order of `keys_of`."""
+    x = plgpu.load(source, layout=QUERY_LOADED)
+    if interpreted:
+        target[...] = in_order_of_keys(x)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(QUERY_LOADED,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=QUERY_STORED))
+    def relaid(_, matrix):
+        layout = QUERY_STORED.to_mgpu()
+        registers = np.empty(layout.registers_shape(x.shape), object)
+        word = ir.IntegerType.get_signless(32)
+        for (row, column, *_), numbers in np.ndenumerate(matrix.registers):
+            words = vector.bitcast(ir.VectorType.get((4,), word), numbers)
+            for i in range(4):
+                place = [row, column, *[0] * (registers.ndim - 2)]
+                place[-4], place[-3] = divmod(i, 2)
+                registers[tuple(place)] = _pair(vector.extract(words, [], [i]), x.dtype)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    store(target, relaid(x))
+
+
+def keys_of(ref, dtype, interpreted):
+    """A tile of keys [64, D] in a dtype of 16 bits that holds each of its numbers. Its columns have an order of their own."""
+    x = plgpu.load(ref, layout=KEY_BYTES)
+    if interpreted:
+        return in_order_of_keys(x.astype(jnp.float32).astype(dtype))
+
+    @plgpu.inline_mgpu(arg_types=(KEY_BYTES,), return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout=TILE))
+    def relaid(_, matrix):
+        convert = _conversion(x.dtype, dtype)
+        registers = np.empty((x.shape[0] // 64, x.shape[1] // 8, 1, 1, 2, 1, 1, 1, 1), object)
+        for (block, columns, _, _, half, _, _, vector_number, _), numbers in np.ndenumerate(matrix.registers):
+            words = convert(_words(numbers, 4))
+            for i, word in enumerate(words):
+                registers[block, columns * 16 + vector_number * 8 + i, 0, 0, half] = _pair(word, dtype)
+        return mgpu.FragmentedArray(_registers=registers, _layout=TILE.to_mgpu(), _is_signed=None)
+
+    return relaid(x)
+
+
+def values_of(ref, interpreted):
+    """A tile of values [64, Dv] in float16, transposed. Its rows have an order of their own."""
+    dtype = jnp.dtype(jnp.float16)
+    x = plgpu.load(ref, layout=VALUE_BYTES)
+    if interpreted:
+        return x.astype(dtype).T
+
+    shape = x.shape[::-1]
+
+    @plgpu.inline_mgpu(arg_types=(VALUE_BYTES,), return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=TILE))
+    def relaid(_, matrix):
+        convert = _conversion(x.dtype, dtype)
+        registers = np.empty((shape[0] // 64, shape[1] // 8, 1, 1, 2, 1, 1, 1, 1), object)
+        rows, columns = matrix.registers.shape[:2]
+        for row, column in np.ndindex(rows, columns):
+            first, second = (_words(matrix.registers[row, column, 0, 0, 0, 0, i, 0], 1)[0] for i in range(2))
+            mixed = [_permuted(first, second, order) for order in (0x5140, 0x7362)]
+            for i, word in enumerate(convert(mixed)):
+                registers[2 * column + i // 2, row, 0, 0, i % 2] = _pair(word, dtype)
+        return mgpu.FragmentedArray(_registers=registers, _layout=TILE.to_mgpu(), _is_signed=None)
+
+    return relaid(x)
+
+
+def sums_by_column(acc, interpreted):
+    """The sums of an output [Dv, query rows], laid out for a store, with the rows of `values_of` in the order of the columns."""
+    if interpreted:
+        return acc
+
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=SUMS))
+    def relaid(_, matrix):
+        four = ir.VectorType.get((4,), ir.F32Type.get())
+        registers = np.empty((acc.shape[0] // 128, acc.shape[1] // 8, 1, 1, 1, 1, 1, 2), object)
+        for block, columns, one in np.ndindex(*registers.shape[:2], 2):
+            numbers = [
+                vector.extract(matrix.registers[2 * block + i // 2, columns, 0, 0, i % 2, 0, 0, 0, 0], [], [one]) for i in range(4)
+            ]
+            registers[block, columns, 0, 0, 0, 0, 0, one] = vector.from_elements(four, numbers)
+        return mgpu.FragmentedArray(_registers=registers, _layout=SUMS.to_mgpu(), _is_signed=None)
+
+    return relaid(acc)
+
+
+def reduced(operation, x, scratch, interpreted):
+    """The largest ("max") or the sum ("add") over the rows of a matrix, by way of an array in shared memory that is this
+    warpgroup's own. JAX's reductions have one array for all warpgroups."""
+    if interpreted:
+        return {"max": jnp.max, "add": jnp.sum}[operation](x, axis=0)
+    layout = TILE.reduce(0)
+
+    @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType()), return_type=plgpu.ShapeDtypeStruct((x.shape[1],), x.dtype, layout=layout))
+    def reduce(_, matrix, scratch):
+        return matrix.reduce(operation, 0, scratch)
+
+    return reduce(x, scratch)
+
+
+def _words(numbers, count):
+    """The words of 32 bits of a vector of bytes."""
+    word = ir.IntegerType.get_signless(32)
+    words = vector.bitcast(ir.VectorType.get((count,), word), numbers)
+    return [vector.extract(words, [], [n]) for n in range(count)]
+
+
+def _pair(word, dtype):
+    """Two numbers of 16 bits in a word."""
+    wide = (ir.F16Type if dtype == jnp.float16 else ir.BF16Type).get()
+    one = vector.from_elements(ir.VectorType.get((1,), word.type), [word])
+    return vector.bitcast(ir.VectorType.get((2,), wide), one)
+
+
+def _permuted(a, b, order):
+    """Bytes of two words, by their numbers: 0 to 3 are those of `a`, 4 to 7 those of `b`."""
+    word = ir.IntegerType.get_signless(32)
+    order = arith.constant(word, order)
+    return llvm.inline_asm(word, [a, b, order], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
+
+
+def _conversion(narrow, dtype) -> Any:
+    dtype = jnp.dtype(dtype)
+    return of_int8(dtype) if narrow == jnp.int8 else of_float8(narrow, dtype)
