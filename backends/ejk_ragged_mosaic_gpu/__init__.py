@@ -50,7 +50,7 @@ class MosaicGpuBackend(Backend):
         return None if found else needs
 
     def priority_for(self, problem: Problem, target: Target) -> tuple[float, str]:
-        from ._tuning import leads
+        from ._leads import leads
 
         why = leads(problem, target)
         return (FIRST, why) if why else (self.priority, "")

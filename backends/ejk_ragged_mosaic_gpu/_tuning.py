@@ -6,7 +6,7 @@ import math
 
 from ejk_ragged import FwdParams, Problem, Target
 from ejk_ragged_schedule import Schedule
-from ejk_ragged_schedule.devices import has_fast_memory, multiprocessors
+from ejk_ragged_schedule.devices import multiprocessors
 
 from ._tiles import BLOCK_SEQUENCES, ITEMSIZE, LEAST_MERGED, MOST_TERMS, round_up, table_entries, Tiles, WIDENING_REGISTERS
 
@@ -40,21 +40,6 @@ LEAST_COLUMNS = 16  # per line of a tile: 32 bytes, the least that copies and pr
 MERGE_ROWS = 4  # query rows that a program merges at once, if query rows are few, and that leaves one program per multiprocessor
 MERGE_DIMS, FEW_MERGE_DIMS = 64, 16  # dimensions that a program merges at once, if query rows are many
 MERGE_PROGRAMS = 4  # programs per multiprocessor: as many as find room next to one of the first kernel
-
-# Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless no
-# more than SHORT rows of a sequence are seen, or a full cache has fewer than MUCH bytes: they take some microseconds longer to
-# begin and end. For twice the query rows half as many bytes are much, because pallas_triton reads them once for each 64 query
-# rows. In 8 bits they are faster from LEADING_ROWS_OF_8_BITS query rows on. Where tiles are widened in registers, as measured on
-# an H200, they are also faster for one token and up to LEAST_ROWS query rows of any cache, and for other query rows of a large
-# cache where more than LONG_OF_8_BITS rows of a sequence are seen. Where the value lies in wide rows of the key, they are faster
-# above FEW or WIDE_FEW query rows, for pages of a cache that has MUCH_WIDE bytes, for up to MOST_ALONE sequences with few query
-# rows, and always in 8 bits.
-LEADING_ROWS, LEADING_ROWS_OF_8_BITS, SHORT, MUCH, MOST_ALONE = 64, 20, 256, 128 << 20, 2
-LEAST_ROWS, LONG_OF_8_BITS = 8, 1024
-# Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, too. Without a
-# window, and with head dimensions in FAST_DIMS, they are faster for up to FAST_ROWS query rows of a full cache that has LONG rows
-# per sequence and MUCH_LONG bytes, and for one token of a single sequence.
-LONG, MUCH_LONG, FAST_ROWS, FAST_DIMS = 8192, 512 << 20, 16, (128, 192)
 
 # An H100's, for lowering without a device.
 SHARED_MEMORY = 227 * 1024
@@ -93,7 +78,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 
 def least_rows(problem: Problem) -> int:
     """Query rows of the smallest block: where a warpgroup of its own widens tiles, query rows are rows of the products."""
-    return 64 if problem.quantised and not is_wide(problem) and not _widens_in_registers(problem, 8) else 8
+    return 64 if problem.quantised and not is_wide(problem) and not widens_in_registers(problem, 8) else 8
 
 
 def default_stages(problem: Problem, keys: int, rows: int) -> int:
@@ -102,9 +87,9 @@ def default_stages(problem: Problem, keys: int, rows: int) -> int:
         return PAIR_STAGES
     if is_wide(problem) and problem.quantised:
         return max(PART_BYTES[rows > 16] // (keys * _part_dim(problem)), 2)
-    dims = _tile_dim(problem) + round_up(problem.value_dim, 64) * (problem.value_columns is None)
+    dims = tile_dim(problem) + round_up(problem.value_dim, 64) * (problem.value_columns is None)
     if problem.quantised:
-        few = _widens_in_registers(problem, rows)
+        few = widens_in_registers(problem, rows)
         return max((FEW_NARROW_BYTES if few else NARROW_BYTES) // (keys * dims) & -_stage_step(problem, rows), 2)
     return max(STAGE_BYTES // (keys * dims * ITEMSIZE), 2)
 
@@ -124,49 +109,6 @@ def candidates(problem: Problem, target: Target):
             yield hints
 
 
-def leads(problem: Problem, target: Target) -> str:
-    """Why these kernels are faster than those of `pallas_triton`, as measured on an H100 and an H200, or ""."""
-    capability = getattr(target.device, "compute_capability", None)
-    if capability is None or not all(isinstance(n, int) for n in problem.sizes) or problem.keeps_accum_dtype:
-        return ""
-    rows, takes_many = problem.num_tokens * problem.group, _takes_many(problem)
-    keys, fast = _most_keys(problem), has_fast_memory(target)
-    where = "in pages" if problem.paged else "in fast memory" if fast else ""
-    if is_wide(problem):
-        if problem.value_columns is None or _tile_dim(problem) <= WIDE or not takes_many:
-            return ""
-        if problem.quantised:
-            return "values in wide rows of the key, in 8 bits" if keys > SHORT else ""
-        few = _wide_few(problem)
-        if rows > few:
-            return f"more than {few} query rows, and values in wide rows of the key"
-        if where and _most_bytes(problem) >= MUCH_WIDE:
-            return f"values in wide rows of the key of a large cache {where}"
-        alone = problem.batch <= MOST_ALONE and keys > SHORT and rows <= WIDE_FEW
-        return f"values in wide rows of the key of up to {MOST_ALONE} sequences" if alone else ""
-    much = keys > SHORT and _most_bytes(problem) * max(rows, LEADING_ROWS) >= MUCH * LEADING_ROWS
-    if problem.quantised:
-        return _leads_in_8_bits(problem, rows, much) if takes_many and keys > SHORT else ""
-    if rows >= LEADING_ROWS and takes_many and much:
-        return f"{LEADING_ROWS} or more query rows per kv head"
-    plain = fast and rows <= FAST_ROWS and problem.head_dim in FAST_DIMS and problem.most_keys is None and takes_many
-    if (problem.paged or plain) and problem.batch == problem.num_tokens == 1:
-        return f"a single sequence {where}"
-    long = problem.seq_len >= LONG and _most_bytes(problem) >= MUCH_LONG
-    return "long sequences of a large cache in fast memory" if plain and long else ""
-
-
-def _leads_in_8_bits(problem: Problem, rows: int, much: bool) -> str:
-    """The same for 8-bit caches that are not wide. `much` says whether a full cache has many bytes."""
-    in_registers = _widens_in_registers(problem, rows)
-    if in_registers and problem.num_tokens == 1 and rows <= LEAST_ROWS:
-        return f"up to {LEAST_ROWS} query rows per kv head of an 8-bit cache"
-    if much and rows >= LEADING_ROWS_OF_8_BITS and (in_registers or problem.head_dim == 128):
-        return f"{LEADING_ROWS_OF_8_BITS} or more query rows per kv head of an 8-bit cache"
-    long = in_registers and much and _most_keys(problem) > LONG_OF_8_BITS
-    return f"more than {LONG_OF_8_BITS} rows per sequence of a large 8-bit cache" if long else ""
-
-
 def does_not_fit(problem: Problem, target: Target) -> str | None:
     """Why not even the smallest tiles fit, or None."""
     if is_wide(problem) and not _direct(problem):
@@ -176,7 +118,7 @@ def does_not_fit(problem: Problem, target: Target) -> str | None:
         )
     if is_wide(problem) and problem.quantised and problem.value_columns is None:
         return f"of quantised caches it takes head dimensions above {WIDE} where the value lies in the key's rows"
-    if problem.quantised and not _takes_many(problem):
+    if problem.quantised and not takes_many(problem):
         return "it widens quantised caches where 64 divides the head dimensions, 8 the rows, and no junk lies between tokens"
     least = least_rows(problem)
     needs = lambda problem: _bytes(problem, BLOCK_KEYS, least, _stage_step(problem, least), target)
@@ -190,15 +132,15 @@ def does_not_fit(problem: Problem, target: Target) -> str | None:
 def _block_rows(problem: Problem, wanted: int | None) -> int:
     """Query rows of a block."""
     there = problem.num_tokens * problem.group
-    if _widens_in_registers(problem, min(wanted or there, there)):
+    if widens_in_registers(problem, min(wanted or there, there)):
         return round_up(min(wanted or there, there), 8)
     if is_wide(problem):
-        most, few = (64, _wide_few(problem)) if _takes_many(problem) and not problem.quantised else (FEW, FEW)
+        most, few = (64, wide_few(problem)) if takes_many(problem) and not problem.quantised else (FEW, FEW)
         wanted = min(wanted or there, most)
         return round_up(wanted, 8) if wanted <= few else 64
     if problem.quantised:
         return min(round_up(min(wanted or there, there), 64), max(WIDENING_REGISTERS) * 64)
-    if not _takes_many(problem):
+    if not takes_many(problem):
         return round_up(min(wanted or MOST_FEW, there, MOST_FEW), 8)
     if min(wanted or there, there) <= FEW:
         return round_up(min(wanted or there, there), 8)
@@ -206,7 +148,7 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
     return min(round_up(wanted, 64), 64 * blocks, MANY[2]) if wanted else MANY[min(blocks, len(MANY)) - 1]
 
 
-def _widens_in_registers(problem: Problem, rows: int) -> bool:
+def widens_in_registers(problem: Problem, rows: int) -> bool:
     """Whether tiles of 8 bits are widened in registers, for blocks of `rows` query rows."""
     whole = problem.head_dim % OPERAND_DIM == problem.value_dim % OPERAND_DIM == 0
     return problem.quantised and not is_wide(problem) and whole and rows <= FEW
@@ -214,21 +156,21 @@ def _widens_in_registers(problem: Problem, rows: int) -> bool:
 
 def _stage_step(problem: Problem, rows: int) -> int:
     """What divides the number of stages. A stage is always that of the same warpgroup, which counts the phases of its barriers."""
-    return TAKERS if _widens_in_registers(problem, rows) else 1
+    return TAKERS if widens_in_registers(problem, rows) else 1
 
 
-def _wide_few(problem: Problem) -> int:
+def wide_few(problem: Problem) -> int:
     """Query rows of wide tiles that are columns of the products, at most."""
-    return WIDE_FEW if _most_bytes(problem) >= MUCH_WIDE else FEW
+    return WIDE_FEW if most_bytes(problem) >= MUCH_WIDE else FEW
 
 
-def _most_bytes(problem: Problem) -> int:
+def most_bytes(problem: Problem) -> int:
     """Bytes of the cache that are seen, at most."""
     dims = problem.row_dim + (problem.value_dim if problem.value_columns is None else 0)
-    return problem.batch * _most_keys(problem) * dims * problem.num_kv_heads * problem.cache_dtype.itemsize
+    return problem.batch * most_keys(problem) * dims * problem.num_kv_heads * problem.cache_dtype.itemsize
 
 
-def _most_keys(problem: Problem) -> int:
+def most_keys(problem: Problem) -> int:
     """Rows of a sequence that are seen, at most."""
     return problem.seq_len if problem.most_keys is None else min(problem.seq_len, problem.most_keys)
 
@@ -241,7 +183,7 @@ def _block_keys(problem: Problem, rows: int) -> int:
     return MANY_KEYS if blocks and problem.head_dim <= 128 and not problem.quantised else BLOCK_KEYS
 
 
-def _takes_many(problem: Problem) -> bool:
+def takes_many(problem: Problem) -> bool:
     """Whether query rows can be the rows of the products: copies lay tiles out as products take them, and no rows lie between the
     ranges of tokens."""
     return _direct(problem) and _common_dim(problem) == 64 and not problem.junk_between_tokens
@@ -277,7 +219,7 @@ def _by_pair(problem: Problem, rows: int) -> bool:
     return is_wide(problem) and rows == 64
 
 
-def _tile_dim(problem: Problem) -> int:
+def tile_dim(problem: Problem) -> int:
     """Columns of the key's rows that are copied."""
     _, end = problem.value_columns or (0, 0)
     return round_up(max(problem.head_dim, end), 64)
@@ -285,7 +227,7 @@ def _tile_dim(problem: Problem) -> int:
 
 def _part_dim(problem: Problem) -> int:
     """Columns of a part of a tile of keys."""
-    dim = _tile_dim(problem)
+    dim = tile_dim(problem)
     if not problem.quantised or not is_wide(problem):
         return dim
     # Products want lines of `line` columns, and copies take whole lines of the cache's rows.
@@ -324,8 +266,8 @@ def tiles(problem: Problem, target: Target) -> Tiles:
 
 def _tiles(problem, keys, rows, stages, target) -> Tiles:
     row_blocks = -(-problem.num_tokens * problem.group // rows)
-    many = rows % 64 == 0 and _takes_many(problem)
-    in_registers = _widens_in_registers(problem, rows)
+    many = rows % 64 == 0 and takes_many(problem)
+    in_registers = widens_in_registers(problem, rows)
     schedule = Schedule.of(problem, multiprocessors(target) // (problem.num_kv_heads * row_blocks), keys)
     end_to_end = _direct(problem) and _end_to_end(problem)
     if end_to_end:  # rows of a sequence count from up to 7 rows early
@@ -341,7 +283,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         tokens, token_rows = 1, round_up(there, 8) if many or there > 8 else there
     wide_stages = WIDE_STAGES if problem.quantised and not in_registers else 0
     if wide_stages and not many:  # parts of one tile, and those that are widened meanwhile
-        wide_stages = _tile_dim(problem) // _part_dim(problem) + 2
+        wide_stages = tile_dim(problem) // _part_dim(problem) + 2
     plan = Tiles(
         many=many,
         pair=pair,
@@ -356,7 +298,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         writes_out=many and staged and not problem.keeps_accum_dtype,
         block_dim=round_up(problem.head_dim, 64),
         value_dim=round_up(problem.value_dim, 64),
-        tile_dim=_tile_dim(problem),
+        tile_dim=tile_dim(problem),
         value_start=None if problem.value_columns is None else problem.value_columns[0],
         paged=problem.paged,
         part_rows=_part_rows(problem, keys) if problem.paged or not pair else keys // 2,

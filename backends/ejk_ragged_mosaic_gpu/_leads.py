@@ -1,0 +1,65 @@
+"""For which calls the backend is asked before `pallas_triton`, as measured. docs/developers has the log."""
+
+from ejk_ragged import Problem, Target
+from ejk_ragged_schedule.devices import has_fast_memory
+
+from ._tuning import is_wide, most_bytes, most_keys, MUCH_WIDE, takes_many, tile_dim, WIDE, WIDE_FEW, wide_few, widens_in_registers
+
+
+# Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless no
+# more than SHORT rows of a sequence are seen, or a full cache has fewer than MUCH bytes: they take some microseconds longer to
+# begin and end. For twice the query rows half as many bytes are much, because pallas_triton reads them once for each 64 query
+# rows. In 8 bits they are faster from LEADING_ROWS_OF_8_BITS query rows on. Where tiles are widened in registers, as measured on
+# an H200, they are also faster for one token and up to LEAST_ROWS query rows of any cache, and for other query rows of a large
+# cache where more than LONG_OF_8_BITS rows of a sequence are seen. Where the value lies in wide rows of the key, they are faster
+# above FEW or WIDE_FEW query rows, for pages of a cache that has MUCH_WIDE bytes, for up to MOST_ALONE sequences with few query
+# rows, and always in 8 bits.
+LEADING_ROWS, LEADING_ROWS_OF_8_BITS, SHORT, MUCH, MOST_ALONE = 64, 20, 256, 128 << 20, 2
+LEAST_ROWS, LONG_OF_8_BITS = 8, 1024
+# Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, too. Without a
+# window, and with head dimensions in FAST_DIMS, they are faster for up to FAST_ROWS query rows of a full cache that has LONG rows
+# per sequence and MUCH_LONG bytes, and for one token of a single sequence.
+LONG, MUCH_LONG, FAST_ROWS, FAST_DIMS = 8192, 512 << 20, 16, (128, 192)
+
+
+def leads(problem: Problem, target: Target) -> str:
+    """Why these kernels are faster than those of `pallas_triton`, as measured on an H100 and an H200, or ""."""
+    capability = getattr(target.device, "compute_capability", None)
+    if capability is None or not all(isinstance(n, int) for n in problem.sizes) or problem.keeps_accum_dtype:
+        return ""
+    rows, laid_out = problem.num_tokens * problem.group, takes_many(problem)
+    keys, fast = most_keys(problem), has_fast_memory(target)
+    where = "in pages" if problem.paged else "in fast memory" if fast else ""
+    if is_wide(problem):
+        if problem.value_columns is None or tile_dim(problem) <= WIDE or not laid_out:
+            return ""
+        if problem.quantised:
+            return "values in wide rows of the key, in 8 bits" if keys > SHORT else ""
+        few = wide_few(problem)
+        if rows > few:
+            return f"more than {few} query rows, and values in wide rows of the key"
+        if where and most_bytes(problem) >= MUCH_WIDE:
+            return f"values in wide rows of the key of a large cache {where}"
+        alone = problem.batch <= MOST_ALONE and keys > SHORT and rows <= WIDE_FEW
+        return f"values in wide rows of the key of up to {MOST_ALONE} sequences" if alone else ""
+    much = keys > SHORT and most_bytes(problem) * max(rows, LEADING_ROWS) >= MUCH * LEADING_ROWS
+    if problem.quantised:
+        return _leads_in_8_bits(problem, rows, much) if laid_out and keys > SHORT else ""
+    if rows >= LEADING_ROWS and laid_out and much:
+        return f"{LEADING_ROWS} or more query rows per kv head"
+    plain = fast and rows <= FAST_ROWS and problem.head_dim in FAST_DIMS and problem.most_keys is None and laid_out
+    if (problem.paged or plain) and problem.batch == problem.num_tokens == 1:
+        return f"a single sequence {where}"
+    long = problem.seq_len >= LONG and most_bytes(problem) >= MUCH_LONG
+    return "long sequences of a large cache in fast memory" if plain and long else ""
+
+
+def _leads_in_8_bits(problem: Problem, rows: int, much: bool) -> str:
+    """The same for 8-bit caches that are not wide. `much` says whether a full cache has many bytes."""
+    in_registers = widens_in_registers(problem, rows)
+    if in_registers and problem.num_tokens == 1 and rows <= LEAST_ROWS:
+        return f"up to {LEAST_ROWS} query rows per kv head of an 8-bit cache"
+    if much and rows >= LEADING_ROWS_OF_8_BITS and (in_registers or problem.head_dim == 128):
+        return f"{LEADING_ROWS_OF_8_BITS} or more query rows per kv head of an 8-bit cache"
+    long = in_registers and much and most_keys(problem) > LONG_OF_8_BITS
+    return f"more than {LONG_OF_8_BITS} rows per sequence of a large 8-bit cache" if long else ""
