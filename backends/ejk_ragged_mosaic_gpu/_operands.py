@@ -2,7 +2,8 @@
 
 A product of the tensor cores says which thread has which rows and columns of an operand in registers. A thread loads the bytes that
 it finds side by side, and takes them for the columns that the product wants it to have. So columns of the keys stand in another
-order, which is that of the query's columns (`in_order_of_keys`), and so do the rows of V^T, which `sums_by_column` puts right.
+order, in which `store_in_order_of_keys` puts those of the query. So do the rows of V^T, which `sums_by_column` puts right. In the
+interpreter, columns and rows keep their order.
 """
 
 from typing import Any
@@ -18,17 +19,11 @@ from ._bits import of_float8, of_int8
 from ._jax import KEY_BYTES, plgpu, QUERY_LOADED, QUERY_STORED, store, SUMS, TILE, VALUE_BYTES
 
 
-def in_order_of_keys(x):
-    """An array [.., D] with its columns in the order of `keys_of`. 128 divides D."""
-    *shape, dims = x.shape
-    return x.reshape(*shape, dims // 128, 4, 8, 2, 2).swapaxes(-4, -3).swapaxes(-3, -2).reshape(*shape, dims)
-
-
 def store_in_order_of_keys(source, target, interpreted):
     """Copies a query [query rows, D] in shared memory, with its columns in the order of `keys_of`."""
     x = plgpu.load(source, layout=QUERY_LOADED)
     if interpreted:
-        target[...] = in_order_of_keys(x)
+        target[...] = x
         return
 
     @plgpu.inline_mgpu(arg_types=(QUERY_LOADED,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=QUERY_STORED))
@@ -51,7 +46,7 @@ def keys_of(ref, dtype, interpreted):
     """A tile of keys [64, D] in a dtype of 16 bits that holds each of its numbers. Its columns have an order of their own."""
     x = plgpu.load(ref, layout=KEY_BYTES)
     if interpreted:
-        return in_order_of_keys(x.astype(jnp.float32).astype(dtype))
+        return x.astype(jnp.float32).astype(dtype)
 
     @plgpu.inline_mgpu(arg_types=(KEY_BYTES,), return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout=TILE))
     def relaid(_, matrix):
