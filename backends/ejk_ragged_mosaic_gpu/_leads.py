@@ -59,7 +59,7 @@ def _leads_in_8_bits(problem: Problem, rows: int, much: bool) -> str:
     in_registers = widens_in_registers(problem, rows)
     if in_registers and problem.num_tokens == 1 and rows <= LEAST_ROWS:
         return f"up to {LEAST_ROWS} query rows per kv head of an 8-bit cache"
-    if much and rows >= LEADING_ROWS_OF_8_BITS and (in_registers or problem.head_dim == 128):
+    if much and rows >= LEADING_ROWS_OF_8_BITS and problem.head_dim == 128:
         return f"{LEADING_ROWS_OF_8_BITS} or more query rows per kv head of an 8-bit cache"
-    long = in_registers and much and most_keys(problem) > LONG_OF_8_BITS
+    long = in_registers and much and most_keys(problem) > LONG_OF_8_BITS and problem.head_dim == problem.value_dim == 128
     return f"more than {LONG_OF_8_BITS} rows per sequence of a large 8-bit cache" if long else ""

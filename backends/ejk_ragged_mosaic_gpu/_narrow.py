@@ -6,6 +6,7 @@ warpgroup joins the results of both.
 """
 
 import functools
+import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -86,7 +87,8 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
         for free in (shared.k_free, shared.v_free):
             plgpu.barrier_arrive(free.at[slot])
         if value_scale is not None:
-            fade = fade * float_of(unit - new_unit + bits_of(1), program.interpreted)
+            smaller = (float_of(bits, program.interpreted) for bits in (unit, inverse(new_unit)))
+            fade = fade * math.prod(smaller)  # the ratio of the units may be less than any float32
         acc = acc * lax.broadcast_in_dim(fade, acc.shape, [1])
         weights = [shared.p.at[warpgroup * plan.terms + place] for place in range(plan.terms)]
         return _plus_products(program, acc, v, weights), new_high, total, new_unit
