@@ -102,12 +102,9 @@ def of_int8(dtype):
     """
 
     def convert(words):
-        word = ir.IntegerType.get_signless(32)
-        pair = llvm.StructType.get_literal([word, word])
         above, assembly = FROM_INT8[dtype.name]
-        above = llvm.inline_asm(word, [], KNOWN_LATE.format(above), "=r")
-        pairs: list[Any] = [llvm.inline_asm(pair, [numbers, above], assembly, "=r,=r,r,r") for numbers in words]
-        return [llvm.extractvalue(word, numbers, [i]) for numbers in pairs for i in range(2)]
+        above = llvm.inline_asm(ir.IntegerType.get_signless(32), [], KNOWN_LATE.format(above), "=r")
+        return _pairs_of(words, assembly, above)
 
     return convert
 
@@ -115,14 +112,15 @@ def of_int8(dtype):
 def of_float8(narrow, dtype):
     """The same for words of 4 numbers of float8, which the GPU widens by way of float16 alone."""
     kind = {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}[jnp.dtype(narrow).name]
+    return lambda words: _pairs_of(words, FROM_FLOAT8[dtype.name].format(kind))
 
-    def convert(words):
-        word = ir.IntegerType.get_signless(32)
-        pair = llvm.StructType.get_literal([word, word])
-        pairs: list[Any] = [llvm.inline_asm(pair, [numbers], FROM_FLOAT8[dtype.name].format(kind), "=r,=r,r") for numbers in words]
-        return [llvm.extractvalue(word, numbers, [i]) for numbers in pairs for i in range(2)]
 
-    return convert
+def _pairs_of(words, assembly, *others):
+    """Two words for each word, by assembly with two results, the word, and the other operands."""
+    word = ir.IntegerType.get_signless(32)
+    two, constraints = llvm.StructType.get_literal([word, word]), ",".join(["=r", "=r", "r", *["r"] * len(others)])
+    pairs: list[Any] = [llvm.inline_asm(two, [numbers, *others], assembly, constraints) for numbers in words]
+    return [llvm.extractvalue(word, pair, [i]) for pair in pairs for i in range(2)]
 
 
 # A constant that the assembler does not know: t (t + 1) is even. It would write a known constant to a register for each use.

@@ -68,9 +68,7 @@ def copy(program: Program):
                     copy_scales(name, slot, page, rows, where)
 
         def copy_scales(ring, slot, page, rows, where):
-            for name in plan.scales_with(ring):
-                if not program.by_row(name):
-                    continue
+            for name in filter(program.by_row, plan.scales_with(ring)):
                 ref = program.scales[name]
                 source = ref.at[page if ref.shape[0] > 1 else 0, program.head if ref.shape[1] > 1 else 0, rows]
                 target = getattr(shared, f"{prefix}{name}_scale").at[slot, where]

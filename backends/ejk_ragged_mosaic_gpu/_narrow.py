@@ -18,8 +18,8 @@ from ._bits import bits_of, float_of, inverse, largest_exponent
 from ._few import store_stats, store_sums
 from ._jax import LOWEST, OF_COLUMNS, OF_ROWS, plgpu, store, TILE, when
 from ._line import Piece
-from ._operands import keys_of, reduced, store_in_order_of_keys, sums_by_column, values_of
-from ._program import load_of_rows, over, Program, tile_of, tiling
+from ._operands import keys_of, store_in_order_of_keys, sums_by_column, values_of
+from ._program import load_of_rows, over, plus_products, Program, tile_of, tiling
 from ._widen import LEAST_UNIT, load_scales, MOST_UNIT
 
 
@@ -94,7 +94,7 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
         return _plus_products(program, acc, v, weights), new_high, total, new_unit
 
     first_tile = (warpgroup + piece.tiles_before) & 1  # tiles with even numbers are those of the first warpgroup
-    over_keys = functools.partial(reduced, scratch=shared.reduction.at[warpgroup], interpreted=program.interpreted)
+    over_keys = functools.partial(_reduced, scratch=shared.reduction.at[warpgroup], interpreted=program.interpreted)
     low = plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), OF_COLUMNS)
     nothing = tile_of((plan.value_dim, rows), 0), low, tile_of((keys, rows), 0), jnp.int32(bits_of(LEAST_UNIT))
     acc, high, total, unit = lax.fori_loop(0, cdiv(piece.num_tiles - first_tile, plan.warpgroups), tile, nothing)
@@ -134,8 +134,11 @@ def _store(program, piece, acc, high, total):
 
 
 def _products(program, piece, slot, row, query, unit):
-    """Of the tile in this slot, read at `row`: q . k [keys, query rows], the scales of the keys, the values as `values_of` gives
-    them, and `_value_scales`. The values are widened while the tensor cores work."""
+    """What a step needs of the tile in this slot, read at `row`. The values are widened while the tensor cores work.
+
+    Returns:
+        q . k [keys, query rows], the scales of the keys, the values as `values_of` gives them, and `_value_scales`.
+    """
     shared = program.shared
     plgpu.barrier_wait(shared.k_full.at[slot])
     k = keys_of(shared.k.at[slot], program.problem.dtype, program.interpreted)
@@ -188,11 +191,21 @@ def _plus_products(program, acc, v, weights):
     if program.interpreted:
         return sum((_interpreted(v, weight) for weight in weights), acc)
 
-    def multiply(out):
-        for weight in weights:
-            plgpu.wgmma(out, v, weight.transpose((1, 0)))
+    return plus_products(program, acc, *[(v, weight.transpose((1, 0))) for weight in weights])
 
-    return pl.run_state(multiply)(plgpu.ACC.init(acc))
+
+def _reduced(operation, x, scratch, interpreted):
+    """The largest ("max") or the sum ("add") over the rows of a matrix, by way of an array in shared memory that is this
+    warpgroup's own. JAX's reductions have one array for all warpgroups."""
+    if interpreted:
+        return {"max": jnp.max, "add": jnp.sum}[operation](x, axis=0)
+    layout = TILE.reduce(0)
+
+    @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType()), return_type=plgpu.ShapeDtypeStruct((x.shape[1],), x.dtype, layout=layout))
+    def reduce(_, matrix, scratch):
+        return matrix.reduce(operation, 0, scratch)
+
+    return reduce(x, scratch)
 
 
 def _interpreted(a, ref):

@@ -104,20 +104,6 @@ def sums_by_column(acc, interpreted):
     return relaid(acc)
 
 
-def reduced(operation, x, scratch, interpreted):
-    """The largest ("max") or the sum ("add") over the rows of a matrix, by way of an array in shared memory that is this
-    warpgroup's own. JAX's reductions have one array for all warpgroups."""
-    if interpreted:
-        return {"max": jnp.max, "add": jnp.sum}[operation](x, axis=0)
-    layout = TILE.reduce(0)
-
-    @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType()), return_type=plgpu.ShapeDtypeStruct((x.shape[1],), x.dtype, layout=layout))
-    def reduce(_, matrix, scratch):
-        return matrix.reduce(operation, 0, scratch)
-
-    return reduce(x, scratch)
-
-
 def _words(numbers, count):
     """The words of 32 bits of a vector of bytes."""
     word = ir.IntegerType.get_signless(32)

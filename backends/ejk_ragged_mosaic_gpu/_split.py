@@ -122,11 +122,12 @@ def _rings(problem, plan, cache):
     arrivals: dict[str, Any] = {"q": (plan.block_rows // plan.copy_rows, plan.warpgroups)}
     shared: dict[str, Any] = {"q": ((plan.row_groups, plan.warpgroup_rows, plan.block_dim), problem.dtype)}
     for name, (source, _, columns) in plan.rings.items():
-        shared[name] = (keys, columns), plan.value_dtype(problem) if source else problem.dtype
-        arrivals[name] = 1 if plan.wide_stages else parts, 1 if plan.pair else plan.warpgroups
         if plan.in_registers:  # each place is always read by the same warpgroup
             shared[name] = (keys, columns), problem.cache_dtype
             arrivals[name] = parts * (1 + (name in by_row)), 1
+        else:
+            shared[name] = (keys, columns), plan.value_dtype(problem) if source else problem.dtype
+            arrivals[name] = 1 if plan.wide_stages else parts, 1 if plan.pair else plan.warpgroups
         if plan.wide_stages:
             shared[f"narrow_{name}"] = (keys, columns), problem.cache_dtype
             arrivals[f"narrow_{name}"] = parts * (len(plan.rings) + len(by_row)), 1
