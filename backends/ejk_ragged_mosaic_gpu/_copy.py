@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import plgpu
+from ._jax import plgpu, when
 from ._program import Program
 from ._tiles import begins_at
 
@@ -12,9 +12,15 @@ from ._tiles import begins_at
 def copy(program: Program):
     """All copies of a program, each into the next place of its ring as soon as the place is free."""
     plan, shared, schedule = program.plan, program.shared, program.plan.schedule
+
+    def hand_on_table():  # to the kernel that merges
+        plgpu.copy_smem_to_gmem(program.ranges.stops, program.results.stops)
+        plgpu.wait_smem_to_gmem(0)
+
     program.ranges.make_table()
     if plan.table:
         plgpu.barrier_arrive(shared.stops_full)
+        when(program.number + program.head + program.query_block == 0)(hand_on_table)
     if plan.registers:
         plgpu.set_max_registers(plan.registers[-1], action="decrease")
     prefix = "narrow_" if plan.wide_stages else ""

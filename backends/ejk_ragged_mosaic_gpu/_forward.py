@@ -30,8 +30,7 @@ def forward(problem, target, queries, cache, **how):
     sink = _sink_of_rows(problem, plan, queries.sink) if plan.many else queries.sink
     partial = split(problem, plan, _by_kv_head(problem, plan, queries.query), cache, own, query_bounds, sink, **how)
     out, lse = combine(problem, target, plan, partial, own, sink, **how)
-    if plan.many:
-        out, lse = _by_token(problem, plan, out, lse)
+    out, lse = _by_token(problem, out, lse)
     return out.reshape(*queries.query.shape[:3], problem.value_dim), lse.reshape(queries.query.shape[:3])
 
 
@@ -57,11 +56,11 @@ def _by_kv_head(problem, plan, query):
     return jnp.pad(query, (*[(0, 0)] * 3, (0, more_rows), (0, more_dims))) if more_rows or more_dims else query
 
 
-def _by_token(problem, plan, out, lse):
+def _by_token(problem, out, lse):
     """Output and lse by the problem's tokens and heads, from those of `combine`."""
     shape = problem.batch, problem.num_kv_heads, problem.num_tokens, problem.group
     rows = problem.num_tokens * problem.group
-    if (plan.tokens, plan.token_rows) != shape[2:]:
+    if (out.shape[1], out.shape[3]) != shape[2:]:
         out = out[:, 0, :, :rows].reshape(*shape, -1).swapaxes(1, 2)
     return out, lse[:, :, :rows].reshape(shape).swapaxes(1, 2)
 

@@ -1,5 +1,6 @@
 """What the kernels have in common: names of JAX's Mosaic GPU backend, and how a kernel is launched or interpreted."""
 
+import math
 import threading
 from typing import Any, cast
 
@@ -39,6 +40,16 @@ QUERY_STORED = plgpu.Layout.TILED(
 )
 SUMS = plgpu.Layout.TILED(plgpu.Tiling(((128, 8), (32, 8), (4, 2))), warp_dims=(-6,), lane_dims=(-4, -3), vector_dim=-2)
 
+
+def of_parts(rows, columns):
+    """The layout of partial results of so many query rows: 1, 2 or a multiple of 4. The 4 warps have up to 4 query rows at once. A
+    thread has numbers that lie side by side."""
+    rows, width = min(rows, 4), math.gcd(columns, 128)
+    of_warp = width * rows // 4
+    tiling = ((rows, width), *([(of_warp,)] if rows < 4 else []), (of_warp // 32,))
+    return plgpu.Layout.TILED(plgpu.Tiling(tiling), warp_dims=(-4, -3) if rows == 2 else (-3,), lane_dims=(-2,), vector_dim=-1)
+
+
 LOWEST = float(jnp.finfo(jnp.float32).min)  # used in place of -inf if -inf - -inf would give NaN
 
 # The second kernel is launched while the first one runs, and waits for its end on the device.
@@ -53,7 +64,9 @@ LAYOUTS_AS_WRITTEN = plgpu.LoweringSemantics.Lane
 
 def store(ref, values):
     """`ref[...] = values`, even where few bytes lie side by side. Since JAX 0.12 such stores have to be asked for."""
-    if hasattr(plgpu, "store"):
+    if values.size == 1:  # is stored as a scalar only
+        ref.at[(0,) * values.ndim][...] = jnp.max(values)
+    elif hasattr(plgpu, "store"):
         plgpu.store(ref, values, optimized=False)
     else:
         ref[...] = values

@@ -47,8 +47,8 @@ class Ranges:
     Attributes:
         plan: the static shape of the work.
         lengths: (start, end), refs of int32 [B], or None.
-        stops: ref in shared memory, int32: where on the line the last of each `step` sequences stops. None if each sequence is on a
-            line of its own.
+        stops: ref of int32, in shared memory while it is made: where on the line the last of each `step` sequences stops. None if
+            each sequence is on a line of its own.
         step: sequences per entry.
     """
 
@@ -117,9 +117,9 @@ class Ranges:
     def slots(self, b):
         """The first slot of a sequence's results, and how many from there on are its pieces."""
         zero = jnp.zeros_like(b)
-        stop = self._stop(b)
+        before, stop = self._before(b), self._stop(b)
         # Worker and range matter where a line is cut, and not where pieces are counted.
-        return self.plan.schedule.pieces(Line(zero, b, zero, zero, stop - self._before(b), stop, self._total(b)))
+        return self.plan.schedule.pieces(Line(zero, b, zero, zero, stop - before, stop, self._total(b)))
 
     def _find(self, place):
         """The sequence at a place on the line, and where the sequence begins on the line."""
@@ -129,10 +129,10 @@ class Ranges:
             ends = [self.stops[jnp.minimum(number + i * step - 1, last)] for i in range(1, min(last // step, 15) + 1)]
             # Not `astype`: JAX takes 7 ms to lower a conversion from bool.
             number += step * sum(jnp.where(end <= place, 1, 0) for end in ends)
-        b, before = number * self.step, self._before(number)
+        b, before = number * self.step, self._stop_before(number)
         stop = before
-        for i in range(self.step - 1):  # sequences of the same entry
-            stop += self._rounds(*self._range(jnp.minimum(number * self.step + i, self.plan.schedule.batch - 1)))
+        for rounds in self._rounds_of(number):
+            stop += rounds
             b += jnp.where(stop <= place, 1, 0)
             before = jnp.where(stop <= place, stop, before)
         return b, before
@@ -147,13 +147,29 @@ class Ranges:
 
     def _total(self, b):
         """The rounds of the line on which a sequence lies."""
-        return self._stop(b if self.stops is None else self._last)
+        return self._rounds(*self._range(b)) if self.stops is None else self.stops[self._last]
 
     def _stop(self, b):
-        return self._rounds(*self._range(b)) if self.stops is None else self.stops[b]
+        if self.stops is not None and self.step == 1:
+            return self.stops[b]
+        return self._before(b) + self._rounds(*self._range(b))
 
     def _before(self, b):
-        return jnp.int32(0) if self.stops is None else jnp.where(b > 0, self.stops[jnp.maximum(b - 1, 0)], 0)
+        """Where a sequence begins on its line."""
+        if self.stops is None:
+            return jnp.int32(0)
+        number = lax.div(b, self.step)
+        earlier = [jnp.where(number * self.step + i < b, rounds, 0) for i, rounds in enumerate(self._rounds_of(number))]
+        return sum(earlier, self._stop_before(number))
+
+    def _stop_before(self, number):
+        """Where the sequences before those of an entry stop."""
+        return jnp.where(number > 0, self.stops[jnp.maximum(number - 1, 0)], 0)
+
+    def _rounds_of(self, number):
+        """The rounds of the sequences of an entry, but for its last sequence."""
+        sequences = [jnp.minimum(number * self.step + i, self.plan.schedule.batch - 1) for i in range(self.step - 1)]
+        return [self._rounds(*self._range(b)) for b in sequences]
 
     def _rounds(self, start, end):
         return self.plan.schedule.rounds(self._first_row(start, end), end)

@@ -32,6 +32,7 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
         parts: float32 [slots, Hkv, query rows of all blocks, Dv or more], sums of values, not divided by those of their weights.
         stats: float32 [slots, Hkv, 2, query rows of all blocks], the largest logit, and the sum of the weights relative to the
             largest. In one number, their log-sum-exp, the sum would be lost next to a large logit.
+        stops: where `plan.table`, the table of sequences, int32, as `Ranges.stops`.
         out, lse: where `plan.writes_out`, [B, T, Hkv, G, Dv] and float32 [B, Hkv, query rows of all blocks]: the output and lse of
             sequences that are one piece.
     """
@@ -43,6 +44,8 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
         "parts": ((plan.schedule.slots, heads, num_rows, plan.stored_dim), jnp.float32),
         "stats": ((plan.schedule.slots, heads, 2, num_rows), jnp.float32),
     }
+    if plan.table:
+        results["stops"] = (table_entries(plan.table, plan.table_step),), jnp.int32
     if plan.writes_out:
         results |= plan.output(problem)
     shared = _rings(problem, plan, cache)

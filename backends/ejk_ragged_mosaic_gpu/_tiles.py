@@ -15,7 +15,7 @@ from ejk_ragged_schedule import Schedule
 REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
 PAIR_REGISTERS = 240, 24
 WIDENING_REGISTERS = {1: (240, 152, 40), 2: (176, 112, 40)}
-LEAST_MERGED = 4  # partial results of a query row that a program reads at once, at least
+LEAST_MERGED = {False: 4, True: 2}  # partial results of a query row that a program reads at once, at least, if rows are many
 # A weight is written as the sum of up to MOST_TERMS numbers of 16 bits. There is always room for them, so that hints which fit a
 # call also fit its gradients. A pair has tiles of fewer keys with MOST_TERMS terms.
 MOST_TERMS = 2
@@ -181,9 +181,10 @@ class Tiles:
         return math.gcd(self.token_rows, self.warpgroup_rows) if self.many or self.tokens > 1 else self.block_rows
 
     def output(self, problem: Problem) -> dict[str, tuple]:
-        """Shapes and dtypes of output and lse, where query rows are many."""
-        out = problem.batch, self.tokens, problem.num_kv_heads, self.token_rows, self.value_dim
-        lse = problem.batch, problem.num_kv_heads, self.row_blocks * self.block_rows
+        """Shapes and dtypes of output and lse."""
+        tokens, rows = (self.tokens, self.token_rows) if self.many else (problem.num_tokens, problem.group)
+        out = problem.batch, tokens, problem.num_kv_heads, rows, problem.value_dim
+        lse = problem.batch, problem.num_kv_heads, self.row_blocks * self.block_rows if self.many else tokens * rows
         return {"out": (out, problem.out_dtype), "lse": (lse, "float32")}
 
     def value_dtype(self, problem: Problem):
@@ -256,7 +257,7 @@ class Tiles:
     @property
     def merge_slots(self) -> int:
         """Partial results of a query row that are read at once: about as many as there are."""
-        return min(max(self.pieces, LEAST_MERGED), 16)
+        return min(max(self.pieces, LEAST_MERGED[self.many]), 16)
 
     @property
     def reduction_bytes(self) -> int:

@@ -8,7 +8,7 @@ from ejk_ragged import FwdParams, Problem, Target
 from ejk_ragged_schedule import Schedule
 from ejk_ragged_schedule.devices import multiprocessors
 
-from ._tiles import BLOCK_SEQUENCES, ITEMSIZE, LEAST_MERGED, MOST_TERMS, round_up, table_entries, Tiles, WIDENING_REGISTERS
+from ._tiles import BLOCK_SEQUENCES, ITEMSIZE, MOST_TERMS, round_up, table_entries, Tiles, WIDENING_REGISTERS
 
 
 # The defaults, as measured on an H100. docs/developers has the log.
@@ -37,8 +37,10 @@ LEAST_SCALES = 32  # per copy of scales: 128 bytes, the least that a copy takes
 OPERAND_DIM = 128  # divides the head dimensions of tiles that are widened in registers, as their layouts have it
 LEAST_COLUMNS = 16  # per line of a tile: 32 bytes, the least that copies and products take
 # The second kernel.
-MERGE_ROWS = 4  # query rows that a program merges at once, if query rows are few, and that leaves one program per multiprocessor
-MERGE_DIMS, FEW_MERGE_DIMS = 64, 16  # dimensions that a program merges at once, if query rows are many
+MERGE_ROWS = 1, 2, 4, 8, 16, 32  # query rows that a program may merge at once
+MERGE_PARTS = 4  # parts of query rows that a program merges at once, at most
+MERGE_DIMS = 128  # dimensions that a program merges at once: where a warp has a query row, each thread then loads 16 bytes
+MERGE_NUMBERS = 16 * 1024  # numbers of partial results that a program has in registers at once
 MERGE_PROGRAMS = 4  # programs per multiprocessor: as many as find room next to one of the first kernel
 
 # An H100's, for lowering without a device.
@@ -324,25 +326,26 @@ def step_of_table(batch: int) -> int:
     return next(fits, 8)
 
 
-def merging(target: Target, batch: int, rows: int) -> tuple[int, int]:
-    """The query rows that a program of the second kernel merges at once, of `rows` per sequence, and the number of programs."""
-    programs = MERGE_PROGRAMS * multiprocessors(target)
-    at_once = math.gcd(rows, MERGE_ROWS)
-    while at_once > 1 and batch * rows // at_once < multiprocessors(target):
-        at_once //= 2
-    return at_once, min(batch * rows // at_once, programs)
+def merging(problem: Problem, target: Target, plan: Tiles) -> tuple[tuple[int, int], int, int]:
+    """How the second kernel merges: query rows and dimensions of a part, parts that a program merges at once, and programs.
 
-
-def merging_blocks(target: Target, plan: Tiles, blocks: int) -> tuple[int, int]:
-    """The number of dimensions and of partial results that a program of the second kernel merges at once.
-
-    `blocks` is the number of blocks of 64 query rows. If there are few blocks, more programs share the dimensions. The wide partial
-    results of a pair are merged two at once if there are about two: to read one of them again takes long.
+    The query rows of a part are those of one token. A program has as few query rows at once as let all programs run at once.
     """
-    few = 2 * blocks * plan.value_dim // MERGE_DIMS < multiprocessors(target)
-    if few:
-        return FEW_MERGE_DIMS, plan.merge_slots
-    return MERGE_DIMS, min(max(plan.pieces, 2), LEAST_MERGED) if plan.pair else LEAST_MERGED
+    group, rows = (plan.token_rows, plan.num_rows) if plan.many else (problem.group, problem.num_tokens * problem.group)
+    dims = math.gcd(plan.value_dim, MERGE_DIMS)
+    if problem.value_dim % dims or (dims < MERGE_DIMS and group % 2):  # a part has as many numbers as there are threads, at least
+        dims = plan.stored_dim
+    least = -(-MERGE_DIMS // dims)
+    most = max(MERGE_NUMBERS // (dims * plan.merge_slots), least)
+    side_by_side = math.gcd(group, MERGE_ROWS[-1])
+    fits = [n for n in MERGE_ROWS if rows % n == 0 and least <= n <= min(most, MERGE_PARTS * side_by_side)]
+    programs, places = (
+        MERGE_PROGRAMS * multiprocessors(target),
+        problem.batch * problem.num_kv_heads * -(-problem.value_dim // dims),
+    )
+    at_once = next((n for n in fits if places * rows // n <= programs), fits[-1])
+    part = min(at_once, side_by_side)
+    return (part, dims), at_once // part, min(places * rows // at_once, programs)
 
 
 def _bytes(problem, keys, rows, stages, target) -> int:
