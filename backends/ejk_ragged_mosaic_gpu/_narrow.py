@@ -18,14 +18,15 @@ from ._bits import bits_of, float_of, inverse, largest_exponent
 from ._few import store_stats, store_sums
 from ._jax import LOWEST, OF_COLUMNS, OF_ROWS, plgpu, store, TILE, when
 from ._line import Piece
-from ._operands import keys_of, store_in_order_of_keys, sums_by_column, values_of
-from ._program import load_of_rows, over, plus_products, Program, tile_of, tiling
+from ._operands import bytes_of_values, keys_of, store_in_order_of_keys, sums_by_column, values_of
+from ._program import load_of_rows, over, Program, tile_of, tiling
 from ._widen import LEAST_UNIT, load_scales, MOST_UNIT
 
 
 # Weights are relative to 2 ** 14 in place of 1, so that those next to nothing keep their accuracy in float16. Times a scale, they
 # are less than 2 ** 16.
 LARGEST_WEIGHT = 14
+PART_ROWS = 64  # rows of a tile that are widened at once
 
 
 def shared(plan, dtype):
@@ -55,7 +56,7 @@ def compute_pieces(program: Program, warpgroup):
 
 def _compute_piece(program: Program, piece: Piece, warpgroup):
     plan, shared = program.plan, program.shared
-    rows, keys = plan.block_rows, plan.schedule.block_keys
+    rows = plan.block_rows
     q_slot = lax.rem(piece.number, plan.query_slots)
     plgpu.barrier_wait(shared.q_full.at[q_slot])
     query = shared.query.at[warpgroup]
@@ -70,33 +71,35 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
         slot = lax.rem(piece.tiles_before + i, plan.stages)
         first = program.first_key(piece, i)
         row = program.row_of(piece, first)
-        sees = program.sees(piece, first, row, bounds, (keys, rows), 0)
 
-        x, key_scale, v, (value_scale, new_unit) = _products(program, piece, slot, row, query, unit)
-        x = x if key_scale is None else x * (over(key_scale, x) if key_scale.ndim else key_scale)
-        x = jnp.where(sees, program.logits(x), tile_of((keys, rows), -jnp.inf))
-        new_high = jnp.maximum(jnp.maximum(high, over_keys("max", x)), LOWEST)
+        products, values, (value_scales, new_unit) = _products(program, piece, slot, row, query, unit)
+        x = [
+            _logits(program, piece, slot, first, row, part, bounds, of_part) for part, of_part in zip(parts, products, strict=True)
+        ]
+        new_high = jnp.maximum(jnp.maximum(high, over_keys("max", functools.reduce(jnp.maximum, x))), LOWEST)
         fade = jnp.exp2(high - new_high)
-        p = jnp.exp2((x - lax.broadcast_in_dim(new_high, x.shape, [1])) + LARGEST_WEIGHT)
-        total = total * lax.broadcast_in_dim(fade, total.shape, [1]) + p
-        terms = list(program.terms(p if value_scale is None else p * over(value_scale, p)))
-        for place, term in enumerate(terms):
-            place += warpgroup * plan.terms
-            shared.p.at[place].transpose((1, 0))[...] = term
+        p = [jnp.exp2((of_part - lax.broadcast_in_dim(new_high, of_part.shape, [1])) + LARGEST_WEIGHT) for of_part in x]
+        total = total * lax.broadcast_in_dim(fade, total.shape, [1]) + sum(p)
+        for part, weights, scale in zip(parts, p, value_scales, strict=True):
+            terms = program.terms(weights if scale is None else weights * over(scale, weights))
+            for place, term in zip(places, terms, strict=True):
+                shared.p.at[place, :, part].transpose((1, 0))[...] = term
         plgpu.commit_smem()  # which also orders the loads from this place before the next copy into it
         for free in (shared.k_free, shared.v_free):
             plgpu.barrier_arrive(free.at[slot])
-        if value_scale is not None:
+        if program.by_row("v"):
             smaller = (float_of(bits, program.interpreted) for bits in (unit, inverse(new_unit)))
             fade = fade * math.prod(smaller)  # the ratio of the units may be less than any float32
         acc = acc * lax.broadcast_in_dim(fade, acc.shape, [1])
-        weights = [shared.p.at[warpgroup * plan.terms + place] for place in range(plan.terms)]
-        return _plus_products(program, acc, v, weights), new_high, total, new_unit
+        weights = [[shared.p.at[place, :, part] for place in places] for part in parts]
+        return _plus_products(program, piece, row, acc, values, weights), new_high, total, new_unit
 
+    parts = parts_of(plan)
+    places = [warpgroup * plan.terms + i for i in range(plan.terms)]
     first_tile = (warpgroup + piece.tiles_before) & 1  # tiles with even numbers are those of the first warpgroup
     over_keys = functools.partial(_reduced, scratch=shared.reduction.at[warpgroup], interpreted=program.interpreted)
     low = plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), OF_COLUMNS)
-    nothing = tile_of((plan.value_dim, rows), 0), low, tile_of((keys, rows), 0), jnp.int32(bits_of(LEAST_UNIT))
+    nothing = tile_of((plan.value_dim, rows), 0), low, tile_of((PART_ROWS, rows), 0), jnp.int32(bits_of(LEAST_UNIT))
     acc, high, total, unit = lax.fori_loop(0, cdiv(piece.num_tiles - first_tile, plan.warpgroups), tile, nothing)
     weight = 2.0**-LARGEST_WEIGHT  # before it meets `acc`, so that no product leaves the range
     scale = float_of(unit, program.interpreted) if program.by_row("v") else program.scale_of(piece, "v")
@@ -133,65 +136,97 @@ def _store(program, piece, acc, high, total):
     store_stats(program, piece, high, total)
 
 
+def parts_of(plan):
+    """The rows of the parts of a tile."""
+    return [pl.ds(first, PART_ROWS) for first in range(0, plan.schedule.block_keys, PART_ROWS)]
+
+
 def _products(program, piece, slot, row, query, unit):
-    """What a step needs of the tile in this slot, read at `row`. The values are widened while the tensor cores work.
+    """What a step needs of the tile in this slot, read at `row`.
+
+    The values of the first part are widened here: while the tensor cores work, if there is one part, or after that. There would not
+    be enough registers for the keys of all parts and values. Values of other parts stay as they are.
 
     Returns:
-        q . k [keys, query rows], the scales of the keys, the values as `values_of` gives them, and `_value_scales`.
+        q . k [keys, query rows] of each part, the values of each part as `values_of` takes or gives them, and `_value_scales`.
     """
-    shared = program.shared
+    shared, interpreted, parts = program.shared, program.interpreted, parts_of(program.plan)
     plgpu.barrier_wait(shared.k_full.at[slot])
-    k = keys_of(shared.k.at[slot], program.problem.dtype, program.interpreted)
-    key_scale = load_of_rows(shared.k_scale.at[slot]) if program.by_row("k") else program.scale_of(piece, "k")
+    keys = lambda part: keys_of(shared.k.at[slot, part], program.problem.dtype, interpreted)
 
-    def values():
+    def first_values():
         plgpu.barrier_wait(shared.v_full.at[slot])
-        v = _cleared(program, piece, row, values_of(shared.v.at[slot], program.interpreted))
+        v = _values(program, piece, row, parts[0], bytes_of_values(shared.v.at[slot, parts[0]]))
         return v, _value_scales(program, piece, slot, row, unit)
 
-    if program.interpreted:
-        return _interpreted(k, query), key_scale, *values()
+    def multiply(*accs):
+        for acc, part in zip(accs, parts, strict=True):
+            plgpu.wgmma(acc, keys(part), query.transpose((1, 0)))
+        if len(parts) > 1:
+            return [acc[...] for acc in accs], first_values()
+        others = first_values()
+        return [acc[...] for acc in accs], others
 
-    def multiply(acc):
-        plgpu.wgmma(acc, k, query.transpose((1, 0)))
-        others = values()
-        return acc[...], others
+    if interpreted:
+        products, (v, scales) = [_interpreted(keys(part), query) for part in parts], first_values()
+    else:
+        of_part = plgpu.ACC((PART_ROWS, query.shape[0]), jnp.float32)
+        products, (v, scales) = pl.run_scoped(multiply, *[of_part] * len(parts))
+    return products, [v, *[bytes_of_values(shared.v.at[slot, part]) for part in parts[1:]]], scales
 
-    x, others = pl.run_scoped(multiply, plgpu.ACC((k.shape[0], query.shape[0]), jnp.float32))
-    return x, key_scale, *others
+
+def _logits(program, piece, slot, first, row, part, bounds, x):
+    """The logits of a part of a tile that was read at `row`, from its products; -inf where a query row does not see a row."""
+    row += part.start
+    key_scale = load_of_rows(program.shared.k_scale.at[slot, part]) if program.by_row("k") else program.scale_of(piece, "k")
+    x = x if key_scale is None else x * (over(key_scale, x) if key_scale.ndim else key_scale)
+    return jnp.where(program.sees(piece, first, row, bounds, x.shape, 0), program.logits(x), tile_of(x.shape, -jnp.inf))
 
 
 def _value_scales(program, piece, slot, row, unit):
-    """What multiplies the weights of a tile, one number per row of the tile [keys], or None; and the unit of these products.
+    """What multiplies the weights of each part of a tile, one number per row [keys], or None; and the unit of these products.
 
     The unit, the bits of a power of two, is the largest exponent of the scales so far. Weights times scales then stay in the range
     of float16. A larger unit shrinks earlier sums.
     """
+    parts = parts_of(program.plan)
     if not program.by_row("v"):
-        return None, unit
-    ref = program.shared.v_scale.at[slot]
-    scales = load_scales(piece, ref, row)
-    unit = jnp.maximum(unit, jnp.minimum(largest_exponent(scales, program.interpreted), bits_of(MOST_UNIT)))
-    return load_scales(piece, ref, row, OF_ROWS) * float_of(inverse(unit), program.interpreted), unit
+        return [None] * len(parts), unit
+    refs = [(program.shared.v_scale.at[slot, part], row + part.start) for part in parts]
+    exponents = [largest_exponent(load_scales(piece, *of_part), program.interpreted) for of_part in refs]
+    unit = jnp.maximum(unit, jnp.minimum(functools.reduce(jnp.maximum, exponents), bits_of(MOST_UNIT)))
+    factor = float_of(inverse(unit), program.interpreted)
+    return [load_scales(piece, *of_part, OF_ROWS) * factor for of_part in refs], unit
 
 
-def _cleared(program, piece, row, v):
-    """Values [Dv, keys] with zeros in rows of the cache outside the range: 0 times what such a row holds may be NaN."""
+def _values(program, piece, row, part, numbers):
+    """Values [Dv, keys] of a part of a tile, with zeros in rows outside the range: 0 times what such a row holds may be NaN."""
+    v = values_of(numbers, program.interpreted)
     if jnp.issubdtype(program.problem.cache_dtype, jnp.integer):
         return v
 
     def clear(v):
-        key = plgpu.broadcasted_iota(jnp.int32, v.shape, 1, layout=TILE) + row
+        key = plgpu.broadcasted_iota(jnp.int32, v.shape, 1, layout=TILE) + row + part.start
         return jnp.where((key >= piece.start) & (key < piece.end), v, tile_of(v.shape, 0, v.dtype))
 
     return lax.cond(program.at_an_end(piece, row), clear, lambda v: v, v)
 
 
-def _plus_products(program, acc, v, weights):
+def _plus_products(program, piece, row, acc, values, weights):
+    """`acc` and the products of values and weights, part by part. The values of a part are widened while the tensor cores work for
+    the part before."""
+    first, *others = values
+    widened = lambda i: first if i == 0 else _values(program, piece, row, parts_of(program.plan)[i], others[i - 1])
     if program.interpreted:
-        return sum((_interpreted(v, weight) for weight in weights), acc)
+        return sum((_interpreted(widened(i), term) for i, terms in enumerate(weights) for term in terms), acc)
 
-    return plus_products(program, acc, *[(v, weight.transpose((1, 0))) for weight in weights])
+    def multiply(out):
+        for i, terms in enumerate(weights):
+            v = widened(i)
+            for term in terms:
+                plgpu.wgmma(out, v, term.transpose((1, 0)))
+
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
 def _reduced(operation, x, scratch, interpreted):

@@ -61,10 +61,14 @@ def keys_of(ref, dtype, interpreted):
     return relaid(x)
 
 
-def values_of(ref, interpreted):
-    """A tile of values [64, Dv] in float16, transposed. Its rows have an order of their own."""
+def bytes_of_values(ref):
+    """A tile of values [64, Dv] as it is."""
+    return plgpu.load(ref, layout=VALUE_BYTES)
+
+
+def values_of(x, interpreted):
+    """What `bytes_of_values` gives in float16, transposed. Its rows have an order of their own."""
     dtype = jnp.dtype(jnp.float16)
-    x = plgpu.load(ref, layout=VALUE_BYTES)
     if interpreted:
         return x.astype(dtype).T
 

@@ -22,7 +22,7 @@ BLOCK_KEYS = 64  # keys per tile: what the tensor cores take at once
 # Keys per tile with several blocks, and of a pair if they fit: the tensor cores set the pace, and read the query half as often.
 MANY_KEYS = 128
 STAGE_BYTES = 64 * 1024  # of tiles that are on their way or worked on; more tiles would wait for each other
-NARROW_BYTES, FEW_NARROW_BYTES = 48 * 1024, 64 * 1024  # the same for tiles of 8 bits, and for those that are widened in registers
+NARROW_BYTES, FEW_NARROW_BYTES = 48 * 1024, 128 * 1024  # the same for tiles of 8 bits, and for those that are widened in registers
 TAKERS = 2  # warpgroups that take tiles in turn, and widen them in registers. With 3, they have too few registers
 PAIR_STAGES = 2  # halves of tiles per pair: one place for each. With more places each step computes addresses, which takes longer
 # Two warpgroups ask for their products in turn for one block of so many query rows, with this head dimension and 16 bits. As
@@ -181,6 +181,8 @@ def _block_keys(problem: Problem, rows: int) -> int:
     """Keys of a tile."""
     if is_wide(problem):
         return MANY_KEYS if rows == 64 else BLOCK_KEYS
+    if widens_in_registers(problem, rows):
+        return MANY_KEYS if problem.head_dim == problem.value_dim == OPERAND_DIM else BLOCK_KEYS
     blocks = rows >= 128 and problem.num_tokens * problem.group > MANY[2]
     return MANY_KEYS if blocks and problem.head_dim <= 128 and not problem.quantised else BLOCK_KEYS
 
