@@ -3,19 +3,30 @@
 from ejk_ragged import Problem, Target
 from ejk_ragged_schedule.devices import has_fast_memory
 
-from ._tuning import is_wide, most_bytes, most_keys, MUCH_WIDE, takes_many, tile_dim, WIDE, WIDE_FEW, wide_few, widens_in_registers
+from ._tuning import (
+    is_wide,
+    most_bytes,
+    most_keys,
+    MUCH_WIDE,
+    OPERAND_DIM,
+    takes_many,
+    tile_dim,
+    WIDE,
+    WIDE_FEW,
+    wide_few,
+    widens_in_registers,
+)
 
 
 # Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless no
 # more than SHORT rows of a sequence are seen, or a full cache has fewer than MUCH bytes: they take some microseconds longer to
 # begin and end. For twice the query rows half as many bytes are much, because pallas_triton reads them once for each 64 query
 # rows. In 8 bits they are faster from LEADING_ROWS_OF_8_BITS query rows on. Where tiles are widened in registers, as measured on
-# an H200, they are also faster for one token and up to LEAST_ROWS query rows of any cache, and for other query rows of a large
-# cache where more than LONG_OF_8_BITS rows of a sequence are seen. Where the value lies in wide rows of the key, they are faster
-# above FEW or WIDE_FEW query rows, for pages of a cache that has MUCH_WIDE bytes, for up to MOST_ALONE sequences with few query
-# rows, and always in 8 bits.
+# an H200, they are also faster for fewer query rows: up to LEAST_ROWS of any cache, and others of a large cache. Where the value
+# lies in wide rows of the key, they are faster above FEW or WIDE_FEW query rows, for pages of a cache that has MUCH_WIDE bytes, for
+# up to MOST_ALONE sequences with few query rows, and always in 8 bits.
 LEADING_ROWS, LEADING_ROWS_OF_8_BITS, SHORT, MUCH, MOST_ALONE = 64, 20, 256, 128 << 20, 2
-LEAST_ROWS, LONG_OF_8_BITS = 8, 1024
+LEAST_ROWS = 8
 # Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, too. Without a
 # window, and with head dimensions in FAST_DIMS, they are faster for up to FAST_ROWS query rows of a full cache that has LONG rows
 # per sequence and MUCH_LONG bytes, and for one token of a single sequence.
@@ -56,10 +67,10 @@ def leads(problem: Problem, target: Target) -> str:
 
 def _leads_in_8_bits(problem: Problem, rows: int, much: bool) -> str:
     """The same for 8-bit caches that are not wide. `much` says whether a full cache has many bytes."""
+    narrow = problem.head_dim == problem.value_dim == OPERAND_DIM
     in_registers = widens_in_registers(problem, rows)
-    if in_registers and problem.num_tokens == 1 and rows <= LEAST_ROWS:
+    if in_registers and rows <= LEAST_ROWS and (narrow or problem.num_tokens == 1):
         return f"up to {LEAST_ROWS} query rows per kv head of an 8-bit cache"
-    if much and rows >= LEADING_ROWS_OF_8_BITS and problem.head_dim == 128:
+    if much and rows >= LEADING_ROWS_OF_8_BITS and problem.head_dim == OPERAND_DIM:
         return f"{LEADING_ROWS_OF_8_BITS} or more query rows per kv head of an 8-bit cache"
-    long = in_registers and much and most_keys(problem) > LONG_OF_8_BITS and problem.head_dim == problem.value_dim == 128
-    return f"more than {LONG_OF_8_BITS} rows per sequence of a large 8-bit cache" if long else ""
+    return "few query rows of a large 8-bit cache" if in_registers and much and narrow else ""
