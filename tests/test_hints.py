@@ -22,6 +22,7 @@ from tuning import Notes, PROBLEM, TARGET
 from ejk_ragged import _hints, Backend, explain, FwdParams, ragged_decode_attention, Target, tuned_hints
 from ejk_ragged.__main__ import main
 from ejk_ragged._registry import registry
+from ejk_ragged._tools import hints_file
 from ejk_ragged._tools import tune as _tune
 from ejk_ragged.testing import TextbookBackend
 
@@ -43,7 +44,7 @@ def arguments(**options):
 def save(file, backend, problem=PROBLEM, **hints):
     key = _hints.key_of(backend, problem, TARGET)
     assert key is not None
-    _hints.save(file, {key: {"fwd_params": hints}})
+    hints_file.save(file, {key: {"fwd_params": hints}})
 
 
 def chosen(**options):
@@ -301,7 +302,7 @@ def test_file_that_goes_away(backend, file):
 def test_saving_at_once(file, backend):
     keys = [f"{worker} {i}" for worker in range(4) for i in range(10)]
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        for done in [threads.submit(_hints.save, file, {key: {"fwd_params": {"num_warps": 2}}}) for key in keys]:
+        for done in [threads.submit(hints_file.save, file, {key: {"fwd_params": {"num_warps": 2}}}) for key in keys]:
             done.result()
     assert sorted(json.loads(file.read_text())["entries"]) == sorted(keys)
     assert [left.name for left in file.parent.iterdir()] == [file.name]
@@ -321,8 +322,8 @@ def test_lock_of_the_dead(file, backend):
 def test_an_old_lock_is_held_by_one(file):
     """A held lock counts however long ago it was taken."""
     lock, inside = file.with_suffix(".lock"), threading.Event()
-    saving = threading.Thread(target=lambda: (_hints.save(file, {"a": {"fwd_params": {}}}), inside.set()))
-    with _hints._lock(lock):
+    saving = threading.Thread(target=lambda: (hints_file.save(file, {"a": {"fwd_params": {}}}), inside.set()))
+    with hints_file._lock(lock):
         os.utime(lock, (0, 0))
         saving.start()
         assert not inside.wait(0.3)
@@ -332,12 +333,12 @@ def test_an_old_lock_is_held_by_one(file):
 
 SAVE = """
 import pathlib, sys
-from ejk_ragged import _hints
+from ejk_ragged._tools import hints_file
 file, worker = pathlib.Path(sys.argv[1]), sys.argv[2]
 print("ready", flush=True)
 sys.stdin.readline()
 for i in range(40):
-    _hints.save(file, {f"{worker} {i}": {"fwd_params": {"num_warps": 2}}})
+    hints_file.save(file, {f"{worker} {i}": {"fwd_params": {"num_warps": 2}}})
 """
 
 
@@ -361,17 +362,17 @@ def test_processes_saving_at_once(file):
 
 
 def test_a_lock_dies_with_its_process(file):
-    held = "import sys; from ejk_ragged._hints import _lock\nwith _lock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    held = "from ejk_ragged._tools.hints_file import _lock\nwith _lock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
     lock = file.with_suffix(".lock")
     with subprocess.Popen(
-        [sys.executable, "-c", held, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", f"import sys; {held}", str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         other.kill()
     assert lock.exists()
     began = time.monotonic()
-    _hints.save(file, {"a": {"fwd_params": {}}})
+    hints_file.save(file, {"a": {"fwd_params": {}}})
     assert time.monotonic() - began < 1
     assert [left.name for left in file.parent.iterdir()] == [file.name]
 
@@ -426,7 +427,7 @@ def test_a_write_that_fails_leaves_the_old_file(file, backend):
     save(file, backend, num_warps=2)
     before = file.read_bytes()
     with pytest.raises(TypeError):
-        _hints.save(file, {"a": {"fwd_params": object()}})
+        hints_file.save(file, {"a": {"fwd_params": object()}})
     assert file.read_bytes() == before
     assert [left.name for left in file.parent.iterdir()] == [file.name]
 

@@ -11,7 +11,7 @@ import jax
 from ejk_ragged import _hints, explain
 from ejk_ragged._registry import registry
 
-from . import cases, interrupt, options, suite, tables
+from . import cases, hints_file, interrupt, options, suite, tables
 from . import report as tool
 from . import tune as tuner
 from .inputs import types
@@ -88,7 +88,7 @@ def tune(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         parser.error("without --file it needs platformdirs, which is not installed: pip install 'ejk-ragged[tune]'")
     _make(parser, "--file", file.parent)
     try:
-        why = _hints.cannot_save(file)
+        why = hints_file.cannot_save(file)
     except OSError as error:
         why = str(error)
     if why:

@@ -15,6 +15,7 @@ from ejk_ragged._formats import QUANTISED
 from ejk_ragged._registry import registry
 from ejk_ragged.testing import Case
 
+from . import hints_file
 from .bench import decode_step, findings, reason
 from .inputs import draw_cold, fit, Sample
 from .machine import Machine
@@ -182,7 +183,7 @@ def _save(file, result) -> str | None:
     if not key:
         return "its sizes belong to no class of problems"
     try:
-        return _hints.save(
+        return hints_file.save(
             file, {key: {"fwd_params": best["fwd_params"], "seconds": best["seconds"], "problem": result["problem"]}}
         )
     except OSError as error:
