@@ -66,8 +66,10 @@ class Explanation:
                 lines.append(f"  {choice.platform:<5} error: {choice.error}")
                 continue
             gradients = "" if choice.backward == choice.forward else f"; gradients by {choice.backward or 'none'}"
+            hints = ", ".join(f"{name} {value}" for name, value in choice.fwd_params.given.items())
+            hints = "" if choice.hints_from == "default" else f"; {choice.hints_from} hints: {hints}"
             why = f" ({choice.preferred})" if choice.preferred else ""
-            lines.append(f"  {choice.platform:<5} {choice.forward}{why}{gradients}{_show_hints(choice)}")
+            lines.append(f"  {choice.platform:<5} {choice.forward}{why}{gradients}{hints}")
             if choice.not_for_backward:
                 lines.append(f"        hints that are not for {choice.backward}: {', '.join(choice.not_for_backward)}")
             lines += [f"        not {name}: {reason}" for name, reason in choice.passed_over.items()]
@@ -92,27 +94,16 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     return Explanation(problem, {platform: _choose(platform, problem, request) for platform in KNOWN_PLATFORMS})
 
 
-def _show_hints(choice) -> str:
-    if choice.hints_from == "default":
-        return ""
-    return f"; {choice.hints_from} hints: " + ", ".join(f"{name} {value}" for name, value in choice.fwd_params.given.items())
-
-
 def _choose(platform, problem, request) -> Choice:
+    facts: dict[str, Any] = {"forward": None, "backward": None, "fwd_params": problem.fwd_params, "passed_over": {}}
     try:
-        forward = registry.select(platform, problem, request.backend, "forward", request.tuned)
+        chosen = registry.select(platform, problem, request.backend, "forward", request.tuned)
+        facts |= {"forward": chosen.backend.name, "fwd_params": chosen.problem.fwd_params, "passed_over": dict(chosen.passed_over)}
+        facts |= {"hints_from": chosen.hints_from, "preferred": chosen.preferred}
+        chosen = registry.select(platform, problem, request.backend, "backward")
+        gradients = {name: f"for gradients, {why}" for name, why in chosen.passed_over}
+        facts |= {"backward": chosen.backend.name, "not_for_backward": chosen.not_for}
+        facts["passed_over"] = gradients | facts["passed_over"]
     except (ValueError, BackendFailed) as error:
-        return Choice(platform, None, None, problem.fwd_params, {}, str(error))
-    choice = Choice(platform, forward.backend.name, None, forward.problem.fwd_params, dict(forward.passed_over))
-    choice = dataclasses.replace(choice, hints_from=forward.hints_from, preferred=forward.preferred)
-    try:
-        backward = registry.select(platform, problem, request.backend, "backward")
-    except (ValueError, BackendFailed) as error:
-        return dataclasses.replace(choice, error=str(error))
-    gradients = {name: f"for gradients, {why}" for name, why in backward.passed_over}
-    return dataclasses.replace(
-        choice,
-        backward=backward.backend.name,
-        passed_over=gradients | choice.passed_over,
-        not_for_backward=backward.not_for,
-    )
+        facts["error"] = str(error)
+    return Choice(platform, **facts)

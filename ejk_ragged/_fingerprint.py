@@ -20,21 +20,17 @@ def fingerprint(x: Any) -> str:
         case enum.Enum():
             return f"{kind}.{x.name}"
         case dict():
-            return _listed(kind, sorted(f"{fingerprint(key)}: {fingerprint(value)}" for key, value in x.items()))
+            texts = sorted(f"{fingerprint(key)}: {fingerprint(value)}" for key, value in x.items())
         case set() | frozenset():
-            return _listed(kind, sorted(map(fingerprint, x)))
+            texts = sorted(map(fingerprint, x))
         case tuple() | list():
-            return _listed(kind, map(fingerprint, x))
-    if dataclasses.is_dataclass(x):
-        values = {field.name: getattr(x, field.name) for field in dataclasses.fields(x) if field.compare}
-        return _listed(f"class {_class(type(x))}", [fingerprint(values)])
-    text = repr(x)
-    if " at 0x" in text:  # an address in memory, which says nothing about the value
-        text = uuid.uuid4().hex
-    return _listed(kind, [text])
-
-
-def _listed(kind, texts) -> str:
+            texts = map(fingerprint, x)
+        case _ if dataclasses.is_dataclass(x):
+            kind = f"class {_class(type(x))}"
+            texts = [fingerprint({field.name: getattr(x, field.name) for field in dataclasses.fields(x) if field.compare})]
+        case _:
+            text = repr(x)  # an address in memory says nothing about the value
+            texts = [uuid.uuid4().hex if " at 0x" in text else text]
     return f"{kind}({', '.join(texts)})"
 
 
@@ -44,17 +40,14 @@ _tokens: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()  # f
 def _class(x: type) -> str:
     """The name of a class and a hash of its module's source. A class that cannot be imported by its name gets a text that differs
     between processes."""
-    module = sys.modules.get(x.__module__)
-    found: Any = module
+    module: Any = sys.modules.get(x.__module__)
+    found = module
     for part in x.__qualname__.split("."):
         found = getattr(found, part, None)
     if found is not x or x.__module__ == "__main__":
         return _tokens.setdefault(x, uuid.uuid4().hex)
-    return f"{x.__module__}.{x.__qualname__} {_source(module)}"
-
-
-def _source(module) -> str:
     try:
-        return hashlib.sha256(pathlib.Path(module.__file__).read_bytes()).hexdigest()
+        source = hashlib.sha256(pathlib.Path(module.__file__).read_bytes()).hexdigest()
     except (AttributeError, TypeError, OSError):  # a built-in module, or a module without a file
-        return ""
+        source = ""
+    return f"{x.__module__}.{x.__qualname__} {source}"

@@ -53,11 +53,10 @@ class Registry:
         """
         with self._lock:
             if self._entries is None:
-                found = importlib.metadata.entry_points(group=GROUP) if self._given is None else self._given
                 entries: dict[str, importlib.metadata.EntryPoint] = {}
-                for entry in found:
+                for entry in importlib.metadata.entry_points(group=GROUP) if self._given is None else self._given:
                     other = entries.setdefault(entry.name, entry)
-                    if other is not entry and (other.value, _distribution(other)) != (entry.value, _distribution(entry)):
+                    if (other.value, _distribution(other)) != (entry.value, _distribution(entry)):
                         raise RuntimeError(
                             f"Two distributions register a backend named {entry.name!r}: {_distribution(other)} ({other.value}) "
                             f"and {_distribution(entry)} ({entry.value}). Uninstall one of them."
@@ -118,16 +117,15 @@ class Registry:
         """Every installed backend. A broken backend has the reason with it."""
         infos = []
         for name, entry in self.entries().items():
-            backend = self._load(name)
-            platforms, broken = None, _reason(backend) if isinstance(backend, Exception) else None
-            faulty = broken is not None
-            if isinstance(backend, Backend):
-                try:
+            backend, platforms, faulty = self._load(name), None, True
+            try:
+                if isinstance(backend, Exception):
+                    broken = _reason(backend)
+                else:
                     platforms = self._platforms(backend)
-                    with self._asking(backend, "unavailable"):
-                        broken = backend.unavailable()
-                except BackendFailed as failure:
-                    broken, faulty = str(failure), True
+                    broken, faulty = self._ask(backend, "unavailable"), False
+            except BackendFailed as failure:
+                broken = str(failure)
             infos.append(BackendInfo(name, _distribution(entry), platforms, broken, faulty))
         return tuple(infos)
 
@@ -169,11 +167,8 @@ class Registry:
             return backend.priority, ""
 
     def fingerprint(self, request: Request) -> str:
-        """A text that identifies everything that `select` depends on for `request`, apart from the device.
-
-        The text is the same in every process. If a part has no stable text, such as a class that cannot be imported, the text
-        differs between processes.
-        """
+        """A text that identifies everything that `select` depends on for `request`, apart from the device. See `fingerprint` for
+        what is the same in every process."""
         with self._lock:
             if self._installed is None:
                 self._installed = [
@@ -192,13 +187,18 @@ class Registry:
             self._warned.add(key)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
-    @contextlib.contextmanager
-    def _asking(self, backend: Backend, what: str, passes: tuple[type[Exception], ...] = ()):
-        """A context for asking a backend: turns errors from its attribute or method `what` into `BackendFailed`.
+    def _ask(self, backend: Backend, method: str, *args: Any, passes: tuple[type[Exception], ...] = ()) -> Any:
+        """What a method of a backend returns.
 
         Raises:
             BackendFailed: the backend raised an error that is not in `passes`.
         """
+        with self._asking(backend, method, passes):
+            return getattr(backend, method)(*args)
+
+    @contextlib.contextmanager
+    def _asking(self, backend: Backend, what: str, passes: tuple[type[Exception], ...] = ()):
+        """A context for asking a backend, which turns errors from its attribute or method `what` into `BackendFailed`."""
         try:
             yield
         except passes:
@@ -224,13 +224,8 @@ class Registry:
         platforms = self._platforms(backend)
         if platforms is not None and target.platform not in platforms:
             return f"it runs on {', '.join(sorted(platforms))}, not on {target.platform}"
-        with self._asking(backend, "unavailable"):
-            reason = backend.unavailable()
-        if reason:
-            return reason
         method = "supports" if direction == "forward" else "supports_backward"
-        with self._asking(backend, method):
-            return getattr(backend, method)(problem, target)
+        return self._ask(backend, "unavailable") or self._ask(backend, method, problem, target)
 
     def _platforms(self, backend: Backend) -> frozenset[str] | None:
         with self._asking(backend, "platforms"):
@@ -287,32 +282,26 @@ class Registry:
     def _hints(self, backend, problem, target, direction, named, tuned) -> tuple[FwdParams, HintsFrom, tuple[str, ...]]:
         """The hints for a call, their origin, and the names of given hints that are for another backend only.
 
-        Given hints come first, then tuned hints, then the backend's defaults. Tuned hints are for the forward operation only,
-        because the tuner times only that. Given hints are never mixed with tuned hints, because the tuner finds the best
-        combination of all hints.
+        Given hints come first, then tuned hints, then the backend's defaults. The tuner times the forward operation only, and finds
+        the best combination of all hints. So tuned hints are for the forward operation, and never mixed with given hints.
         """
         given = self._given_for(backend, problem, target, direction, named)
         not_for = tuple(name for name, value in vars(problem.fwd_params).items() if value != getattr(given, name))
         problem = dataclasses.replace(problem, fwd_params=given)
         if given != FwdParams():
-            with self._asking(backend, "fwd_params", passes=(ValueError,)):
-                return backend.fwd_params(problem, target), "given", not_for
+            return self._ask(backend, "fwd_params", problem, target, passes=(ValueError,)), "given", not_for
         best = tuned and direction == "forward" and tuned.best(backend, problem, target)
         if best:
+            kept = dataclasses.replace(problem, fwd_params=best)
             try:
-                with self._asking(backend, "fwd_params", passes=(ValueError,)):
-                    return backend.fwd_params(dataclasses.replace(problem, fwd_params=best), target), "tuned", not_for
+                return self._ask(backend, "fwd_params", kept, target, passes=(ValueError,)), "tuned", not_for
             except ValueError as error:  # tuned on another device of the same kind, or edited by hand
                 self._warn_once(str(error), f"Tuned hints are ignored: {error}")
-        with self._asking(backend, "fwd_params"):
-            return backend.fwd_params(problem, target), "default", not_for
+        return self._ask(backend, "fwd_params", problem, target), "default", not_for
 
     def _given_for(self, backend, problem, target, direction, named) -> FwdParams:
-        """The caller's hints that apply to `backend`.
-
-        The caller's hints are for the backend of the forward operation. Only `num_key_splits` applies to every backend, because it
-        asks for batch invariance.
-        """
+        """The caller's hints for `backend`. They are for the backend of the forward operation. Only `num_key_splits` is for every
+        backend, because it asks for batch invariance."""
         given = problem.fwd_params
         for_all = FwdParams(num_key_splits=given.num_key_splits)
         if direction == "forward" or given == for_all:
@@ -333,32 +322,27 @@ class Registry:
         if backend is None:
             return
         targets = [Target.of(platform) for platform in sorted(self._platforms(backend) or KNOWN_PLATFORMS)]
-        reasons = []
-        failures = []
+        reasons, failure = [], None
         for target in targets:
             try:
                 reasons.append(self.refusal(backend, problem, target))
-            except BackendFailed as failure:
-                failures.append(failure)
-        if not all(reasons):
-            return
-        if failures:
-            raise failures[0]
-        raise self._refused(backend, reasons[0], problem, targets[0], "forward")
+            except BackendFailed as error:
+                failure = failure or error
+        if all(reasons):
+            raise failure or self._refused(backend, reasons[0], problem, targets[0], "forward")
 
     def _refused(self, backend, reason, problem, target, direction):
-        able = [other.name for other in self.automatic() if self._can(other, problem, target, direction)]
+        able = []
+        for other in self.automatic():
+            try:
+                if self.refusal(other, problem, target, direction) is None:
+                    able.append(other.name)
+            except BackendFailed as failure:
+                self._passed_over(other, failure)
         return ValueError(
             f"backend {backend.name!r} cannot do {_asked(direction)} ({problem}) on {target.platform}: {reason}. "
             f"Backends that can: {', '.join(able) or 'none of those installed'}."
         )
-
-    def _can(self, backend, problem, target, direction) -> bool:
-        try:
-            return self.refusal(backend, problem, target, direction) is None
-        except BackendFailed as failure:
-            self._passed_over(backend, failure)
-            return False
 
 
 def _asked(direction: Direction) -> str:

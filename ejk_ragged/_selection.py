@@ -36,15 +36,8 @@ class BackendInfo:
 class Selection:
     """The backend that was selected for one direction of one problem on one platform.
 
-    Attributes:
-        backend: the selected backend.
-        problem: the problem with resolved hints, as the backend will get it.
-        target: where the operation runs.
-        passed_over: the backends that were asked before and refused: pairs (name, reason).
-        hints_from: origin of the hints: the caller ("given"), the tuner ("tuned") or the backend ("default").
-        not_for: names of the caller's hints that this backend does not get, because they are for the backend of the forward
-            operation.
-        preferred: why the backend's priority for this problem is not the general one, or "".
+    `problem` has the resolved hints. `passed_over` has pairs (name, reason). `not_for` names the caller's hints that are not for
+    this backend. For the other fields see `Choice`.
     """
 
     backend: Backend
