@@ -16,6 +16,7 @@ import functools
 import math
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
@@ -35,10 +36,6 @@ from ._reverse import once, reverse_only
 from ._selection import Request
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# The primitives
-
-
 def _primitive(name, direction: Direction, result_types) -> Primitive:
     """A primitive on the leaves of `tree`. Each platform lowers the primitive through the backend selected for that platform."""
     primitive = Primitive(name)
@@ -56,11 +53,16 @@ def _primitive(name, direction: Direction, result_types) -> Primitive:
             return contextlib.nullcontext(), lambda *leaves: [jnp.zeros(x.shape, x.dtype) for x in results]
         problem = Problem.of(types[0], types[1], request.settings)
         chosen = registry.select(platform, problem, request.backend, direction, request.tuned)
-
         operation = getattr(chosen.backend, direction)
 
         def run(*leaves):
-            return _checked(chosen, direction, results, operation(chosen.problem, chosen.target, *tree.unflatten(leaves), **params))
+            made = operation(chosen.problem, chosen.target, *tree.unflatten(leaves), **params)
+            got, wanted = ([f"{x.dtype.name}{list(x.shape)}" for x in arrays] for arrays in (made, results))
+            if got != wanted:
+                raise TypeError(
+                    f"The backend {chosen.backend.name!r} must return {', '.join(wanted)} from {direction}, got {', '.join(got)}."
+                )
+            return made
 
         return chosen.backend.lowering(chosen.target), run
 
@@ -85,16 +87,6 @@ def _primitive(name, direction: Direction, result_types) -> Primitive:
     return primitive
 
 
-def _checked(chosen, direction: Direction, types, results):
-    """The results of a backend, which must have the shapes and dtypes `types`."""
-    got, wanted = ([f"{x.dtype.name}{list(x.shape)}" for x in arrays] for arrays in (results, types))
-    if got != wanted:
-        raise TypeError(
-            f"The backend {chosen.backend.name!r} must return {', '.join(wanted)} from {direction}, got {', '.join(got)}."
-        )
-    return results
-
-
 def _forward_types(request, queries, cache):
     query = queries.query
     per_head = NamedSharding(query.sharding.mesh, PartitionSpec(*query.sharding.spec[:-1]))
@@ -104,7 +96,6 @@ def _forward_types(request, queries, cache):
 
 
 def _backward_types(request, queries, cache, lse, d_out, delta, *, wanted):
-    del lse, d_out, delta
     out_dtype = Problem.of(queries, cache, request.settings).out_dtype
     d_cache = [x for x in (cache.key, cache.value) if x is not None]
     return [queries.query.update(dtype=out_dtype, weak_type=False)] * wanted.query + d_cache * wanted.key_value
@@ -130,11 +121,10 @@ def _backward(request: Request, wanted: Wanted, *args):
     layout = _sharding.Layout(
         (_sharding.QUERIES, cache, *_sharding.PER_TOKEN),
         ("bthd",) * wanted.query + d_cache * wanted.key_value,
-        whole_groups=wanted.key_value,
+        writes_cache=wanted.key_value,
     )
     part = functools.partial(_sharding.backward_part, functools.partial(_bind, _backward_p, layout, wanted=wanted), wanted)
-    fold = functools.partial(_batched, layout, writes_cache=wanted.key_value)
-    return once(_sharding.spread(_backward_p.name, part, layout, fold))(request, *args)
+    return once(_sharding.spread(_backward_p.name, part, layout, functools.partial(_batched, layout)))(request, *args)
 
 
 def _bind(primitive, layout, request, *args, **params):
@@ -163,10 +153,8 @@ def _bind(primitive, layout, request, *args, **params):
     return [x.reshape(*front, sizes["b"], *x.shape[1:]) for x in results]
 
 
-def _batched(layout, op, writes_cache=False):
-    """`op` with a rule for `vmap`. `writes_cache` says whether results are shaped like the cache.
-
-    The rule depends on what is mapped:
+def _batched(layout, op):
+    """`op` with a rule for `vmap`, which depends on what is mapped:
 
     - Key and value: the mapped axis becomes one more leading axis.
     - A page table, on a shared pool: each map becomes more sequences.
@@ -179,13 +167,15 @@ def _batched(layout, op, writes_cache=False):
 
     @op.def_vmap
     def rule(size, mapped, request, *args):
-        _, *mapped = mapped
+        mapped = tuple(mapped[1:])
         cache = mapped[1]
         of_rows = [x for x in (cache.key, cache.value, cache.key_scale, cache.value_scale) if x is not None]
         if cache.key and cache.value is not False:
-            results = op(request, *jax.tree.map(functools.partial(_broadcast, size), tuple(mapped), args))
-        elif any(of_rows) or writes_cache:
-            results = _one_by_one(functools.partial(op, request), mapped, args)
+            spread = lambda mapped, x: x if mapped else jnp.broadcast_to(x, (size, *x.shape))
+            results = op(request, *jax.tree.map(spread, mapped, args))
+        elif any(of_rows) or layout.writes_cache:
+            each, shared = eqx.partition(args, mapped)
+            results = jax.lax.map(lambda one: op(request, *eqx.combine(one, shared)), each)
         else:
             results = _fold("b" if cache.page_table else "t", size, mapped, layout, op, request, args)
         return results, [True] * len(results)
@@ -193,15 +183,13 @@ def _batched(layout, op, writes_cache=False):
     return op
 
 
-def _broadcast(size, mapped, x):
-    return x if mapped else jnp.broadcast_to(x, (size, *x.shape))
-
-
 def _fold(into, size, mapped, layout, op, request, args):
     """`op` with the mapped axis joined to the axis `into`: "t" for the tokens, or "b" for the sequences."""
     own = args[0].query.shape[layout.operands[0].query.index(into) - 4]
     # If sequences are split over devices, each device keeps all maps of its own sequences, unless the maps are split.
-    maps_are_inner = into == "b" and not _sharding.maps_are_split(mapped, args)
+    maps_are_split = any(jax.tree.leaves(jax.tree.map(lambda m, x: m and _sharding.spec_of(x)[0], mapped, args)))
+    maps_are_inner = into == "b" and not maps_are_split
+    sizes, place = ((own, size), 0) if maps_are_inner else ((size, own), -1)
 
     def fold(letters, mapped, x):
         """[M, ..., T, ...] as [..., M * T, ...]. An array without the axis stays as it is. So does an unmapped array in which the
@@ -213,28 +201,16 @@ def _fold(into, size, mapped, layout, op, request, args):
             return x
         shape = [*x.shape[:axis], own, *x.shape[axis:][1:]]
         x = jnp.broadcast_to(x, shape if mapped else (size, *shape))
-        x = jnp.moveaxis(x, 0, axis if maps_are_inner else axis - 1)
+        x = jnp.moveaxis(x, 0, axis + place)
         return x.reshape(*x.shape[: axis - 1], size * own, *x.shape[axis:][1:])
 
     def unfold(letters, x):
         axis = letters.index(into) - len(letters)
-        x = x.reshape(*x.shape[:axis], *((own, size) if maps_are_inner else (size, own)), *x.shape[axis:][1:])
-        return jnp.moveaxis(x, axis if maps_are_inner else axis - 1, 0)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], *sizes, *x.shape[axis:][1:]), axis + place, 0)
 
     if into == "t" and (mapped[0].start or mapped[0].end):
         request = dataclasses.replace(request, settings=dataclasses.replace(request.settings, junk_between_tokens=True))
-    return list(map(unfold, layout.results, op(request, *jax.tree.map(fold, layout.operands, tuple(mapped), args))))
-
-
-def _one_by_one(op, mapped, args):
-    leaves, tree = jax.tree.flatten(args)
-    mapped = jax.tree.leaves(mapped)
-
-    def one(mapped_leaves):
-        remaining = iter(mapped_leaves)
-        return op(*tree.unflatten([next(remaining) if m else x for m, x in zip(mapped, leaves, strict=True)]))
-
-    return jax.lax.map(one, [x for m, x in zip(mapped, leaves, strict=True) if m])
+    return list(map(unfold, layout.results, op(request, *jax.tree.map(fold, layout.operands, mapped, args))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -288,12 +264,10 @@ def _decode_fwd(request, queries, cache):
 
 
 def _refuse_gradients(cache):
-    if is_quantised(cache.key.value.dtype):
-        what = "quantised cache"
-    elif cache.page_table is not None:
-        what = "pool of pages"
-    else:
+    quantised = is_quantised(cache.key.value.dtype)
+    if not quantised and cache.page_table is None:
         return
+    what = "quantised cache" if quantised else "pool of pages"
     for name, x in vars(cache).items():
         if x is not None and x.perturbed:
             raise ValueError(
@@ -304,29 +278,20 @@ def _refuse_gradients(cache):
 
 def _decode_bwd(request, residuals, cotangents):
     wanted, queries, cache, out, lse = residuals
-    sink = queries.sink
     d_out, d_lse = (
         jnp.zeros_like(residual, dtype=dtype) if isinstance(x, SymbolicZero) else x
         for residual, dtype, x in zip((out, lse), (queries.query.dtype, lse.dtype), cotangents, strict=True)
     )
     # p_j is the probability of key j, and d_logit_j = p_j (d_out . v_j - delta). A sink is a key whose value is 0.
     delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - d_lse
-    d_sink = None if sink is None else _d_sink(sink, lse, delta)
-    d_query = d_key = d_value = None
-    if wanted.query or wanted.key_value:
-        gradients = _backward(request, wanted, queries, cache, lse, d_out, delta)
-        if wanted.query:
-            d_query, *gradients = gradients
-        if wanted.key_value:
-            d_key, *d_value = gradients
-            d_value = d_value[0] if d_value else None
-    return Queries(d_query, None, None, d_sink), Cache(d_key, d_value)  # pyright: ignore[reportArgumentType]
-
-
-def _d_sink(sink, lse, delta):
-    d_sink = jnp.where(sink > -jnp.inf, -jnp.exp(sink - jnp.maximum(lse, sink)) * delta, 0)
-    alike = tuple(axis for axis, size in enumerate(sink.shape) if size == 1)
-    return jnp.sum(d_sink, axis=alike, keepdims=True)
+    sink, d_sink = queries.sink, None
+    if sink is not None:
+        d_sink = jnp.where(sink > -jnp.inf, -jnp.exp(sink - jnp.maximum(lse, sink)) * delta, 0)
+        d_sink = jnp.sum(d_sink, axis=tuple(axis for axis, size in enumerate(sink.shape) if size == 1), keepdims=True)
+    some = wanted.query or wanted.key_value
+    gradients = iter(_backward(request, wanted, queries, cache, lse, d_out, delta) if some else ())
+    d_query = next(gradients) if wanted.query else None
+    return Queries(d_query, None, None, d_sink), Cache(next(gradients, None), next(gradients, None))  # pyright: ignore[reportArgumentType]
 
 
 _decode.defvjp(_decode_fwd, _decode_bwd, symbolic_zeros=True)

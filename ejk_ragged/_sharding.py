@@ -53,20 +53,19 @@ class Layout:
 
     operands: Any
     results: tuple[str, ...]
-    whole_groups: bool = False  # whether results are sums over a kv head's query heads: one device then needs them all
+    writes_cache: bool = False  # whether results are shaped like the cache: sums over a kv head's query heads, on one device
 
-    def split(self, mesh, args, spec_of) -> dict[str, Any]:
-        """The entry of a partition spec per letter, from the specs of the arguments (`spec_of`). An axis of size 1 is not split.
+    def split(self, mesh, args) -> dict[str, Any]:
+        """The entry of a partition spec per letter, from the specs of the arguments. An axis of size 1 is not split.
 
         The cache decides how sequences, rows and kv heads are split. The queries decide about axes that the cache does not have:
         the sequences if the cache is a pool, and query heads that share the only kv head.
         """
         queries, cache = args[:2]
-        query, key = spec_of(queries.query)[-4:], spec_of(cache.key)[-4:]
-        split = {
-            axis: None if n == 1 else entry for axis, n, entry in zip(self.operands[1].key, cache.key.shape[-4:], key, strict=True)
-        }
-        used = {name for entry in spec_of(cache.key) for name in _axes(entry)}
+        query, key = spec_of(queries.query)[-4:], spec_of(cache.key)
+        axes = zip(self.operands[1].key, cache.key.shape[-4:], key[-4:], strict=True)
+        split = {axis: None if n == 1 else entry for axis, n, entry in axes}
+        used = {name for entry in key for name in _axes(entry)}
 
         def free(entry, size):
             return None if used.intersection(_axes(entry)) or size % _devices(mesh, entry) else entry
@@ -75,12 +74,12 @@ class Layout:
         if "b" not in split:
             split["b"] = free(query[0] or spec_of(cache.page_table)[-2], batch)
             used.update(_axes(split["b"]))
-        split["h"] = split["k"] if cache.key.shape[-2] > 1 or self.whole_groups else free(query[2], heads)
+        split["h"] = split["k"] if cache.key.shape[-2] > 1 or self.writes_cache else free(query[2], heads)
         return dict.fromkeys(_NAMES) | split
 
-    def specs(self, mesh, args, spec_of):
+    def specs(self, mesh, args):
         """The partition specs of operands and results. Mapped axes come first."""
-        mapped, split = spec_of(args[1].key)[:-4], self.split(mesh, args, spec_of)
+        mapped, split = spec_of(args[1].key)[:-4], self.split(mesh, args)
 
         def spec(letters, x=None):
             sizes = [0] * len(letters) if x is None else x.shape[len(mapped) :]
@@ -101,14 +100,11 @@ class Layout:
         mapped = [f"m{i}" for i in range(cache.key.ndim - 4)]
         kv_heads = cache.key.shape[-2]
         group = queries.query.shape[-2] // kv_heads
-        of_cache, of_results = {axis: axis for axis in ("s", "k", *mapped)}, {axis: axis for axis in ("b", "s", "k", *mapped)}
-        if group == 1 or kv_heads > 1:  # Shardy accepts no factor of size 1 together with another
-            of_results["h"] = "k" if group == 1 else "(k g)"
-        else:
-            of_results["h"] = "h"
-        of_queries = {"h": "h"} if of_results["h"] == "h" else {}
-        of_queries |= {} if cache.page_table is None else {"b": "b"}
-        of_cache |= {"b": "b"} if cache.page_table is None else {}
+        heads = "k" if group == 1 else "(k g)" if kv_heads > 1 else "h"  # Shardy accepts no factor of size 1 together with another
+        of_cache = {axis: axis for axis in ("b", "s", "k", *mapped)}
+        of_results, of_queries = of_cache | {"h": heads}, {"h": "h"} if heads == "h" else {}
+        if cache.page_table is not None:
+            of_queries["b"] = of_cache.pop("b")
 
         def factors(number, letters, tied):
             own = {axis: f"{axis}_{number}" for axis in (*mapped, *letters)}
@@ -135,18 +131,23 @@ def align(args, layout: Layout):
     """
     mesh = _mesh(args)
     if AxisType.Explicit in mesh.axis_types:
-        args = _reshard(mesh, _explicit_specs(layout, args), args)
+        _check_cache(mesh, args[1])
+        specs, _ = layout.specs(mesh, args)
+        wanted_spec = specs[0].query
+        for given, wanted, axis in zip(spec_of(args[0].query), wanted_spec, layout.operands[0].query, strict=True):
+            if given != wanted and _devices(mesh, given) > 1:
+                raise ValueError(
+                    f"query must be split along {_NAMES[axis]} by {_named(wanted)}, as key is, or not at all; got {_named(given)}. "
+                    f"Reshard it to {wanted_spec}, or key and value to match it."
+                )
+        args = _reshard(mesh, specs, args)
     return _vary_alike(args, args)
 
 
 def spread(name, part, layout: Layout, fold):
     """The function `run(request, *args)`, which runs `part(rows, request, *args)` on each device. `args` come from `align`.
 
-    Args:
-        name: name of the operation.
-        part: the work of one device. `rows` says how the cache's rows are split, or is None.
-        layout: layout of the arguments and results.
-        fold: adds a rule for `vmap` to a function. The rule may add leading axes to all arguments.
+    `rows` says how the cache's rows are split, or is None. `fold` adds a rule for `vmap`, which may add leading axes to `args`.
     """
 
     def run(request, *args):
@@ -161,19 +162,12 @@ def spread(name, part, layout: Layout, fold):
     return run
 
 
-def maps_are_split(mapped, args) -> bool:
-    """Whether a type says that a mapped axis, the first axis of a mapped argument, is split over devices."""
-    return any(m and _spec_of_type(x)[0] for m, x in zip(jax.tree.leaves(mapped), jax.tree.leaves(args), strict=True))
-
-
 def _mesh(args):
     return jax.typeof(args[1].key).sharding.mesh
 
 
 def _reshard(mesh, specs, args):
-    leaves, tree = jax.tree.flatten(args)
-    specs = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    return tree.unflatten(jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs, strict=True))
+    return jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)), args, specs)
 
 
 def _vary_alike(arrays, others):
@@ -192,9 +186,9 @@ def _explicit(part, layout: Layout):
 
     def run(request, *args):
         mesh = _mesh(args)
-        in_specs, out_specs = layout.specs(mesh, args, _spec_of_type)
-        given, wanted = dataclasses.replace(layout, whole_groups=False).specs(mesh, args, _spec_of_type)
-        local = functools.partial(part, _rows(_spec_of_type(args[1].key), args[1]), request)
+        in_specs, out_specs = layout.specs(mesh, args)
+        given, wanted = dataclasses.replace(layout, writes_cache=False).specs(mesh, args)
+        local = functools.partial(part, _rows(args[1].key), request)
         if any(entry for spec in (given[0].query, given[1].key) for entry in spec):
             # Over all mesh axes except those that `vmap` uses. `check_vma` is off: all devices compute the same merged result, but
             # its type says that the result varies between devices.
@@ -207,25 +201,22 @@ def _explicit(part, layout: Layout):
 def _automatic(name, part, layout: Layout):
     """`part` on each device, where XLA's partitioner decides how the cache is split."""
 
+    def shardings(mesh, operands):
+        """The shardings of operands and results."""
+        return jax.tree.map(functools.partial(NamedSharding, mesh), layout.specs(mesh, operands))
+
     def partition(request, mesh, operands, results):
-        del results
-        _check_cache(operands[1], _spec)
-        _check_even(mesh, _spec(operands[1].key), operands[1].key)
-        specs = layout.specs(mesh, operands, _spec)
-        in_shardings, out_shardings = jax.tree.map(
-            functools.partial(NamedSharding, mesh), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-        )
+        _check_cache(mesh, operands[1])
+        of_operands, of_results = shardings(mesh, operands)
 
         def local(*args):
             with wide(operands[0].query.dtype):
-                return part(_rows(_spec(operands[1].key), operands[1]), request, *args)
+                return part(_rows(operands[1].key), request, *args)
 
-        return mesh, local, out_shardings, in_shardings
+        return mesh, local, of_results, of_operands
 
     def infer(mesh, operands, results):  # for XLA's older partitioner, which uses no sharding rules
-        del results
-        _, specs = layout.specs(mesh, operands, _spec)
-        return [NamedSharding(mesh, spec) for spec in specs]
+        return shardings(mesh, operands)[1]
 
     def run(request, *args):
         op = custom_partitioning(functools.partial(part, None, request))
@@ -293,18 +284,12 @@ def _own_rows(rows: Rows, request, queries, cache):
     return dataclasses.replace(request, settings=settings), dataclasses.replace(queries, start=start, end=end)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# Specs
-
-
-def _spec(array):
-    """The partition spec of an array, with one entry per axis. If the partitioner has no spec yet, no axis is split."""
-    spec = getattr(array.sharding, "spec", None) or ()
+def spec_of(array) -> tuple:
+    """The partition spec of an array's type, with one entry per axis. If the partitioner, which passes shapes, has no spec yet, no
+    axis is split."""
+    sharding = (array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)).sharding
+    spec = getattr(sharding, "spec", None) or ()
     return tuple(spec) + (None,) * (len(array.shape) - len(spec))
-
-
-def _spec_of_type(array):
-    return _spec(jax.typeof(array))
 
 
 def _devices(mesh, entry) -> int:
@@ -317,19 +302,21 @@ def _axes(entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _rows(key, cache) -> Rows | None:
-    """The split of a padded cache's rows, from the spec of the key. None if the rows are not split."""
-    axes = _axes(key[-3])
-    return Rows(axes, cache.key.shape[-3]) if axes else None
+def _rows(key) -> Rows | None:
+    """The split of a padded cache's rows, from the type of the key. None if the rows are not split."""
+    axes = _axes(spec_of(key)[-3])
+    return Rows(axes, key.shape[-3]) if axes else None
 
 
 def _named(entry):
     return " and ".join(map(repr, _axes(entry))) or "no mesh axis"
 
 
-def _check_cache(cache, spec_of):
-    key, value = spec_of(cache.key), None if cache.value is None else spec_of(cache.value)
-    if value is not None and key != value:
+def _check_cache(mesh, cache):
+    """Checks the split of key and value. Rows and sequences may be split unevenly, but not kv heads."""
+    key = spec_of(cache.key)
+    value = key if cache.value is None else spec_of(cache.value)
+    if key != value:
         raise ValueError(f"key and value must be split alike, got {PartitionSpec(*key)} and {PartitionSpec(*value)}.")
     if key[-1] is not None:
         raise ValueError(
@@ -342,28 +329,9 @@ def _check_cache(cache, spec_of):
             "[num_pages, page_size, num_kv_heads, head_dim]. For a pool that is split by pages, call inside jax.shard_map, where "
             "each device has a page table of its own pages."
         )
-
-
-def _check_even(mesh, cache, key):
-    """Raises a ValueError unless kv heads are split evenly. Rows and sequences may be split unevenly."""
-    heads, devices = key.shape[-2], _devices(mesh, cache[-2])
+    heads, devices = cache.key.shape[-2], _devices(mesh, key[-2])
     if heads % devices:
         raise ValueError(
             f"key and value must be split evenly along num_kv_heads, got {heads} kv heads over {devices} devices by "
-            f"{_named(cache[-2])}. Split them over fewer devices there, and over the others along batch or seq_len."
+            f"{_named(key[-2])}. Split them over fewer devices there, and over the others along batch or seq_len."
         )
-
-
-def _explicit_specs(layout, args):
-    """The specs that the arguments must have, from their types. An argument that is not split yet may be resharded."""
-    _check_cache(args[1], _spec_of_type)
-    mesh = _mesh(args)
-    specs, _ = layout.specs(mesh, args, _spec_of_type)
-    wanted_spec = specs[0].query
-    for given, wanted, axis in zip(_spec_of_type(args[0].query), wanted_spec, layout.operands[0].query, strict=True):
-        if given != wanted and _devices(mesh, given) > 1:
-            raise ValueError(
-                f"query must be split along {_NAMES[axis]} by {_named(wanted)}, as key is, or not at all; got {_named(given)}. "
-                f"Reshard it to {wanted_spec}, or key and value to match it."
-            )
-    return specs
