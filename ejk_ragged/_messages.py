@@ -45,55 +45,34 @@ def refuse_ref(name: str, x: Any):
         raise TypeError(f"{name} must be an array, got a jax.Ref, {shown(x)}. Pass the array that the Ref holds: {name}[...].")
 
 
-# Orders of axes that other libraries use, each with the transposition to the order of this package.
-CACHE_ORDERS = {
-    "[batch, seq_len, num_kv_heads, head_dim]": (0, 1, 2, 3),
-    "[batch, num_kv_heads, seq_len, head_dim]": (0, 2, 1, 3),
-    "[seq_len, batch, num_kv_heads, head_dim]": (1, 0, 2, 3),
-    "[num_kv_heads, batch, seq_len, head_dim]": (1, 2, 0, 3),
-    "[batch, num_kv_heads, head_dim, seq_len]": (0, 3, 1, 2),
-    "[batch, seq_len, head_dim, num_kv_heads]": (0, 1, 3, 2),
-}
-QUERY_ORDERS = {
-    4: {
-        "[batch, num_tokens, num_q_heads, head_dim]": (0, 1, 2, 3),
-        "[batch, num_q_heads, num_tokens, head_dim]": (0, 2, 1, 3),
-        "[num_tokens, batch, num_q_heads, head_dim]": (1, 0, 2, 3),
-    },
-    3: {
-        "[batch, num_q_heads, head_dim]": (0, 1, 2),
-        "[num_q_heads, batch, head_dim]": (1, 0, 2),
-        "[batch, head_dim, num_q_heads]": (0, 2, 1),
-    },
-}
+# Orders of axes that other libraries use, as the transpositions to the order of this package, which comes first.
+CACHE_ORDERS = [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3), (1, 2, 0, 3), (0, 3, 1, 2), (0, 1, 3, 2)]
+QUERY_ORDERS = {4: [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)], 3: [(0, 1, 2), (1, 0, 2), (0, 2, 1)]}
 
 
 def other_order(query: tuple, key: tuple, value: tuple | None, paged: bool) -> str:
     """For shapes that do not fit: the order of axes in which the shapes would fit, and the transposition to pass. "" if there is
     no such order."""
-    if not all(isinstance(n, int) for n in (*query, *key, *(value or ()))):
+    shapes = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    if not all(isinstance(n, int) for shape in shapes.values() for n in shape):
         return ""
-    arrays = {"query": query, "key": key} | ({} if value is None else {"value": value})
-    orders = [QUERY_ORDERS[len(query)]] + [CACHE_ORDERS] * (len(arrays) - 1)
-    guesses = [dict(zip(arrays, names, strict=True)) for names in itertools.product(*orders)]
-    ours = guesses[0]
-    changed = lambda guess: [name for name in arrays if guess[name] != ours[name]]
+    pages, rows = ("num_pages", "page_size") if paged else ("batch", "seq_len")
+    axes = {name: [pages, rows, "num_kv_heads", "head_dim"] for name in shapes}
+    axes["query"] = ["batch", *["num_tokens"] * (len(query) == 4), "num_q_heads", "head_dim"]
+    orders = [QUERY_ORDERS[len(query)]] + [CACHE_ORDERS] * (len(shapes) - 1)
+    ours, *guesses = [dict(zip(shapes, guess, strict=True)) for guess in itertools.product(*orders)]
+    changed = lambda guess: [name for name in shapes if guess[name] != ours[name]]
+    layout = lambda guess, name: f"{name} [{', '.join(axes[name][guess[name].index(i)] for i in range(len(axes[name])))}]"
     # The guess with the fewest changed arrays comes first, and key and value in the same order before two orders.
     for guess in sorted(guesses, key=lambda guess: (len(changed(guess)), guess.get("value") != guess["key"])):
-        axes = {name: order[guess[name]] for name, order in zip(arrays, orders, strict=True)}
-        if _fit(**{name: tuple(arrays[name][axis] for axis in axes[name]) for name in arrays}, paged=paged):
+        if _fit(**{name: tuple(shapes[name][axis] for axis in guess[name]) for name in shapes}, paged=paged):
             names = changed(guess)
-            break
-    else:
-        return ""
-    words = lambda text: text.replace("batch", "num_pages").replace("seq_len", "page_size") if paged else text
-    layouts = {name: guess[name] if name == "query" else words(guess[name]) for name in names}
-    accepted = {name: ours[name] if name == "query" else words(ours[name]) for name in names}
-    came = ", ".join(f"{name} {layout}" for name, layout in layouts.items())
-    taken = ", ".join(f"{name} {layout}" for name, layout in accepted.items())
-    passed = ", ".join(f"{name}.transpose{axes[name]}" for name in names)
-    copies = "" if names == ["query"] else " Transposing the cache copies it at every step. The docs' recipes avoid the copy."
-    return f" The sizes would fit {came}; the order here is {taken}: pass {passed}.{copies}"
+            came, taken = (", ".join(layout(one, name) for name in names) for one in (guess, ours))
+            passed = ", ".join(f"{name}.transpose{guess[name]}" for name in names)
+            advice = f" The sizes would fit {came}; the order here is {taken}: pass {passed}."
+            copies = " Transposing the cache copies it at every step. The docs' recipes avoid the copy."
+            return advice if names == ["query"] else advice + copies
+    return ""
 
 
 def _fit(query, key, value=None, *, paged) -> bool:
