@@ -9,9 +9,10 @@ import numpy as np
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int, Shaped
 
-from ._check import AnyArray, array_type, check_columns, check_lengths, check_page_table, check_scales, PADDED, POOL
-from ._formats import FLOATING_DTYPES, is_quantised, QUANTISED
+from ._check import AnyArray, array_type, check_columns, check_integers, check_lengths, check_page_table, check_scales, PADDED, POOL
+from ._formats import CACHE_DTYPES, FLOATING_DTYPES, is_quantised
 from ._messages import shown
+from ._problem import positive
 from ._quantize import quantize
 
 
@@ -90,11 +91,11 @@ class KVCache(eqx.Module):
         check_columns(self.value_columns, value, key, softmax_scale=1.0)
         if value is not None and (value.shape[:-1], value.dtype) != (key.shape[:-1], key.dtype):
             raise ValueError(
-                f"key and value must have the same dtype, and the same shape but for the last axis; got key {_named(key)} and "
-                f"value {_named(value)}."
+                f"key and value must have the same dtype, and the same shape but for the last axis; got key {shown(key)} and "
+                f"value {shown(value)}."
             )
         if len(key.shape) == 4:  # one layer
-            check_scales(key, table, scales[0], scales[0] if value is None and scales[1] is None else scales[1])
+            check_scales(key, value, table, *scales)
             if table is not None:
                 check_page_table(table, table.shape[0] if table.shape else "batch")
 
@@ -140,13 +141,10 @@ class KVCache(eqx.Module):
         sizes = {"batch": batch, "seq_len": seq_len, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         optional = {"value_dim": value_dim, "row_dim": row_dim, "page_size": page_size, "num_pages": num_pages}
         for name, size in (sizes | {name: size for name, size in optional.items() if size is not None}).items():
-            if not isinstance(size, int | np.integer) or isinstance(size, bool):
-                raise TypeError(f"{name} must be a positive integer, got {size!r} of type {type(size).__name__}.")
-            if size < 1:
-                raise ValueError(f"{name} must be a positive integer, got {size}.")
-        dtype, accepted = jnp.dtype(dtype), FLOATING_DTYPES + tuple(QUANTISED)
-        if dtype.name not in accepted:
-            raise ValueError(f"dtype must be one of {', '.join(accepted)}; got {dtype.name}.")
+            positive(name, size)
+        dtype = jnp.dtype(dtype)
+        if dtype.name not in CACHE_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(CACHE_DTYPES)}; got {dtype.name}.")
         if value_columns is not None and value_dim is not None:
             raise ValueError(
                 f"value_dim must be None if value_columns is given, got {value_dim} and {value_columns!r}. value_columns says how "
@@ -225,12 +223,8 @@ class KVCache(eqx.Module):
             if getattr(self, name) is not None:
                 self._check_new(name, array_type(name, new), key)
         batch = self._batch
-        first = array_type("at", at)
-        if first.shape != (batch,) or not np.issubdtype(first.dtype, np.integer):
-            raise ValueError(
-                f"at must be integers of shape ({batch},), the row of each sequence at which its first token goes; got "
-                f"{_named(first)}."
-            )
+        first = f"integers of shape ({batch},), the row of each sequence at which its first token goes;"
+        check_integers("at", array_type("at", at), (batch,), first)
         if lengths is not None:
             check_lengths("lengths", array_type("lengths", lengths), batch)
         return _written(self, key, value, at, lengths)
@@ -272,20 +266,13 @@ class KVCache(eqx.Module):
             raise ValueError(f"{name}_scale of the cache must have one scale per row, shape {rows}, for write to fill; got {came}.")
 
 
-def _named(x) -> str:
-    return f"{x.dtype.name} of shape {x.shape}"
-
-
 def _table(batch, pages, num_pages, table):
     """The page table of a new cache, and the number of pages of its pool."""
     needed = batch * pages
     pool = needed if num_pages is None else num_pages
     if table is not None:
-        came = array_type("page_table", table)
-        if came.shape != (batch, pages) or not np.issubdtype(came.dtype, np.integer):
-            raise ValueError(
-                f"page_table must be integers of shape ({batch}, {pages}), the pages of each sequence in order; got {_named(came)}."
-            )
+        accepted = f"integers of shape ({batch}, {pages}), the pages of each sequence in order;"
+        check_integers("page_table", array_type("page_table", table), (batch, pages), accepted)
         return jnp.array(table), pool  # a copy, so that a caller who donates the cache keeps the table
     if pool < needed:
         raise ValueError(

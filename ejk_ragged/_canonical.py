@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _hints
-from ._check import Arguments, check_arrays, check_fwd_params, check_scale, check_soft_cap, check_window
+from ._check import Arguments, check_arrays, check_fwd_params, check_number, check_window
 from ._formats import accum_dtype
 from ._problem import Cache, FwdParams, precision_of, Queries, Settings
 from ._registry import registry
@@ -31,8 +31,8 @@ def checked(
     columns = check_arrays(arrays, value_columns, softmax_scale)
     hints, left = check_fwd_params(fwd_params), check_window(sliding_window)
     settings = Settings(
-        softmax_scale=arrays["query"].shape[-1] ** -0.5 if softmax_scale is None else check_scale(softmax_scale),
-        logits_soft_cap=check_soft_cap(logits_soft_cap),
+        softmax_scale=arrays["query"].shape[-1] ** -0.5 if softmax_scale is None else check_number("softmax_scale", softmax_scale),
+        logits_soft_cap=None if logits_soft_cap is None else check_number("logits_soft_cap", logits_soft_cap, positive=True),
         value_columns=columns,
         precision=precision_of(jax.config.jax_default_matmul_precision),  # pyright: ignore[reportAttributeAccessIssue]
         fwd_params=hints,

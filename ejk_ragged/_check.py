@@ -4,7 +4,7 @@ A wrong value, shape or dtype is a ValueError, and a wrong type is a TypeError. 
 dtype is the dtype after conversion by JAX: a NumPy array of float64 counts as float32 unless 64-bit types are enabled.
 """
 
-import dataclasses
+import collections
 import math
 import operator
 import warnings
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._formats import FLOATING_DTYPES, is_quantised, QUANTISED
+from ._formats import CACHE_DTYPES, FLOATING_DTYPES, is_quantised, QUANTISED
 from ._messages import as_array, other_order, refuse_ref, shown
 from ._problem import FwdParams
 
@@ -31,22 +31,11 @@ Scale = (
 )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """The arrays of a call, as the caller passed them. `window_left` is the left side of the sliding window."""
-
-    query: Any
-    key: Any
-    value: Any = None
-    sequence_start: Any = None
-    sequence_end: Any = None
-    softmax_aux: Any = None
-    page_table: Any = None
-    query_lengths: Any = None
-    key_scale: Any = None
-    value_scale: Any = None
-    window_left: Any = None
+# The arrays of a call, as the caller passed them. `window_left` is the left side of the sliding window.
+Arguments = collections.namedtuple(
+    "Arguments",
+    "query key value sequence_start sequence_end softmax_aux page_table query_lengths key_scale value_scale window_left",
+)
 
 
 def check_arrays(arrays: dict[str, Any], value_columns, softmax_scale) -> tuple[int, int] | None:
@@ -68,8 +57,7 @@ def check_arrays(arrays: dict[str, Any], value_columns, softmax_scale) -> tuple[
         )
     if types["softmax_aux"] is not None:
         check_sinks(types["softmax_aux"], query.shape[-2], num_kv_heads)
-    value_scale = types["key_scale"] if columns and types["value_scale"] is None else types["value_scale"]
-    check_scales(key, page_table, types["key_scale"], value_scale)
+    check_scales(key, value, page_table, types["key_scale"], types["value_scale"])
     return columns
 
 
@@ -124,21 +112,20 @@ def check_cache(query, key, value, page_table=None):
             f"query must be [batch, num_q_heads, head_dim] or [batch, num_tokens, num_q_heads, head_dim], got shape {query.shape}."
         )
     order = lambda: other_order(query.shape, key.shape, None if value is None else value.shape, page_table is not None)
-    arrays = [("key", key)] + [("value", value)] * (value is not None)
-    for name, array in arrays:
+    cached = {"key": key} | ({} if value is None else {"value": value})
+    arrays = {"query": query} | cached
+    for name, array in cached.items():
         if len(array.shape) != 4:
             raise ValueError(f"{name} must be {layout.format('head_dim')}, got shape {array.shape}.")
-    cached = FLOATING_DTYPES + tuple(QUANTISED)
-    for name, array, accepted in (("query", query, FLOATING_DTYPES), *((name, array, cached) for name, array in arrays)):
-        if array.dtype.name not in accepted:
-            raise ValueError(f"{name} must have one of the dtypes {', '.join(accepted)}; got {array.dtype.name}.")
+    for name, array in arrays.items():
+        _check_dtype(name, array, CACHE_DTYPES if name in cached else FLOATING_DTYPES)
     if value is not None and key.shape[:3] != value.shape[:3]:
         raise ValueError(
             f"key and value must have the same shape but for the last axis, got key {key.shape} and value {value.shape}. Both are "
             f"{layout.format('...')}.{order()}"
         )
-    if any(array.dtype != key.dtype for _, array in arrays) or (not is_quantised(key.dtype) and query.dtype != key.dtype):
-        dtypes = ", ".join(f"{name} {array.dtype.name}" for name, array in (("query", query), *arrays))
+    if any(array.dtype != key.dtype for array in (cached if is_quantised(key.dtype) else arrays).values()):
+        dtypes = ", ".join(f"{name} {array.dtype.name}" for name, array in arrays.items())
         raise ValueError(
             f"query, key and value must have the same dtype, got {dtypes}. Key and value of a quantised cache have one of "
             f"{', '.join(QUANTISED)}, both the same."
@@ -155,7 +142,7 @@ def check_cache(query, key, value, page_table=None):
             f"query must have no more columns than key's rows, of which the first head_dim are the key; got query {query.shape} "
             f"and key {key.shape}.{order()}"
         )
-    for name, array in (("query", query), *arrays):
+    for name, array in arrays.items():
         if 0 in array.shape:
             raise ValueError(f"{name} must not be empty, got shape {array.shape}.")
     if query.shape[-2] % key.shape[2]:
@@ -167,24 +154,30 @@ def check_cache(query, key, value, page_table=None):
         check_page_table(page_table, query.shape[0])
 
 
+def _check_dtype(name, array, accepted):
+    if array.dtype.name not in accepted:
+        raise ValueError(f"{name} must have one of the dtypes {', '.join(accepted)}; got {array.dtype.name}.")
+
+
+def check_integers(name, array, shape, accepted):
+    """Checks that an array is integers of a shape. `accepted` is what the error says of it."""
+    if array.shape != shape or 0 in shape or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must be {accepted} got {shown(array)}.")
+
+
 def check_page_table(page_table, batch):
-    """Checks that a page table is integers [batch, pages]."""
-    shape, dtype = page_table.shape, page_table.dtype
-    if len(shape) != 2 or shape[0] != batch or 0 in shape or not np.issubdtype(dtype, np.integer):
-        raise ValueError(
-            f"page_table must be integers of shape ({batch}, pages), the pages of each sequence in order, or None for a padded "
-            f"cache; got {dtype.name} of shape {shape}."
-        )
+    accepted = f"integers of shape ({batch}, pages), the pages of each sequence in order, or None for a padded cache;"
+    check_integers("page_table", page_table, (batch, *page_table.shape[-1:]), accepted)
 
 
 def check_lengths(name, lengths, batch):
-    """Checks that lengths are one integer per sequence."""
-    if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
-        raise ValueError(f"{name} must be None or integers of shape ({batch},), got {lengths.dtype.name} of shape {lengths.shape}.")
+    check_integers(name, lengths, (batch,), f"None or integers of shape ({batch},),")
 
 
-def check_scales(key, page_table, key_scale, value_scale):
+def check_scales(key, value, page_table, key_scale, value_scale):
     """Checks the scales of a quantised cache. A cache of floats must have none."""
+    if value is None and value_scale is None:
+        value_scale = key_scale
     (pages, rows, num_kv_heads), dtype = key.shape[:3], key.dtype
     shapes = {
         "[num_kv_heads]": (num_kv_heads,),
@@ -210,15 +203,14 @@ def check_scales(key, page_table, key_scale, value_scale):
             swapped = f" Pass {name}.swapaxes(1, 2)." if scale.shape == (pages, rows, num_kv_heads) else ""
             accepted = [f"{axes} {shape}" for axes, shape in shapes.items()]
             raise ValueError(
-                f"{name} must be a number, or floats of shape {', '.join(accepted[:-1])} or {accepted[-1]}; got {scale.dtype.name} "
-                f"of shape {scale.shape}.{swapped}"
+                f"{name} must be a number, or floats of shape {', '.join(accepted[:-1])} or {accepted[-1]}; "
+                f"got {shown(scale)}.{swapped}"
             )
 
 
 def check_sinks(aux, num_q_heads, num_kv_heads):
     """Checks the sinks, which are shared by all heads, or given per query head or per kv head."""
-    if aux.dtype.name not in FLOATING_DTYPES:
-        raise ValueError(f"softmax_aux must have one of the dtypes {', '.join(FLOATING_DTYPES)}; got {aux.dtype.name}.")
+    _check_dtype("softmax_aux", aux, FLOATING_DTYPES)
     axes = len(aux.shape)
     if axes not in (1, 2) or 0 in aux.shape or (axes == 2 and aux.shape[0] not in (num_q_heads, num_kv_heads)):
         raise ValueError(
@@ -234,31 +226,18 @@ def check_sinks(aux, num_q_heads, num_kv_heads):
         )
 
 
-def check_scale(scale) -> float:
-    number = _as_float("softmax_scale", scale)
-    if not math.isfinite(number):
-        raise ValueError(f"softmax_scale must be finite or None, got {shown(scale)}.")
-    return number
-
-
-def check_soft_cap(cap) -> float | None:
-    if cap is None:
-        return None
-    number = _as_float("logits_soft_cap", cap)
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"logits_soft_cap must be positive and finite, or None; got {shown(cap)}.")
-    return number
-
-
-def _as_float(name: str, value: Any) -> float:
+def check_number(name: str, given: Any, positive: bool = False) -> float:
+    """A number that is known while tracing, as a finite float."""
     try:
-        if isinstance(value, str | bool):
-            raise TypeError
-        return float(value)
+        number = None if isinstance(given, str | bool) else float(given)
     except TypeError:  # JAX raises one for a traced value, too
-        raise TypeError(
-            f"{name} must be a number known while tracing, or None; got {shown(value)} of type {type(value).__name__}."
-        ) from None
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be a number known while tracing, or None; got {shown(given)} of type {type(given).__name__}.")
+    if not math.isfinite(number) or (positive and number <= 0):
+        accepted = "positive and finite, or None;" if positive else "finite or None,"
+        raise ValueError(f"{name} must be {accepted} got {shown(given)}.")
+    return number
 
 
 def check_window(window) -> int | None:
@@ -285,8 +264,7 @@ def _pair(window) -> str:
 
 
 def check_fwd_params(fwd_params) -> FwdParams:
-    if fwd_params is None:
-        return FwdParams()
-    if not isinstance(fwd_params, FwdParams):
-        raise TypeError(f"fwd_params must be an ejk_ragged.FwdParams or None, got {shown(fwd_params)}.")
-    return fwd_params
+    hints = FwdParams() if fwd_params is None else fwd_params
+    if not isinstance(hints, FwdParams):
+        raise TypeError(f"fwd_params must be an ejk_ragged.FwdParams or None, got {shown(hints)}.")
+    return hints

@@ -34,6 +34,9 @@ QUANTISED = {
 }
 
 
+CACHE_DTYPES = (*FLOATING_DTYPES, *QUANTISED)
+
+
 def is_quantised(dtype) -> bool:
     """Whether a cache of `dtype` is quantised."""
     return np.dtype(dtype).name in QUANTISED

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from ._api import ragged_decode_attention
 from ._backend import Backend
-from ._check import AnyArray, check_fwd_params, check_scale, check_soft_cap, check_window, Scale, Window
+from ._check import AnyArray, check_fwd_params, check_number, check_window, Scale, Window
 from ._messages import shown
 from ._problem import FwdParams
 
@@ -41,10 +41,10 @@ class RaggedDecodeAttention(eqx.Module):
 
     def __check_init__(self):
         check_window(self.sliding_window)
-        check_soft_cap(self.logits_soft_cap)
         check_fwd_params(self.fwd_params)
-        if self.softmax_scale is not None:
-            check_scale(self.softmax_scale)
+        for name, positive in (("logits_soft_cap", True), ("softmax_scale", False)):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), positive)
         if self.sinks is not None and getattr(self.sinks, "ndim", None) != 2:
             raise ValueError(f"sinks must be [num_q_heads, num_sinks] or None, got {shown(self.sinks)}.")
 

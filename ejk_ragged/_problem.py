@@ -64,22 +64,21 @@ class FwdParams:
         fields = [field.name for field in dataclasses.fields(self) if field.name != "others"]
         for name in fields:
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _positive(f"FwdParams.{name}", getattr(self, name)))
+                object.__setattr__(self, name, positive(f"FwdParams.{name}", getattr(self, name), " or None"))
         others = dict(self.others)
         for name, value in others.items():
             if not isinstance(name, str):
                 raise TypeError(f"FwdParams.others must have strings as names, got {shown(name)}.")
             if name in (*fields, "others"):
                 raise ValueError(f"FwdParams.others has {name!r}, which is a field: pass FwdParams({name}={value}).")
-            others[name] = _positive(f"FwdParams.others[{name!r}]", value)
+            others[name] = positive(f"FwdParams.others[{name!r}]", value, " or None")
         object.__setattr__(self, "others", tuple(sorted(others.items())))
 
     @classmethod
     def of(cls, hints: Mapping[str, int]) -> "FwdParams":
         """Hints by name, whether fields or others."""
-        fields = {field.name for field in dataclasses.fields(cls)}
-        others = {name: value for name, value in hints.items() if name not in fields}
-        return cls(**{name: value for name, value in hints.items() if name in fields}, others=others)
+        fields = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.name in hints}
+        return cls(**fields, others={name: value for name, value in hints.items() if name not in fields})
 
     @property
     def given(self) -> dict[str, int]:
@@ -92,11 +91,12 @@ class FwdParams:
         return FwdParams.of(defaults.given | self.given)
 
 
-def _positive(name: str, given: Any) -> int:
+def positive(name: str, given: Any, or_none: str = "") -> int:
+    """Checks that an argument is a positive integer, of any type."""
     if isinstance(given, bool) or not isinstance(given, int | np.integer):
-        raise TypeError(f"{name} must be a positive integer or None, got {shown(given)}.")
+        raise TypeError(f"{name} must be a positive integer{or_none}, got {shown(given)} of type {type(given).__name__}.")
     if given < 1:
-        raise ValueError(f"{name} must be a positive integer or None, got {given}.")
+        raise ValueError(f"{name} must be a positive integer{or_none}, got {given}.")
     return int(given)
 
 
