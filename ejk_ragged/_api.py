@@ -163,24 +163,9 @@ def ragged_decode_attention(
         TypeError: an argument has the wrong type.
         NotImplementedError: a second derivative is asked for, or differentiation in forward mode (`jax.jvp`).
     """
-    arguments, request = checked(
-        query=query,
-        key=key,
-        value=value,
-        sequence_start=sequence_start,
-        sequence_end=sequence_end,
-        softmax_scale=softmax_scale,
-        fwd_params=fwd_params,
-        sliding_window=sliding_window,
-        logits_soft_cap=logits_soft_cap,
-        softmax_aux=softmax_aux,
-        page_table=page_table,
-        value_columns=value_columns,
-        query_lengths=query_lengths,
-        key_scale=key_scale,
-        value_scale=value_scale,
-        backend=backend,
-    )
+    call = dict(locals())  # all arguments, by name
+    del call["return_lse"]
+    arguments, request = checked(**call)
     out, lse = _decode(arguments, request)
     return (out, lse) if return_lse else out
 

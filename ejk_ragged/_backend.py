@@ -81,7 +81,6 @@ class Backend(abc.ABC):
 
         A backend that is faster than others for some problems gives these a priority of their own. `explain` shows the reason.
         """
-        del problem, target
         return self.priority, ""
 
     @abc.abstractmethod
@@ -106,17 +105,14 @@ class Backend(abc.ABC):
         Raises:
             ValueError: a given hint cannot work. The message names the field.
         """
-        del target
         return problem.fwd_params
 
     def candidates(self, problem: Problem, target: Target) -> Iterable[FwdParams]:
         """Hints that the tuner tries for `problem` in addition to the defaults, the most promising hints first."""
-        del problem, target
         return ()
 
     def lowering(self, target: Target) -> contextlib.AbstractContextManager:
         """A context manager for lowering the backend's operations. It can set a device to assume, or hide warnings from users."""
-        del target
         return contextlib.nullcontext()
 
     @abc.abstractmethod
