@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Tar
 from ejk_ragged._registry import registry
 from ejk_ragged.testing import Case, oracle, relative_error
 from ejk_ragged_mosaic_gpu import MosaicGpuBackend
-from ejk_ragged_mosaic_gpu._tuning import resolve, tiles
+from ejk_ragged_mosaic_gpu._tuning import merging, resolve, tiles
 from ejk_ragged_pallas_triton import PallasTritonBackend
 
 
@@ -464,6 +465,23 @@ def test_with_splits_nothing_but_the_schedule_knows_the_batch():
         return dataclasses.replace(found, schedule=dataclasses.replace(found.schedule, batch=0)), found.merge_slots
 
     assert shape(1) == shape(64) == shape(100_000)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("group", [1, 5, 6, 7, 8, 20, 40])
+def test_parts_that_are_merged_at_once(tokens, group):
+    """A part has query rows of one token, and a number for each thread. Parts and programs are all of the work."""
+    for heads, value_dim, batch in itertools.product((1, 3, 8), (48, 64, 80, 128, 192, 256), (1, 700)):
+        given = problem(batch=batch, num_tokens=tokens, num_q_heads=heads * group, num_kv_heads=heads, value_dim=value_dim)
+        plan = tiles(dataclasses.replace(given, fwd_params=resolve(given, Target("cuda"))), Target("cuda"))
+        (rows, dims), parts, programs = merging(given, Target("cuda"), plan)
+        of_token, num_rows = (plan.token_rows, plan.num_rows) if plan.many else (group, tokens * group)
+        assert of_token % rows == 0
+        assert heads * num_rows % (rows * parts) == 0
+        assert rows * dims >= 128
+        assert value_dim % dims == 0 or dims == plan.stored_dim >= value_dim
+        assert rows * dims * parts * plan.merge_slots <= 128 * 128 or parts == 1
+        assert 1 <= programs <= batch * heads * num_rows // (rows * parts) * -(-value_dim // dims)
 
 
 @pytest.mark.parametrize(

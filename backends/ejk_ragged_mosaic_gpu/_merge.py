@@ -66,19 +66,20 @@ def _kernel(*refs, tree, problem, plan: Tiles, parts, wait, staging):
         jnp.full(shape, value, jnp.float32), layout if len(shape) == 2 else layout.reduce(1)
     )
     _, tokens, heads, group, value_dim = out_ref.shape
+    num_rows = tokens * group
 
-    def merge_parts(b, head, place, column):
+    def merge_parts(b, place, column):
         first, count = ranges.slots(b)
         columns = pl.ds(pl.multiple_of(column * size, size), size)
-        query_rows = [pl.ds(pl.multiple_of((place * parts + i) * rows, rows), rows) for i in range(parts)]
+        first_rows = [(place * parts + i) * rows for i in range(parts)]  # of those of all kv heads
+        query_rows = [(lax.div(i, num_rows), pl.ds(pl.multiple_of(lax.rem(i, num_rows), rows), rows)) for i in first_rows]
 
         def merge(i, carry):
             pieces = [i * plan.merge_slots + k for k in range(plan.merge_slots)]
             slots = [first + jnp.minimum(piece, count - 1) for piece in pieces]
-            return [merge_part(pieces, slots, *of_part) for of_part in zip(query_rows, carry, strict=True)]
+            return [merge_part(pieces, slots, *place, *sums) for place, sums in zip(query_rows, carry, strict=True)]
 
-        def merge_part(pieces, slots, query_rows, carry):
-            acc, high, total = carry
+        def merge_part(pieces, slots, head, query_rows, acc, high, total):
             highs, totals = ([of_rows(stats_ref.at[slot, head, k, query_rows]) for slot in slots] for k in range(2))
             sums = [plgpu.load(parts_ref.at[slot, head, query_rows, columns], layout=layout, optimized=False) for slot in slots]
             new_high = functools.reduce(jnp.maximum, highs, high)
@@ -91,13 +92,13 @@ def _kernel(*refs, tree, problem, plan: Tiles, parts, wait, staging):
         def write():
             nothing = constant(0, rows, size), constant(LOWEST, rows), constant(0, rows)
             merged = lax.fori_loop(0, cdiv(count, plan.merge_slots), merge, [nothing] * parts)
-            for of_part in zip(query_rows, merged, strict=True):
-                write_part(*of_part)
+            for place, sums in zip(query_rows, merged, strict=True):
+                write_part(*place, *sums)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        def write_part(query_rows, merged):
+        def write_part(head, query_rows, acc, high, total):
             token, first = lax.div(query_rows.start, group), lax.rem(query_rows.start, group)
-            out, lse = finished(*merged, sink_of(b, token, head, first), over_columns)
+            out, lse = finished(acc, high, total, sink_of(b, token, head, first), over_columns)
             when(column == 0)(lambda: store(lse_ref.at[b, head, query_rows], lse))
             write_values(out_ref.at[b, token, head, pl.ds(first, rows)], columns, out.astype(out_ref.dtype))
 
@@ -124,7 +125,7 @@ def _kernel(*refs, tree, problem, plan: Tiles, parts, wait, staging):
         for i in range(rows):  # a copy takes what lies together in shared memory
             plgpu.copy_smem_to_gmem(staging.at[i, pl.ds(0, value_dim)], ref.at[i])
 
-    places = problem.batch, heads, tokens * group // (rows * parts), -(-value_dim // size)
+    places = problem.batch, heads * num_rows // (rows * parts), -(-value_dim // size)
     program, programs = lax.axis_index("program"), lax.axis_size("program")
 
     def at(i, _):

@@ -40,7 +40,7 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
     heads, num_rows = problem.num_kv_heads, plan.row_blocks * plan.block_rows
     sink = sink if plan.writes_out else None
     operands, tree = jax.tree.flatten((query, cache, lengths, query_bounds, sink))
-    results = {
+    results: dict[str, Any] = {
         "parts": ((plan.schedule.slots, heads, num_rows, plan.stored_dim), jnp.float32),
         "stats": ((plan.schedule.slots, heads, 2, num_rows), jnp.float32),
     }

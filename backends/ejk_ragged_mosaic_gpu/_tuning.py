@@ -338,16 +338,13 @@ def merging(problem: Problem, target: Target, plan: Tiles) -> tuple[tuple[int, i
     if problem.value_dim % dims or (dims < MERGE_DIMS and group % 2):  # a part has as many numbers as there are threads, at least
         dims = plan.stored_dim
     least = -(-MERGE_DIMS // dims)
-    most = max(MERGE_NUMBERS // (dims * plan.merge_slots), least)
-    side_by_side = math.gcd(group, MERGE_ROWS[-1])
-    fits = [n for n in MERGE_ROWS if rows % n == 0 and least <= n <= min(most, MERGE_PARTS * side_by_side)]
-    programs, places = (
-        MERGE_PROGRAMS * multiprocessors(target),
-        problem.batch * problem.num_kv_heads * -(-problem.value_dim // dims),
-    )
-    at_once = next((n for n in fits if places * rows // n <= programs), fits[-1])
-    part = min(at_once, side_by_side)
-    return (part, dims), at_once // part, min(places * rows // at_once, programs)
+    most = min(max(MERGE_NUMBERS // (dims * plan.merge_slots), least), MERGE_PARTS * math.gcd(group, MERGE_ROWS[-1]))
+    fits = [n for n in MERGE_ROWS if problem.num_kv_heads * rows % n == 0 and least <= n <= most]
+    work = problem.batch * problem.num_kv_heads * rows * -(-problem.value_dim // dims)
+    programs = MERGE_PROGRAMS * multiprocessors(target)
+    at_once = next((n for n in fits if work // n <= programs), fits[-1])
+    part = math.gcd(at_once, group)
+    return (part, dims), at_once // part, min(work // at_once, programs)
 
 
 def _bytes(problem, keys, rows, stages, target) -> int:
