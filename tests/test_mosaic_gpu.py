@@ -290,6 +290,7 @@ def test_lowers_where_gradients_are_asked_for(name):
 def test_rows_of_the_cache_are_copied_or_refused(head_dim, more, first, held, group):
     """Rows may have more columns than the key and the value. Copies take lines of a row, and cannot begin anywhere. The
     interpreter copies from anywhere."""
+    hypothesis.assume(0 < head_dim - first <= 512)  # other values have reasons of their own
     query, key, _, *lengths = arrays(head_dim=head_dim, group=group, held=held)
     key = jax.ShapeDtypeStruct((*key.shape[:-1], head_dim + more), key.dtype)
     scale = {"key_scale": jax.ShapeDtypeStruct((4, 4, 1000), "float32")} if held else {}

@@ -277,6 +277,30 @@ def test_tables_of_sequences(interpreted, monkeypatch, batch, step):
     assert_right(interpreted(programs=3), case.draw(poison=True), gradients=False)
 
 
+@pytest.mark.parametrize(("tokens", "group"), [(2, 4), (3, 5), (5, 8), (5, 16)])
+def test_sinks_of_each_token(capfd, tokens, group):
+    """`vmap` makes tokens of mapped queries, and each has sinks of its own. A query row of its own is merged with its own sink."""
+    rng = np.random.default_rng(0)
+    make = lambda *shape: array(rng.standard_normal(shape), jnp.bfloat16)
+    key, value, end = make(2, 128, 2, 128), make(2, 128, 2, 128), array([[113], [40]], jnp.int32)
+    sink = array(4 * rng.standard_normal((2, tokens, 2 * group)), jnp.float32)
+    queries, cache = Queries(make(2, tokens, 2 * group, 128), None, end, sink), Cache(key, value)
+    problem = Problem.of(queries, cache, Settings(softmax_scale=0.125))
+    target = Target("cpu", types.SimpleNamespace(core_count=2))
+    backend = MosaicGpuBackend(interpret=True, detect_races=True, programs=2)
+    problem = dataclasses.replace(problem, fwd_params=resolve(problem, target))
+    out, lse = backend.forward(problem, target, queries, cache)
+    for token in range(tokens):
+        for b in range(2):
+            of_sequence = [np.asarray(x[b : b + 1]) for x in (queries.query[:, token], key, value)]
+            want, want_lse = oracle(
+                *of_sequence, sequence_end=np.asarray(end[b]), softmax_aux=np.asarray(sink[b, token])[:, None], softmax_scale=0.125
+            )
+            assert relative_error(out[b : b + 1, token], want) < 2.5e-3
+            np.testing.assert_allclose(lse[b : b + 1, token], want_lse, rtol=1e-4, atol=1e-4)
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
 def test_a_pair_with_two_terms_per_weight(capfd):
     """An output that is not rounded. With one term, the error is a few thousandths."""
     rng = np.random.default_rng(0)
