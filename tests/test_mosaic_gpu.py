@@ -320,6 +320,17 @@ def test_nothing_is_made_around_the_kernels():
 
 
 @has_mosaic_gpu
+@pytest.mark.parametrize(("batch", "heads"), [(1001, 16), (270, 128), (2000, 128)])
+def test_tables_of_many_sequences_are_handed_on(batch, heads):
+    """The first kernel copies its table, with an entry for 1, 2 or 8 sequences, to the second kernel. A copy takes 16 bytes at
+    least."""
+    shape = jax.ShapeDtypeStruct
+    operands = shape((batch, heads, 576), "bfloat16"), shape((batch, 128, 1, 576), "bfloat16"), None
+    options = {"value_columns": (0, 512), "softmax_scale": 0.1}
+    assert lowered((*operands, None, shape((batch,), "int32")), **options).count(CUSTOM_CALL) == 2
+
+
+@has_mosaic_gpu
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (256, 64), (80, 64), (512, 64)])
 def test_what_fits_by_our_count_fits(head_dim, group):
     """With as many stages as our count of shared memory allows, JAX accepts the kernel. With one more stage our count refuses

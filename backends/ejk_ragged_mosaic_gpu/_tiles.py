@@ -295,8 +295,9 @@ def begins_at(sequence, seq_len: int):
 
 
 def table_entries(sequences: int, step: int) -> int:
-    """Numbers in a table with one entry for `step` sequences. If `step` is above 1, each block writes beyond its own entries."""
-    return sequences if step == 1 else sequences // step + BLOCK_SEQUENCES
+    """Numbers in a table with one entry for `step` sequences: a multiple of 8, because a copy takes 16 bytes at least. If `step` is
+    above 1, each block writes beyond its own entries."""
+    return sequences if step == 1 else round_up(sequences // step, 8) + BLOCK_SEQUENCES
 
 
 def round_up(n: int, multiple: int) -> int:
