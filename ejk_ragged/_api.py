@@ -163,7 +163,7 @@ def ragged_decode_attention(
         TypeError: an argument has the wrong type.
         NotImplementedError: a second derivative is asked for, or differentiation in forward mode (`jax.jvp`).
     """
-    call = dict(locals())  # all arguments, by name
+    call = dict(locals())  # all arguments, by name: nothing else has a name yet
     del call["return_lse"]
     arguments, request = checked(**call)
     out, lse = _decode(arguments, request)
