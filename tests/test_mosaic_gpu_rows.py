@@ -279,7 +279,7 @@ def test_tables_of_sequences(interpreted, monkeypatch, batch, step):
 
 @pytest.mark.parametrize(("tokens", "group"), [(2, 4), (3, 5), (5, 8), (5, 16)])
 def test_sinks_of_each_token(capfd, tokens, group):
-    """`vmap` makes tokens of mapped queries, and each has sinks of its own. A query row of its own is merged with its own sink."""
+    """`vmap` makes tokens of mapped queries, and each token may have sinks of its own."""
     rng = np.random.default_rng(0)
     make = lambda *shape: array(rng.standard_normal(shape), jnp.bfloat16)
     key, value, end = make(2, 128, 2, 128), make(2, 128, 2, 128), array([[113], [40]], jnp.int32)

@@ -94,7 +94,7 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
         weights = [[shared.p.at[place, :, part] for place in places] for part in parts]
         return _plus_products(program, piece, row, acc, values, weights), new_high, total, new_unit
 
-    parts = parts_of(plan)
+    parts = _parts_of(plan)
     places = [warpgroup * plan.terms + i for i in range(plan.terms)]
     first_tile = (warpgroup + piece.tiles_before) & 1  # tiles with even numbers are those of the first warpgroup
     over_keys = functools.partial(_reduced, scratch=shared.reduction.at[warpgroup], interpreted=program.interpreted)
@@ -136,7 +136,7 @@ def _store(program, piece, acc, high, total):
     store_stats(program, piece, high, total)
 
 
-def parts_of(plan):
+def _parts_of(plan):
     """The rows of the parts of a tile."""
     return [pl.ds(first, PART_ROWS) for first in range(0, plan.schedule.block_keys, PART_ROWS)]
 
@@ -150,7 +150,7 @@ def _products(program, piece, slot, row, query, unit):
     Returns:
         q . k [keys, query rows] of each part, the values of each part as `values_of` takes or gives them, and `_value_scales`.
     """
-    shared, interpreted, parts = program.shared, program.interpreted, parts_of(program.plan)
+    shared, interpreted, parts = program.shared, program.interpreted, _parts_of(program.plan)
     plgpu.barrier_wait(shared.k_full.at[slot])
     keys = lambda part: keys_of(shared.k.at[slot, part], program.problem.dtype, interpreted)
 
@@ -189,7 +189,7 @@ def _value_scales(program, piece, slot, row, unit):
     The unit, the bits of a power of two, is the largest exponent of the scales so far. Weights times scales then stay in the range
     of float16. A larger unit shrinks earlier sums.
     """
-    parts = parts_of(program.plan)
+    parts = _parts_of(program.plan)
     if not program.by_row("v"):
         return [None] * len(parts), unit
     refs = [(program.shared.v_scale.at[slot, part], row + part.start) for part in parts]
@@ -216,7 +216,7 @@ def _plus_products(program, piece, row, acc, values, weights):
     """`acc` and the products of values and weights, part by part. The values of a part are widened while the tensor cores work for
     the part before."""
     first, *others = values
-    widened = lambda i: first if i == 0 else _values(program, piece, row, parts_of(program.plan)[i], others[i - 1])
+    widened = lambda i: first if i == 0 else _values(program, piece, row, _parts_of(program.plan)[i], others[i - 1])
     if program.interpreted:
         return sum((_interpreted(widened(i), term) for i, terms in enumerate(weights) for term in terms), acc)
 

@@ -15,7 +15,8 @@ from ejk_ragged_schedule import Schedule
 REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
 PAIR_REGISTERS = 240, 24
 WIDENING_REGISTERS = {1: (240, 152, 40), 2: (176, 112, 40)}
-LEAST_MERGED = {False: 4, True: 2}  # partial results of a query row that a program reads at once, at least, if rows are many
+# Partial results of a query row that a program merges at once, at least: where query rows are few (False), and many (True).
+LEAST_MERGED = {False: 4, True: 2}
 # A weight is written as the sum of up to MOST_TERMS numbers of 16 bits. There is always room for them, so that hints which fit a
 # call also fit its gradients. A pair has tiles of fewer keys with MOST_TERMS terms.
 MOST_TERMS = 2
