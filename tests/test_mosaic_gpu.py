@@ -568,6 +568,8 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
         ({"cache_dtype": INT8, "num_q_heads": 76}, HOPPER, "few query rows of a large 8-bit cache"),
         ({"cache_dtype": INT8, "num_q_heads": 76, "most_keys": 1024}, HOPPER, ""),
         ({"cache_dtype": INT8, "num_q_heads": 76, "most_keys": 256}, HOPPER, ""),
+        ({"cache_dtype": INT8, "num_q_heads": 64, "batch": 512, "seq_len": 1024}, HOPPER, "few query rows of a large 8-bit cache"),
+        ({"cache_dtype": INT8, "num_q_heads": 64, "batch": 512, "seq_len": 1024, "most_keys": 256}, HOPPER, ""),
         ({"cache_dtype": INT8, "num_q_heads": 76, "head_dim": 256, "value_dim": 256}, HOPPER, ""),
         ({"cache_dtype": INT8, "num_q_heads": 32, "head_dim": 256}, HOPPER, "up to 8 query rows per kv head of an 8-bit cache"),
         ({"cache_dtype": INT8, "num_q_heads": 80, "batch": 15}, HOPPER, ""),
