@@ -402,19 +402,26 @@ def expected(arguments):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "heads"),
-    [("int8", 64, 32), ("float8_e4m3fn", 64, 32), ("float8_e5m2", 64, 32), ("int8", 128, 4), ("float8_e5m2", 128, 4)],
+    ("dtype", "head_dim", "heads", "seq_len"),
+    [
+        ("int8", 64, 32, 256),
+        ("float8_e4m3fn", 64, 32, 256),
+        ("float8_e5m2", 64, 32, 256),
+        ("int8", 128, 4, 512),
+        ("float8_e5m2", 128, 4, 512),
+    ],
 )
-def test_value_scales_of_any_size(interpreted, dtype, head_dim, heads):
+def test_value_scales_of_any_size(interpreted, dtype, head_dim, heads, seq_len):
     """Values times scales are in units of the largest scale so far, so that they stay in the range of float16, and the unit
-    changes from tile to tile. Sequence 0 has scales that grow, and sequence 1 has scales that shrink. All scales of sequence 2 are
-    0, and those of sequence 3 are the smallest of float32. Some values are the largest of the dtype."""
-    case = Case("", 4, 256, heads, 1, head_dim, "bfloat16", num_tokens=2, cache_dtype=dtype, scales="row")
+    changes from tile to tile, also for a warpgroup that has every other tile of 128 rows. Sequence 0 has scales that grow, and
+    sequence 1 has scales that shrink. All scales of sequence 2 are 0, and those of sequence 3 are the smallest of float32. Some
+    values are the largest of the dtype."""
+    case = Case("", 4, seq_len, heads, 1, head_dim, "bfloat16", num_tokens=2, cache_dtype=dtype, scales="row")
     arguments = case.draw()
     limits = jnp.iinfo(dtype) if dtype == "int8" else jnp.finfo(dtype)
     value = np.array(arguments["value"])
     value[:, ::7, :, ::2], value[:, ::7, :, 1::2] = limits.min, limits.max
-    exponents = np.linspace(-30, 33, 256)
+    exponents = np.linspace(-30, 33, seq_len)
     scale = np.stack([10.0**exponents, 10.0 ** exponents[::-1], 0 * exponents, 1e-38 + 0 * exponents])[:, None]
     arguments |= {"value": array(value), "value_scale": array(scale, jnp.float32)}
     out = np.asarray(interpreted(programs=2)(**arguments), np.float64)
@@ -449,6 +456,38 @@ def test_weights_next_to_nothing(interpreted, heads, head_dim):
     arguments["softmax_scale"] = 16 / 127
     want = expected(arguments)
     assert relative_error(np.asarray(interpreted()(**arguments)), want) < 2.5e-3
+
+
+@pytest.mark.parametrize(("cache_dtype", "dtype", "rise"), [("int8", "bfloat16", 1), ("int8", "bfloat16", 5), (None, "float16", 5)])
+def test_logits_that_rise(interpreted, cache_dtype, dtype, rise):
+    """Logits rise by a factor of 2 to the power of `rise` in the weights of 64 rows. So a tile's weights are above the reference of
+    weights, and after some tiles there is another reference. All later weights together would leave the range of float16."""
+    case = Case("", 1, 1024, 8, 1, 128, dtype, cache_dtype=cache_dtype, scales=cache_dtype and "row")
+    arguments = case.draw()
+    query, key = np.zeros((1, 8, 128), np.float32), np.array(arguments["key"])
+    query[..., 0] = np.arange(1, 9) / 8
+    key[..., 0] = np.linspace(-127, 127, 1024)[:, None]
+    if cache_dtype:
+        arguments["key_scale"] = jnp.ones((1, 1, 1024), jnp.float32)
+    scale = rise * 16 / 254 / np.log2(np.e)
+    arguments |= {"query": array(query, dtype), "key": array(key), "softmax_scale": scale}
+    assert relative_error(np.asarray(interpreted(programs=1)(**arguments)), expected(arguments)) < 2.5e-3
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", None])
+def test_query_rows_do_not_depend_on_each_other(interpreted, cache_dtype):
+    """The logits of one query row rise quickly or not at all. The output of the others has the same bits."""
+    case = Case("", 1, 512, 8, 1, 128, "bfloat16", cache_dtype=cache_dtype, scales=cache_dtype and "row")
+    arguments = case.draw()
+    query, key = np.array(arguments["query"]), np.array(arguments["key"])
+    key[..., 0] = np.linspace(-127, 127, 512)[:, None]
+    query[..., 0], query[:, 3, 0] = 0, 0.5
+    call = lambda query: np.asarray(interpreted(programs=1)(**arguments | {"query": array(query), "key": array(key)}), np.float32)
+    out = call(query)
+    query[:, 3, 0] = 0
+    other = call(query)
+    assert not np.array_equal(out[:, 3], other[:, 3])
+    np.testing.assert_array_equal(np.delete(out, 3, axis=1), np.delete(other, 3, axis=1))
 
 
 def test_two_terms_of_weights_times_scales(interpreted):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from ejk_ragged import Target
+from ejk_ragged import FwdParams, Target
 from ejk_ragged_pallas_triton._blocks import line_of, store_pieces
 from ejk_ragged_schedule import Schedule
 from ejk_ragged_schedule.devices import has_fast_memory
@@ -127,6 +127,64 @@ def test_a_long_sequence_is_shared_out():
     schedule = Schedule(BATCH, SEQ_LEN, 4, 16, by_sequence=False)
     *_, (_, count) = map(np.asarray, walk(schedule)(start, end))
     assert count.tolist() == [3, 1, 1, 1, 1]
+
+
+def pieces_of(schedule, start, end):
+    """The pieces of each worker: sequence, first row, number of tiles, and number of rounds on the line."""
+    of_workers = []
+    for worker in range(schedule.workers):
+        (line,) = schedule.line(jnp.int32(worker), [(jnp.arange(schedule.batch), jnp.array(start), jnp.array(end))])
+        first, count = map(int, schedule.stretch(line.worker, line.total))
+        origin, piece_end = map(np.asarray, schedule.piece(line))
+        begun, stop = np.maximum(line.stop - line.rounds, first), np.minimum(line.stop, first + count)
+        rows = origin + begun * schedule.stride
+        tiles = -(-np.maximum(piece_end - rows, 0) // schedule.stride)
+        of_workers.append([(b, rows[b], tiles[b], stop[b] - begun[b]) for b in np.flatnonzero(stop > begun)])
+    return of_workers
+
+
+@hypothesis.given(
+    deal=st.sampled_from([1, 2]),
+    change=st.sampled_from([0, 1, 3]),
+    ends=st.lists(st.integers(0, SEQ_LEN), min_size=BATCH, max_size=BATCH),
+)
+def test_changes_of_sequence_take_rounds(deal, change, ends):
+    """Every row is in one tile, in whatever rounds, and each sequence has `change` rounds more than its rows take."""
+    schedule = Schedule(BATCH, SEQ_LEN, 4 * deal, 16, by_sequence=False, deal=deal, change=change)
+    seen, rounds = np.zeros((BATCH, SEQ_LEN), int), np.zeros(BATCH, int)
+    for pieces in pieces_of(schedule, [0] * BATCH, ends):
+        for b, row, tiles, of_piece in pieces:
+            rounds[b] += of_piece
+            for tile in range(tiles):
+                seen[b, row + tile * schedule.stride : min(row + tile * schedule.stride + 16, ends[b])] += 1
+    np.testing.assert_array_equal(seen, np.arange(SEQ_LEN) < np.array(ends)[:, None])
+    expected = [-(-end // schedule.stride) + change if end else 0 for end in ends]
+    np.testing.assert_array_equal(rounds, np.array(expected) * deal)
+
+
+def test_who_changes_often_has_fewer_tiles():
+    """A long sequence of 13 tiles, and four short ones of one tile each: 17 tiles and, with changes, 22 rounds."""
+
+    def tiles(change):
+        schedule = Schedule(BATCH, SEQ_LEN, 2, 16, by_sequence=False, change=change)
+        return [sum(tiles for _, _, tiles, _ in pieces) for pieces in pieces_of(schedule, [0] * BATCH, [SEQ_LEN, 3, 1, 2, 5])]
+
+    assert tiles(0) == [9, 8]
+    assert tiles(1) == [11, 6]
+
+
+@pytest.mark.parametrize("change", [0, 2])
+def test_full_sequences_are_not_cut_by_changes(change):
+    schedule = Schedule(32, SEQ_LEN, 33, 8, by_sequence=False, change=change)
+    pieces = pieces_of(schedule, [0] * 32, [SEQ_LEN] * 32)
+    assert [[(b, tiles) for b, _, tiles, _ in of_worker] for of_worker in pieces] == [[(b, 25)] for b in range(32)] + [[]]
+
+
+@pytest.mark.parametrize(("batch", "splits", "change"), [(1, None, 0), (2, None, 2), (2, 4, 0)])
+def test_who_has_changes(batch, splits, change):
+    """A single sequence has no change, and a sequence with its own line has none, either."""
+    problem = types.SimpleNamespace(batch=batch, seq_len=SEQ_LEN, fwd_params=FwdParams(num_key_splits=splits))
+    assert Schedule.of(problem, 8, 16, change=2).change == change
 
 
 def test_a_line_longer_than_int32():

@@ -5,13 +5,17 @@ as V^T P^T, [dims, query rows]. So little padding is multiplied, and a thread ho
 between warps for each tile. Sums over keys pass between warps only at the end of a piece.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from ._jax import LOWEST, OF_COLUMNS, plgpu, store, TILE, TRANSPOSED, when
 from ._line import Piece
-from ._program import AT_ONCE, load_of_rows, LOG2_E, over, plus_products, Program, tile_of, unknown_zero
+from ._program import AT_ONCE, load_of_rows, LOG2_E, over, over_rows, plus_products, Program, tile_of, unknown_zero
+from ._reference import refer
 
 
 TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -34,7 +38,7 @@ def _compute_piece(program: Program, piece: Piece):
     ]
 
     def tile(i, carry):
-        sums, high, total, *rounded = carry
+        sums, high, totals = carry
         number = (piece.tiles_before + i) * plan.parts
         slots = [lax.rem(number + part, plan.places["k"]) for part in range(plan.parts)]
         first = program.first_key(piece, i)
@@ -47,15 +51,14 @@ def _compute_piece(program: Program, piece: Piece):
             plgpu.barrier_arrive(shared.k_free.at[slots[0]])
         x = x if key_scale is None else x * (over(key_scale, x) if key_scale.ndim else key_scale)
         x = jnp.where(sees, program.logits(x), tile_of((keys, rows), -jnp.inf))
-        new_high = jnp.maximum(jnp.maximum(high, jnp.max(x, axis=0)), LOWEST)
-        fade = jnp.exp2(high - new_high)
-        p = jnp.exp2(x - lax.broadcast_in_dim(new_high, x.shape, [1]))
-        total = total * lax.broadcast_in_dim(fade, total.shape, [1]) + p
+        high, (sums, totals) = refer(program, high, x, largest, shrink, (sums, totals))
+        p = jnp.exp2(x - over_rows(high, x))
+        total, *rounded = totals
         terms = list(program.terms(p * over(value_scale, p) if rounded else p))
         for place, term in enumerate(terms):
             shared.p.at[place].transpose((1, 0))[...] = plgpu.layout_cast(term, TRANSPOSED)
         plgpu.commit_smem()
-        rounded = [x * lax.broadcast_in_dim(fade, x.shape, [1]) + _without_scales(terms, p, value_scale) for x in rounded]
+        totals = [total + p, *(x + _without_scales(terms, p, value_scale) for x in rounded)]
 
         if plan.value_start is None:
             plgpu.barrier_wait(shared.v_full.at[slots[0]])
@@ -64,21 +67,22 @@ def _compute_piece(program: Program, piece: Piece):
         for part, slot in enumerate(slots):
             if plan.value_parts[part]:
                 v, acc = _laid_out(program, "v", slot, part, sees, program.at_an_end(piece, row)), sums[len(new_sums)]
-                acc = acc * lax.broadcast_in_dim(fade, acc.shape, [1])
                 new_sums.append(plus_products(program, acc, *[(v.transpose((1, 0)), weight) for weight in weights]))
             plgpu.barrier_arrive(shared.v_free.at[slot] if plan.value_start is None else shared.k_free.at[slot])
-        return new_sums, new_high, total, *rounded
+        return new_sums, high, totals
 
+    largest = functools.partial(jnp.max, axis=0)
+    shrink = lambda fade, sums: jax.tree.map(lambda x: x * over_rows(fade, x), sums)
     low = plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), OF_COLUMNS)
     sums = [tile_of((size, rows), 0) for _, size in filter(None, plan.value_parts)]
     totals = [tile_of((keys, rows), 0)] * (2 if program.by_row("v") else 1)
-    sums, high, *totals = lax.fori_loop(0, piece.num_tiles, tile, (sums, low, *totals))
+    sums, high, totals = lax.fori_loop(0, piece.num_tiles, tile, (sums, low, totals))
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
     total, *rounded = (jnp.sum(x, axis=0) for x in totals)
     scale = program.scale_of(piece, "v")
     if rounded:  # the output in units of the weights as they were rounded, so that the weight of a single row is exact
         ratio = jnp.where(rounded[0] > 0, total / rounded[0], total)
-        sums = [acc * lax.broadcast_in_dim(ratio, acc.shape, [1]) for acc in sums]
+        sums = [acc * over_rows(ratio, acc) for acc in sums]
     first = 0
     for acc in sums if scale is None else [acc * scale for acc in sums]:
         store_sums(program, piece, first, plgpu.layout_cast(acc, TRANSPOSED))

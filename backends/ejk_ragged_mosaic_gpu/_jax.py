@@ -56,7 +56,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)  # used in place of -inf if -inf - -i
 OVERLAPPED = True
 # Whether all threads wait before and after every store into shared memory and every copy into shared memory. These kernels need no
 # such barriers. All threads wait for the commit of a store before one of them reads what was stored. What is overwritten was read
-# before a barrier: that of a sum or maximum over keys, or that of a ring, at which each thread arrives.
+# before a barrier: that of `refer`, of a sum or maximum over keys, or of a ring, at which each thread arrives.
 AUTOMATIC_BARRIERS = False
 # The kernels say which thread holds which numbers. JAX can search for the best layouts, but takes minutes here, or does not end.
 LAYOUTS_AS_WRITTEN = plgpu.LoweringSemantics.Lane

@@ -19,13 +19,14 @@ from ._few import store_stats, store_sums
 from ._jax import LOWEST, OF_COLUMNS, OF_ROWS, plgpu, store, TILE, when
 from ._line import Piece
 from ._operands import bytes_of_values, keys_of, store_in_order_of_keys, sums_by_column, values_of
-from ._program import load_of_rows, over, Program, tile_of, tiling
+from ._program import load_of_rows, over, over_rows, Program, tile_of, tiling
+from ._reference import GROWTH, refer
 from ._widen import LEAST_UNIT, load_scales, MOST_UNIT
 
 
-# Weights are relative to 2 ** 14 in place of 1, so that those next to nothing keep their accuracy in float16. Times a scale, they
-# are less than 2 ** 16.
-LARGEST_WEIGHT = 14
+# The reference has the weight 2 ** REFERENCE_WEIGHT in place of 1, so that weights next to nothing keep their accuracy in float16.
+# Times a scale, a weight above the reference is less than 2 ** 16.
+REFERENCE_WEIGHT = 14 - GROWTH
 PART_ROWS = 64  # rows of a tile that are widened at once
 
 
@@ -63,7 +64,7 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
     store_in_order_of_keys(shared.q.at[q_slot, 0], query, program.interpreted)
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
-    bounds, _ = program.bounds(piece, program.query_rows(), OF_COLUMNS)
+    bounds, seen_by_all = program.bounds(piece, program.query_rows(), OF_COLUMNS)
 
     def tile(turn, carry):
         i = first_tile + turn * plan.warpgroups
@@ -73,26 +74,31 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
         row = program.row_of(piece, first)
 
         products, values, (value_scales, new_unit) = _products(program, piece, slot, row, query, unit)
-        x = [
-            _logits(program, piece, slot, first, row, part, bounds, of_part) for part, of_part in zip(parts, products, strict=True)
-        ]
-        new_high = jnp.maximum(jnp.maximum(high, over_keys("max", functools.reduce(jnp.maximum, x))), LOWEST)
-        fade = jnp.exp2(high - new_high)
-        p = [jnp.exp2((of_part - lax.broadcast_in_dim(new_high, of_part.shape, [1])) + LARGEST_WEIGHT) for of_part in x]
-        total = total * lax.broadcast_in_dim(fade, total.shape, [1]) + sum(p)
+        x = [_logits(program, piece, slot, part, of_part) for part, of_part in zip(parts, products, strict=True)]
+        x = program.masked(piece, first, [row + part.start for part in parts], bounds, seen_by_all, x, 0)
+
+        def shrink(fade, sums):
+            acc, total = sums
+            total = total * over_rows(fade, total)
+            if program.by_row("v"):
+                smaller = (float_of(bits, program.interpreted) for bits in (unit, inverse(new_unit)))
+                fade = fade * math.prod(smaller)  # the ratio of the units may be less than any float32
+            return acc * over_rows(fade, acc), total
+
+        largest = functools.partial(over_keys, "max")
+        highest = functools.reduce(jnp.maximum, x)
+        high, (acc, total) = refer(program, high, highest, largest, shrink, (acc, total), anyway=new_unit != unit)
+        p = [jnp.exp2(of_part - over_rows(high, of_part)) for of_part in x]
+        total = total + sum(p)
         for part, weights, scale in zip(parts, p, value_scales, strict=True):
-            terms = program.terms(weights if scale is None else weights * over(scale, weights))
+            terms = program.terms(weights * (2.0**REFERENCE_WEIGHT if scale is None else over(scale, weights)))
             for place, term in zip(places, terms, strict=True):
                 shared.p.at[place, :, part].transpose((1, 0))[...] = term
         plgpu.commit_smem()  # which also orders the loads from this place before the next copy into it
         for free in (shared.k_free, shared.v_free):
             plgpu.barrier_arrive(free.at[slot])
-        if program.by_row("v"):
-            smaller = (float_of(bits, program.interpreted) for bits in (unit, inverse(new_unit)))
-            fade = fade * math.prod(smaller)  # the ratio of the units may be less than any float32
-        acc = acc * lax.broadcast_in_dim(fade, acc.shape, [1])
         weights = [[shared.p.at[place, :, part] for place in places] for part in parts]
-        return _plus_products(program, piece, row, acc, values, weights), new_high, total, new_unit
+        return _plus_products(program, piece, row, acc, values, weights), high, total, new_unit
 
     parts = _parts_of(plan)
     places = [warpgroup * plan.terms + i for i in range(plan.terms)]
@@ -101,10 +107,10 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
     low = plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), OF_COLUMNS)
     nothing = tile_of((plan.value_dim, rows), 0), low, tile_of((PART_ROWS, rows), 0), jnp.int32(bits_of(LEAST_UNIT))
     acc, high, total, unit = lax.fori_loop(0, cdiv(piece.num_tiles - first_tile, plan.warpgroups), tile, nothing)
-    weight = 2.0**-LARGEST_WEIGHT  # before it meets `acc`, so that no product leaves the range
+    weight = 2.0**-REFERENCE_WEIGHT  # before it meets `acc`, so that no product leaves the range
     scale = float_of(unit, program.interpreted) if program.by_row("v") else program.scale_of(piece, "v")
     acc = acc * (weight if scale is None else scale * weight)
-    total = over_keys("add", total) * weight
+    total = over_keys("add", total)
     when(warpgroup == 1)(lambda: _pass_on(shared, acc, high, total))
     when(warpgroup == 0)(lambda: _store(program, piece, *_joined(shared, acc, high, total)))
 
@@ -127,8 +133,7 @@ def _joined(shared, acc, high, total):
     plgpu.barrier_arrive(shared.joined_free)
     most = jnp.maximum(high, other_high)
     fade, other_fade = jnp.exp2(high - most), jnp.exp2(other_high - most)
-    over_rows = lambda x: lax.broadcast_in_dim(x, acc.shape, [1])
-    return acc * over_rows(fade) + other * over_rows(other_fade), most, total * fade + other_total * other_fade
+    return acc * over_rows(fade, acc) + other * over_rows(other_fade, acc), most, total * fade + other_total * other_fade
 
 
 def _store(program, piece, acc, high, total):
@@ -175,16 +180,15 @@ def _products(program, piece, slot, row, query, unit):
     return products, [v, *[bytes_of_values(shared.v.at[slot, part]) for part in parts[1:]]], scales
 
 
-def _logits(program, piece, slot, first, row, part, bounds, x):
-    """The logits of a part of a tile that was read at `row`, from its products; -inf where a query row does not see a row."""
-    row += part.start
+def _logits(program, piece, slot, part, x):
+    """The logits of a part of a tile, from its products."""
     key_scale = load_of_rows(program.shared.k_scale.at[slot, part]) if program.by_row("k") else program.scale_of(piece, "k")
-    x = x if key_scale is None else x * (over(key_scale, x) if key_scale.ndim else key_scale)
-    return jnp.where(program.sees(piece, first, row, bounds, x.shape, 0), program.logits(x), tile_of(x.shape, -jnp.inf))
+    return program.logits(x if key_scale is None else x * (over(key_scale, x) if key_scale.ndim else key_scale))
 
 
 def _value_scales(program, piece, slot, row, unit):
-    """What multiplies the weights of each part of a tile, one number per row [keys], or None; and the unit of these products.
+    """What multiplies the weights of each part of a tile, one number per row [keys], or None; and the unit of these products, next
+    to the weight of the reference.
 
     The unit, the bits of a power of two, is the largest exponent of the scales so far. Weights times scales then stay in the range
     of float16. A larger unit shrinks earlier sums.
@@ -195,7 +199,7 @@ def _value_scales(program, piece, slot, row, unit):
     refs = [(program.shared.v_scale.at[slot, part], row + part.start) for part in parts]
     exponents = [largest_exponent(load_scales(piece, *of_part), program.interpreted) for of_part in refs]
     unit = jnp.maximum(unit, jnp.minimum(functools.reduce(jnp.maximum, exponents), bits_of(MOST_UNIT)))
-    factor = float_of(inverse(unit), program.interpreted)
+    factor = float_of(inverse(unit, REFERENCE_WEIGHT), program.interpreted)
     return [load_scales(piece, *of_part, OF_ROWS) * factor for of_part in refs], unit
 
 

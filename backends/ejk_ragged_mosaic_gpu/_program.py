@@ -110,6 +110,26 @@ class Program:
                 sees = sees & holds(key, lax.broadcast_in_dim(bound, shape, [1 - axis]))
         return sees
 
+    def masked(self, piece: Piece, first, rows, bounds, seen_by_all, x, axis):
+        """The logits of the parts of a tile, `x`, with -inf where a query row does not see a row.
+
+        Args:
+            first: the first row whose turn it is. Rows before it had their turn.
+            rows: the rows at which the parts were read, one after another.
+            bounds, seen_by_all: what `Program.bounds` returns. Only a tile beyond `seen_by_all` needs a mask.
+            axis: the axis of the rows.
+        """
+        start, end = seen_by_all
+        beyond = (rows[0] < jnp.maximum(first, start)) | (rows[-1] + x[-1].shape[axis] > end)
+
+        def mask(*x):
+            return [
+                jnp.where(self.sees(piece, first, row, bounds, of_part.shape, axis), of_part, tile_of(of_part.shape, -jnp.inf))
+                for row, of_part in zip(rows, x, strict=True)
+            ]
+
+        return lax.cond(beyond, mask, lambda *x: list(x), *x)
+
     def at_an_end(self, piece: Piece, row):
         """Whether the tile that is read at `row` holds rows outside the range. In a pair, that is half of a tile."""
         return (row < piece.start) | (row + self.plan.place_rows > piece.end)
@@ -229,6 +249,11 @@ def unknown_zero(i):
 def over(x, like):
     """`x`, one number per row of the matrix `like`, over all its columns."""
     return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def over_rows(x, like):
+    """`x`, one number per column of the matrix `like`, over all its rows."""
+    return lax.broadcast_in_dim(x, like.shape, [1])
 
 
 def plus_products(program, acc, *products):

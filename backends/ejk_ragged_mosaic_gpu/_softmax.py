@@ -4,11 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
 from ._jax import LOWEST, OF_ROWS
 from ._line import Piece
-from ._program import LOG2_E, of_rows, over, Program, tile_of
+from ._program import LOG2_E, of_rows, over, over_rows, Program
 from ._widen import LEAST_UNIT
 
 
@@ -64,22 +63,16 @@ class Softmax:
         program, piece = self.program, self.piece
         high, total, *unit = stats
         if key_scale is not None:
-            products = products * (_over_rows(key_scale, products) if key_scale.ndim else key_scale)
-
-        def masked(x):
-            sees = program.sees(piece, first, row, self.bounds, x.shape, 1)
-            return jnp.where(sees, x, tile_of(x.shape, -jnp.inf))
-
+            products = products * (over_rows(key_scale, products) if key_scale.ndim else key_scale)
         x, factor = products if program.factor != 1 else program.logits(products), program.factor
-        start, end = self.seen_by_all
-        x = lax.cond((row < jnp.maximum(first, start)) | (row + x.shape[1] > end), masked, lambda x: x, x)
+        (x,) = program.masked(piece, first, [row], self.bounds, self.seen_by_all, [x], 1)
         new_high = jnp.maximum(jnp.maximum(high, jnp.max(x, axis=1)), LOWEST)
         fade = jnp.exp2((high - new_high) * factor)
         exponent = (x - over(new_high, x)) * factor
         p = jnp.exp2(exponent + self.shift if self.shift else exponent)
         stats = [new_high, total * fade + jnp.sum(p, axis=1)]
         if weight_scale is not None:
-            p = p * _over_rows(weight_scale, p)
+            p = p * over_rows(weight_scale, p)
         if unit:
             fade = fade * (unit[0] / new_unit)
             stats.append(new_unit)
@@ -105,8 +98,3 @@ class Softmax:
     def natural(self, high):
         """The largest logit with its factor, as results have it."""
         return jnp.maximum(high * (self.program.factor / LOG2_E), LOWEST)
-
-
-def _over_rows(x, like):
-    """A number per row of the tile, over the matrix [query rows, keys]."""
-    return lax.broadcast_in_dim(x, like.shape, [1])

@@ -32,6 +32,9 @@ WIDE_STAGES = 3  # widened tiles per program: with 2, the warpgroups that multip
 MOST_ENTRIES = 256  # of the table of a pair
 PARTS = 192, 128, 64  # columns of a part of a wide tile of 8 bits, which is widened part by part
 PART_BYTES = 72 * 1024, 48 * 1024  # of narrow parts, for up to 16 query rows and for more
+# Rounds of tiles for which a change of sequence counts, as measured on an H200. Where query rows are few, a program waits for
+# memory, and changes meanwhile.
+CHANGES = {"few": 0, "in registers": 2, "many": 2, "pair": 1}
 WIDE = 256  # head dimensions of one warpgroup, at most
 LEAST_SCALES = 32  # per copy of scales: 128 bytes, the least that a copy takes
 OPERAND_DIM = 128  # divides the head dimensions of tiles that are widened in registers, as their layouts have it
@@ -272,12 +275,13 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
     row_blocks = -(-problem.num_tokens * problem.group // rows)
     many = rows % 64 == 0 and takes_many(problem)
     in_registers = widens_in_registers(problem, rows)
-    schedule = Schedule.of(problem, multiprocessors(target) // (problem.num_kv_heads * row_blocks), keys)
+    pair = many and is_wide(problem)
+    change = CHANGES["pair" if pair else "many" if many else "in registers" if in_registers else "few"]
+    schedule = Schedule.of(problem, multiprocessors(target) // (problem.num_kv_heads * row_blocks), keys, change)
     end_to_end = _direct(problem) and _end_to_end(problem)
     if end_to_end:  # rows of a sequence count from up to 7 rows early
         schedule = dataclasses.replace(schedule, seq_len=problem.seq_len + 7)
     alone = schedule.by_sequence or problem.batch == 1
-    pair = many and is_wide(problem)
     # Output is written by way of the query's place in shared memory.
     staged = problem.value_dim <= problem.head_dim if pair else problem.value_dim == problem.head_dim
     there = problem.num_tokens * problem.group

@@ -20,6 +20,8 @@ workers have the same load, however ragged the batch is. Here three workers shar
 - Deal: if there are few sequences, `deal` workers share a stretch and take its tiles in turn, as cards are dealt. The memory then
   serves fewer places at a time.
 - Round: one tile for each of the `deal` workers of a stretch. The line is then counted in rounds.
+- Change: rounds without keys between two sequences. A worker takes time to begin and end a piece, so a stretch with many short
+  sequences has fewer tiles than others.
 
 A program walks through the tiles of all its pieces in one loop. One loop keeps the loads of the next tiles in flight when the
 sequence changes.
@@ -71,6 +73,9 @@ class Schedule:
         block_keys: number of keys per tile.
         by_sequence: whether each sequence has a line of its own.
         deal: number of workers that share a stretch. A divisor of `workers`.
+        change: number of rounds without keys at the end of each sequence, for the time that a worker takes to begin and end a
+            piece. A piece may have no keys then. Only for kernels that walk from piece to piece (`piece`) and not from tile to tile
+            (`tiles`).
     """
 
     batch: int
@@ -79,12 +84,13 @@ class Schedule:
     block_keys: int
     by_sequence: bool
     deal: int = 1
+    change: int = 0
 
     @classmethod
-    def of(cls, problem, programs: int, block_keys: int) -> "Schedule":
+    def of(cls, problem, programs: int, block_keys: int, change: int = 0) -> "Schedule":
         """The schedule of a problem. `programs` is the number of programs per block of heads that the device runs at once.
 
-        If `num_key_splits` is given, the schedule of a sequence does not depend on the batch.
+        If `num_key_splits` is given, the schedule of a sequence does not depend on the batch, and has no `change`.
         """
         batch, seq_len, splits = problem.batch, problem.seq_len, problem.fwd_params.num_key_splits
         if splits:
@@ -94,7 +100,7 @@ class Schedule:
         # because each of its workers has a piece of each sequence on the stretch.
         share = max(workers // max(batch, LEAST_STRETCHES), 1)
         deal = 1 << (share.bit_length() - 1)  # rounded down to a power of two
-        return cls(batch, seq_len, workers - workers % deal, block_keys, by_sequence=False, deal=deal)
+        return cls(batch, seq_len, workers - workers % deal, block_keys, by_sequence=False, deal=deal, change=change * (batch > 1))
 
     @property
     def stride(self) -> int:
@@ -147,7 +153,7 @@ class Schedule:
 
     def rounds(self, start, end):
         """The numbers of rounds of clipped ranges."""
-        return jnp.where(end > start, cdiv(end - start, self.stride), 0)
+        return jnp.where(end > start, cdiv(end - start, self.stride) + self.change, 0)
 
     def pieces(self, line: Line):
         """For each sequence of a strip: the first slot of its pieces, and the number of its pieces, which have consecutive slots.
@@ -210,7 +216,7 @@ class Schedule:
         chunk = jnp.maximum(cdiv(total, self._stretches), 1)
         if not self._whole:
             return chunk
-        full = -(-self.seq_len // self.stride)
+        full = -(-self.seq_len // self.stride) + self.change
         return jnp.where(total == self.batch * full, self._whole * full, chunk)
 
     @property
