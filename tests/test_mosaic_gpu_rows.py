@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support import array, assert_right, has_mosaic_gpu
 
+import ejk_ragged_schedule
 from ejk_ragged import Cache, explain, FwdParams, Problem, Queries, Target
 from ejk_ragged._problem import Settings
 from ejk_ragged.testing import Case, oracle, relative_error
@@ -39,6 +40,27 @@ def plan(case, programs, hints=None) -> Tiles:
     problem = explain(**case.draw(), backend=MosaicGpuBackend(interpret=True), fwd_params=hints).problem
     target = Target("cpu", types.SimpleNamespace(core_count=programs))
     return tiles(dataclasses.replace(problem, fwd_params=resolve(problem, target)), target)
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        (Case("", 2, 256, 40, 1, 64, "bfloat16", ("ranges", (0, 256), (0, 120)), sinks=("query", 1)), 2),
+        (Case("", 2, 512, 4, 1, 128, "bfloat16", ("ranges", (0, 512), (0, 248)), cache_dtype="int8", scales="row"), 2),
+        (Case("", 2, 384, 40, 1, 128, "bfloat16", ("ranges", (0, 376), (0, 120)), value_columns=(64, 128)), 1),
+    ],
+    ids=["many", "in registers", "pair"],
+)
+def test_a_piece_without_rows(interpreted, monkeypatch, case, change):
+    """The second program begins in the rounds that count for the change from the first sequence to the second. The last tile of a
+    range is read further back, and ends where the range ends."""
+    monkeypatch.setattr(ejk_ragged_schedule, "LEAST_ROUNDS", 0)
+    schedule = plan(case, 2).schedule
+    end = np.array(case.ranges()[1])
+    stop = -(-end // schedule.stride) + change
+    assert (schedule.change, schedule.deal) == (change, 1)
+    assert stop[0] - change <= -(-stop.sum() // 2) < stop[0]
+    assert_right(interpreted(programs=2), case.draw(poison=True), gradients=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -180,11 +180,14 @@ def test_full_sequences_are_not_cut_by_changes(change):
     assert [[(b, tiles) for b, _, tiles, _ in of_worker] for of_worker in pieces] == [[(b, 25)] for b in range(32)] + [[]]
 
 
-@pytest.mark.parametrize(("batch", "splits", "change"), [(1, None, 0), (2, None, 2), (2, 4, 0)])
-def test_who_has_changes(batch, splits, change):
-    """A single sequence has no change, and a sequence with its own line has none, either."""
-    problem = types.SimpleNamespace(batch=batch, seq_len=SEQ_LEN, fwd_params=FwdParams(num_key_splits=splits))
-    assert Schedule.of(problem, 8, 16, change=2).change == change
+@pytest.mark.parametrize(
+    ("batch", "seq_len", "splits", "change"),
+    [(1, 1 << 20, None, 0), (32, 1024, None, 2), (32, 992, None, 0), (32, 1024, 4, 0)],
+)
+def test_who_has_changes(batch, seq_len, splits, change):
+    """A single sequence has no changes. Nor has a cache of few rounds, or a sequence with a line of its own."""
+    problem = types.SimpleNamespace(batch=batch, seq_len=seq_len, fwd_params=FwdParams(num_key_splits=splits))
+    assert Schedule.of(problem, 64, 16, change=2).change == change
 
 
 def test_a_line_longer_than_int32():

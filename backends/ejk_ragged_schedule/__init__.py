@@ -100,7 +100,10 @@ class Schedule:
         # because each of its workers has a piece of each sequence on the stretch.
         share = max(workers // max(batch, LEAST_STRETCHES), 1)
         deal = 1 << (share.bit_length() - 1)  # rounded down to a power of two
-        return cls(batch, seq_len, workers - workers % deal, block_keys, by_sequence=False, deal=deal, change=change * (batch > 1))
+        schedule = cls(batch, seq_len, workers - workers % deal, block_keys, by_sequence=False, deal=deal)
+        most = batch * -(-seq_len // schedule.stride)
+        changes = batch > 1 and most >= LEAST_ROUNDS * schedule._stretches
+        return dataclasses.replace(schedule, change=change if changes else 0)
 
     @property
     def stride(self) -> int:
@@ -256,6 +259,8 @@ STRIP = 32
 MOST_STRIPS = 4
 # If all sequences are full, stretches are whole sequences where no more than one worker of IDLE is idle then.
 IDLE = 16
+# Rounds per stretch, if all sequences are full, from which on changes of sequence count. Shorter calls took longer with changes.
+LEAST_ROUNDS = 32
 # Stretches per line, however few sequences there are. With fewer stretches, which are longer, the cache is read more slowly.
 LEAST_STRETCHES = 4
 
