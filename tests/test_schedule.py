@@ -175,9 +175,9 @@ def test_who_changes_often_has_fewer_tiles():
 
 @pytest.mark.parametrize("change", [0, 2])
 def test_full_sequences_are_not_cut_by_changes(change):
-    schedule = Schedule(32, SEQ_LEN, 33, 8, by_sequence=False, change=change)
+    schedule = Schedule(32, SEQ_LEN, 34, 8, by_sequence=False, change=change)
     pieces = pieces_of(schedule, [0] * 32, [SEQ_LEN] * 32)
-    assert [[(b, tiles) for b, _, tiles, _ in of_worker] for of_worker in pieces] == [[(b, 25)] for b in range(32)] + [[]]
+    assert [[(b, tiles) for b, _, tiles, _ in of_worker] for of_worker in pieces] == [[(b, 25)] for b in range(32)] + [[], []]
 
 
 @pytest.mark.parametrize(
