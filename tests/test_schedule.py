@@ -148,6 +148,7 @@ def pieces_of(schedule, start, end):
     change=st.sampled_from([0, 1, 3]),
     ends=st.lists(st.integers(0, SEQ_LEN), min_size=BATCH, max_size=BATCH),
 )
+@hypothesis.example(deal=1, change=3, ends=[0, 20, 0, 30, 0])
 def test_changes_of_sequence_take_rounds(deal, change, ends):
     """Every row is in one tile, in whatever rounds, and each sequence has `change` rounds more than its rows take."""
     schedule = Schedule(BATCH, SEQ_LEN, 4 * deal, 16, by_sequence=False, deal=deal, change=change)
