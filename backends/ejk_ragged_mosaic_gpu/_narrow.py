@@ -25,7 +25,7 @@ from ._widen import LEAST_UNIT, load_scales, MOST_UNIT
 
 
 # The reference has the weight 2 ** REFERENCE_WEIGHT in place of 1, so that weights next to nothing keep their accuracy in float16.
-# Times a scale, a weight above the reference is less than 2 ** 16.
+# Times a scale, no weight reaches 2 ** 16.
 REFERENCE_WEIGHT = 14 - GROWTH
 PART_ROWS = 64  # rows of a tile that are widened at once
 
