@@ -16,7 +16,7 @@ from ejk_ragged._registry import registry
 from ejk_ragged_mosaic_gpu import MosaicGpuBackend
 
 
-# For the tests of many devices. The other tests are as fast with them.
+# For the tests of many devices, and for the threads of Mosaic GPU's interpreter. The other tests are as fast with them.
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Compiling is most of the time of the tests. So XLA optimises only for the tests marked `optimised`, see `_compiler`. Before JAX
