@@ -13,7 +13,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 from jaxlib.mlir.dialects import llvm  # jax.extend.mlir does not have it
 
-from ._jax import BYTES, IN_EACH_WARP, plgpu, TILE, WORDS
+from ._jax import BYTES, IN_EACH_WARP, plgpu, WORDS
 
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
@@ -48,24 +48,6 @@ def largest_exponent(x, interpreted):
         return mgpu.FragmentedArray.splat(of_warp, (), is_signed=True)
 
     return largest(x)
-
-
-def any_above(x, limit, interpreted):
-    """Whether any number of a matrix, laid out as `TILE`, is above a limit. All threads of the warpgroup wait for each other."""
-    if interpreted:
-        return jnp.max(x) > limit
-
-    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
-    def above(_, matrix):
-        word = ir.IntegerType.get_signless(32)
-        numbers = [vector.extract(pair, [], [i]) for pair in matrix.registers.flat for i in range(2)]
-        largest = functools.reduce(arith.maxnumf, numbers)
-        barrier = arith.addi(mgpu.warpgroup_idx(sync=False), arith.constant(word, 1))  # as `commit_smem` counts barriers
-        limit_of_all = arith.constant(ir.F32Type.get(), float(limit))
-        found: Any = llvm.inline_asm(word, [largest, limit_of_all, barrier], ANY_ABOVE, "=r,f,f,r", has_side_effects=True)
-        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
-
-    return above(x) > 0
 
 
 def float_of(bits, interpreted):
@@ -141,12 +123,6 @@ def _pairs_of(words, assembly, *others):
     return [llvm.extractvalue(word, pair, [i]) for pair in pairs for i in range(2)]
 
 
-ANY_ABOVE = """{
-.reg .pred mine, any;
-setp.gt.f32 mine, $1, $2;
-barrier.cta.red.or.pred any, $3, 128, mine;
-selp.b32 $0, 1, 0, any;
-}"""
 # A constant that the assembler does not know: t (t + 1) is even. It would write a known constant to a register for each use.
 KNOWN_LATE = """{{
 .reg .b32 t;

@@ -2,7 +2,7 @@
 
 The tensor cores take 64 rows of one operand and 8 of the other. So logits are computed as K Q^T, [keys, query rows], and the output
 as V^T P^T, [dims, query rows]. So little padding is multiplied, and a thread holds a few numbers of a tile. Maxima over keys pass
-between warps for each tile. Sums over keys pass between warps only at the end of a piece.
+between warps only where the reference of weights changes, and sums over keys only at the end of a piece.
 """
 
 import functools

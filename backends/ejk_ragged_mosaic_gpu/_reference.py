@@ -5,10 +5,18 @@ tiles need no maximum over the warps, and shrink no sums. The method is that of 
 not depend on other query rows.
 """
 
+import functools
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import llvm  # jax.extend.mlir does not have it
 
-from ._bits import any_above
+from ._bits import SCALAR
+from ._jax import plgpu, TILE
 from ._program import over_rows, Program
 
 
@@ -34,5 +42,32 @@ def refer(program: Program, reference, logits, largest, shrink, sums, anyway=Fal
         new = jnp.where(most - reference > GROWTH, most, reference)
         return new, shrink(jnp.exp2(reference - new), sums)
 
-    renews = any_above(logits - over_rows(reference, logits), GROWTH, program.interpreted) | anyway
+    renews = _any_above(logits - over_rows(reference, logits), GROWTH, program.interpreted) | anyway
     return lax.cond(renews, renew, lambda sums: (reference, sums), sums)
+
+
+def _any_above(x, limit, interpreted):
+    """Whether any number of a matrix, laid out as `TILE`, is above a limit. All threads of the warpgroup wait for each other. JAX
+    has no such operation, so it is written in Mosaic GPU's own."""
+    if interpreted:
+        return jnp.max(x) > limit
+
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
+    def above(_, matrix):
+        word = ir.IntegerType.get_signless(32)
+        numbers = [vector.extract(pair, [], [i]) for pair in matrix.registers.flat for i in range(2)]
+        largest = functools.reduce(arith.maxnumf, numbers)
+        barrier = arith.addi(mgpu.warpgroup_idx(sync=False), arith.constant(word, 1))  # as `commit_smem` counts barriers
+        limit_of_all = arith.constant(ir.F32Type.get(), float(limit))
+        found: Any = llvm.inline_asm(word, [largest, limit_of_all, barrier], ANY_ABOVE, "=r,f,f,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return above(x) > 0
+
+
+ANY_ABOVE = """{
+.reg .pred mine, any;
+setp.gt.f32 mine, $1, $2;
+barrier.cta.red.or.pred any, $3, 128, mine;
+selp.b32 $0, 1, 0, any;
+}"""
