@@ -246,6 +246,13 @@ CALLS = {
     "int8, a scale per row": paged(32, (300, 4, 32), held="int8", group=17, tokens=(8,)),
     "float8_e4m3fn, a scale per row": paged(96, (300, 4, 96), held="float8_e4m3fn"),
     "float8_e5m2, a scale per head": paged(64, (4,), held="float8_e5m2", group=64),
+    "int8, a scale per row, lines filled in part, end to end": (
+        arrays(held="int8", head_dim=80, value_dim=112, seq_len=1002, group=5),
+        dict.fromkeys(("key_scale", "value_scale"), jax.ShapeDtypeStruct((4, 4, 1002), "float32")),
+    ),
+    "float8_e4m3fn, a scale per row, lines filled in part, many rows": paged(
+        32, (300, 4, 32), held="float8_e4m3fn", head_dim=96, value_dim=48, group=40
+    ),
 }
 
 
@@ -511,8 +518,9 @@ def test_parts_that_are_merged_at_once(tokens, group):
             "whose range their scales share, not of float16",
         ),
         ({"cache_dtype": INT8, "junk_between_tokens": True}, None, "and no junk lies between tokens"),
-        ({"cache_dtype": INT8, "head_dim": 80}, None, "where 64 divides the head dimensions"),
-        ({"cache_dtype": INT8, "seq_len": 1001}, None, "8 the rows"),
+        ({"cache_dtype": INT8, "head_dim": 72}, None, "where 64 divides the head dimensions, or 16 divides one below 128"),
+        ({"cache_dtype": INT8, "value_dim": 144}, None, "where 64 divides the head dimensions, or 16 divides one below 128"),
+        ({"cache_dtype": INT8, "seq_len": 1001, "batch": 3}, None, "8 divides the number of rows"),
         (PAGED | {"page_size": 20}, None, "do not divide pages of 20"),
         (PAGED | {"cache_dtype": INT8}, None, "copies 32 at once, which do not divide pages of 16"),
         (PAGED | {"page_size": 1}, None, "do not divide pages of 1"),
@@ -544,6 +552,8 @@ def test_says_what_it_cannot_do(changes, device, reason):
         LATENT | {"cache_dtype": INT8},
         PAGED | LATENT | {"cache_dtype": INT8, "page_size": 32},
         {"cache_dtype": INT8},
+        {"cache_dtype": INT8, "head_dim": 80, "value_dim": 16},
+        {"cache_dtype": INT8, "batch": 8, "seq_len": 1001},
         PAGED | {"cache_dtype": INT8, "page_size": 32, "value_dim": 64},
         PAGED | {"head_dim": 80, "value_dim": 48},
         LATENT | {"batch": 8, "seq_len": 1001},
@@ -575,6 +585,35 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
         ({"cache_dtype": INT8, "num_q_heads": 80, "batch": 15}, HOPPER, ""),
         ({"cache_dtype": INT8, "num_q_heads": 32, "batch": 1}, HOPPER, "up to 8 query rows per kv head of an 8-bit cache"),
         ({"cache_dtype": INT8, "num_q_heads": 32, "batch": 1, "head_dim": 64}, HOPPER, ""),
+        (
+            {"cache_dtype": INT8, "num_q_heads": 32, "head_dim": 64, "value_dim": 64},
+            HOPPER,
+            "few query rows of a large 8-bit cache",
+        ),
+        (
+            {"cache_dtype": INT8, "num_q_heads": 32, "head_dim": 64, "value_dim": 64, "batch": 256, "seq_len": 2048},
+            HOPPER,
+            "",
+        ),
+        ({"cache_dtype": INT8, "num_q_heads": 32, "head_dim": 48, "value_dim": 48}, HOPPER, ""),
+        (
+            {"cache_dtype": INT8, "num_q_heads": 32, "batch": 1, "head_dim": 80, "value_dim": 80},
+            HOPPER,
+            "up to 8 query rows per kv head of an 8-bit cache",
+        ),
+        (
+            {"cache_dtype": INT8, "num_q_heads": 36, "batch": 4, "head_dim": 96, "value_dim": 96},
+            HOPPER,
+            "few query rows of a large 8-bit cache",
+        ),
+        ({"cache_dtype": INT8, "num_q_heads": 36, "batch": 3, "head_dim": 96, "value_dim": 96}, HOPPER, ""),
+        (
+            {"cache_dtype": INT8, "num_q_heads": 256, "batch": 4, "head_dim": 112, "value_dim": 112},
+            HOPPER,
+            "20 or more query rows per kv head of an 8-bit cache",
+        ),
+        ({"cache_dtype": INT8, "num_q_heads": 8, "batch": 8, "seq_len": 501}, HOPPER, ""),
+        ({"cache_dtype": INT8, "num_q_heads": 8, "seq_len": 8001}, HOPPER, "up to 8 query rows per kv head of an 8-bit cache"),
         ({"cache_dtype": INT8, "num_q_heads": 32, "batch": 1, "most_keys": 256}, HOPPER, ""),
         (
             {"cache_dtype": INT8, "num_q_heads": 16, "batch": 1, "num_tokens": 2},

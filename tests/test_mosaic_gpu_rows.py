@@ -356,6 +356,22 @@ QUANTISED = {
         2,
         None,
     ),
+    "int8, one scale, many query rows, in pages": (
+        Case("", 3, 256, 40, 1, 64, "bfloat16", RANGES, cache_dtype="int8", scales="number", page_size=64, sinks=("query", 1)),
+        2,
+        None,
+    ),
+    # Copies fill lines with zeros, and lay the rows of all sequences end to end, with their scales.
+    "int8, a scale per row, lines filled in part, end to end": (
+        Case("", 8, 101, 6, 2, 80, "bfloat16", END_TO_END, value_dim=112, cache_dtype="int8", scales="row", num_tokens=2),
+        2,
+        None,
+    ),
+    "float8_e4m3fn, a scale per row, lines filled in part, many query rows": (
+        Case("", 8, 101, 40, 2, 96, "bfloat16", END_TO_END, value_dim=48, cache_dtype="float8_e4m3fn", scales="row"),
+        2,
+        None,
+    ),
     # One program works on more tiles than its rings have places.
     "float8_e4m3fn, a scale per row, in pages": (
         Case("", 3, 256, 40, 1, 64, "bfloat16", RANGES, cache_dtype="float8_e4m3fn", scales="row", page_size=32),
@@ -409,6 +425,23 @@ QUANTISED = {
         None,
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("dims", "heads", "widened_in_registers", "laid_out"),
+    [
+        ((80, 112), 4, True, (128, 128)),
+        ((64, 64), 4, True, (128, 128)),
+        ((256, 48), 4, True, (256, 128)),
+        ((64, 192), 4, False, (64, 192)),
+        ((48, 80), 64, False, (64, 128)),
+    ],
+)
+def test_lines_of_8_bits(dims, heads, widened_in_registers, laid_out):
+    """A row of 8 bits is copied as a whole line, with zeros in the rest. Lines are longer where that lets registers widen them."""
+    found = plan(Case("", 2, 256, heads, 1, dims[0], "bfloat16", value_dim=dims[1], cache_dtype="int8", scales="row"), 2)
+    assert found.in_registers == widened_in_registers
+    assert (found.block_dim, found.value_dim) == laid_out
 
 
 @pytest.mark.parametrize("name", QUANTISED)

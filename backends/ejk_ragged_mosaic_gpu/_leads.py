@@ -4,6 +4,7 @@ from ejk_ragged import Problem, Target
 from ejk_ragged_schedule.devices import has_fast_memory
 
 from ._tuning import (
+    copied_dims,
     is_wide,
     most_bytes,
     most_keys,
@@ -27,6 +28,9 @@ from ._tuning import (
 # up to MOST_ALONE sequences with few query rows, and always in 8 bits.
 LEADING_ROWS, LEADING_ROWS_OF_8_BITS, SHORT, MUCH, MOST_ALONE = 64, 20, 256, 128 << 20, 2
 LEAST_ROWS = 8
+# In 8 bits, where HALF_LINE of what is multiplied is zeros, few query rows are faster for a large cache with LONG_IN_HALF rows per
+# sequence. Where more of a line is filled, pallas_triton is slow, and MUCH_IN_PART bytes are much.
+HALF_LINE, LONG_IN_HALF, MUCH_IN_PART = 64, 4096, 24 << 20
 # Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, too. Without a
 # window, and with head dimensions in FAST_DIMS, they are faster for up to FAST_ROWS query rows of a full cache that has LONG rows
 # per sequence and MUCH_LONG bytes, and for one token of a single sequence.
@@ -67,10 +71,16 @@ def leads(problem: Problem, target: Target) -> str:
 
 def _leads_in_8_bits(problem: Problem, rows: int, much: bool) -> str:
     """The same for 8-bit caches that are not wide. `much` says whether a full cache has many bytes."""
-    narrow = problem.head_dim == problem.value_dim == OPERAND_DIM
+    if problem.seq_len % 8 and not much:  # XLA copies scales
+        return ""
+    dims = problem.head_dim, problem.value_dim
+    narrow = copied_dims(problem) == (OPERAND_DIM, OPERAND_DIM) and min(dims) > HALF_LINE
+    if narrow and min(dims) < OPERAND_DIM:
+        much = most_bytes(problem) >= MUCH_IN_PART
     in_registers = widens_in_registers(problem, rows)
-    if in_registers and rows <= LEAST_ROWS and (narrow or problem.num_tokens == 1):
+    if in_registers and rows <= LEAST_ROWS and min(dims) > HALF_LINE and (narrow or problem.num_tokens == 1):
         return f"up to {LEAST_ROWS} query rows per kv head of an 8-bit cache"
-    if much and rows >= LEADING_ROWS_OF_8_BITS and problem.head_dim == OPERAND_DIM:
+    if much and rows >= LEADING_ROWS_OF_8_BITS and copied_dims(problem)[0] == OPERAND_DIM:
         return f"{LEADING_ROWS_OF_8_BITS} or more query rows per kv head of an 8-bit cache"
-    return "few query rows of a large 8-bit cache" if in_registers and much and narrow else ""
+    long = dims == (HALF_LINE, HALF_LINE) and problem.seq_len >= LONG_IN_HALF
+    return "few query rows of a large 8-bit cache" if in_registers and much and (narrow or long) else ""

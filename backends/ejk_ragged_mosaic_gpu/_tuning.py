@@ -92,7 +92,7 @@ def default_stages(problem: Problem, keys: int, rows: int) -> int:
         return PAIR_STAGES
     if is_wide(problem) and problem.quantised:
         return max(PART_BYTES[rows > 16] // (keys * _part_dim(problem)), 2)
-    dims = tile_dim(problem) + round_up(problem.value_dim, 64) * (problem.value_columns is None)
+    dims = tile_dim(problem) + round_up(copied_dims(problem)[1], 64) * (problem.value_columns is None)
     if problem.quantised:
         few = widens_in_registers(problem, rows)
         return max((FEW_NARROW_BYTES if few else NARROW_BYTES) // (keys * dims) & -_stage_step(problem, rows), 2)
@@ -124,7 +124,10 @@ def does_not_fit(problem: Problem, target: Target) -> str | None:
     if is_wide(problem) and problem.quantised and problem.value_columns is None:
         return f"of quantised caches it takes head dimensions above {WIDE} where the value lies in the key's rows"
     if problem.quantised and not takes_many(problem):
-        return "it widens quantised caches where 64 divides the head dimensions, 8 the rows, and no junk lies between tokens"
+        return (
+            f"it widens quantised caches where 64 divides the head dimensions, or {LEAST_COLUMNS} divides one below {OPERAND_DIM}, "
+            "8 divides the number of rows (of all sequences together), and no junk lies between tokens"
+        )
     least = least_rows(problem)
     needs = lambda problem: _bytes(problem, BLOCK_KEYS, least, _stage_step(problem, least), target)
     if needs(problem) <= shared_memory(target):
@@ -155,7 +158,7 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
 
 def widens_in_registers(problem: Problem, rows: int) -> bool:
     """Whether tiles of 8 bits are widened in registers, for blocks of `rows` query rows."""
-    whole = problem.head_dim % OPERAND_DIM == problem.value_dim % OPERAND_DIM == 0
+    whole = all(dim % OPERAND_DIM == 0 for dim in copied_dims(problem))
     return problem.quantised and not is_wide(problem) and whole and rows <= FEW
 
 
@@ -185,7 +188,7 @@ def _block_keys(problem: Problem, rows: int) -> int:
     if is_wide(problem):
         return MANY_KEYS if rows == 64 else BLOCK_KEYS
     if widens_in_registers(problem, rows):
-        return MANY_KEYS if problem.head_dim == problem.value_dim == OPERAND_DIM else BLOCK_KEYS
+        return MANY_KEYS if copied_dims(problem) == (OPERAND_DIM, OPERAND_DIM) else BLOCK_KEYS
     blocks = rows >= 128 and problem.num_tokens * problem.group > MANY[2]
     return MANY_KEYS if blocks and problem.head_dim <= 128 and not problem.quantised else BLOCK_KEYS
 
@@ -207,13 +210,32 @@ def _end_to_end(problem: Problem) -> bool:
     depend on its place in the batch. If `num_key_splits` is given, bits must not depend on that place."""
     rows = problem.batch * problem.seq_len
     whole = problem.seq_len % 8 != 0 and rows % 8 == 0 and rows < 1 << 31  # row numbers are int32
-    return whole and not (problem.paged or problem.quantised or problem.fwd_params.num_key_splits)
+    return whole and not (problem.paged or problem.fwd_params.num_key_splits)
 
 
 def _common_dim(problem: Problem) -> int:
-    """The largest number of columns, up to 64, that divides head dimensions, columns of a row, and the first one of the value."""
+    """The largest number of columns, up to 64, that divides what copies take, columns of a row, and the first one of the value."""
+    if not is_wide(problem):
+        return math.gcd(*copied_dims(problem), 64)
     first, _ = problem.value_columns or (0, 0)
     return math.gcd(problem.head_dim, problem.value_dim, problem.row_dim, first, 64)
+
+
+def copied_dims(problem: Problem) -> tuple[int, int]:
+    """Head dimensions of key and value as copies lay them out.
+
+    A row of 8 bits with fewer than `OPERAND_DIM` columns is copied as one line. A line has `OPERAND_DIM` columns where this lets
+    registers widen tiles, and else a multiple of 64. The copy fills the rest of the line with zeros, and does not read them.
+    """
+
+    def copied(dim, line):
+        in_one_line = problem.quantised and not is_wide(problem) and dim < OPERAND_DIM and dim % LEAST_COLUMNS == 0
+        return round_up(dim, line) if in_one_line else dim
+
+    key, value = problem.head_dim, problem.value_dim
+    for_registers = copied(key, OPERAND_DIM), copied(value, OPERAND_DIM)
+    few = problem.num_tokens * problem.group <= FEW and all(dim % OPERAND_DIM == 0 for dim in for_registers)
+    return for_registers if few else (copied(key, 64), copied(value, 64))
 
 
 def is_wide(problem: Problem) -> bool:
@@ -229,7 +251,7 @@ def _by_pair(problem: Problem, rows: int) -> bool:
 def tile_dim(problem: Problem) -> int:
     """Columns of the key's rows that are copied."""
     _, end = problem.value_columns or (0, 0)
-    return round_up(max(problem.head_dim, end), 64)
+    return round_up(max(copied_dims(problem)[0], end), 64)
 
 
 def _part_dim(problem: Problem) -> int:
@@ -283,8 +305,9 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
     if end_to_end:  # rows of a sequence count from up to 7 rows early
         schedule = dataclasses.replace(schedule, seq_len=problem.seq_len + 7)
     alone = schedule.by_sequence or problem.batch == 1
-    # Output is written by way of the query's place in shared memory.
-    staged = problem.value_dim <= problem.head_dim if pair else problem.value_dim == problem.head_dim
+    key_dim, value_dim = (round_up(dim, 64) for dim in copied_dims(problem))
+    # Output is written by way of the query's place in shared memory, line by line.
+    staged = problem.value_dim <= problem.head_dim if pair else problem.value_dim == problem.head_dim == key_dim
     there = problem.num_tokens * problem.group
     if (many or in_registers) and problem.group % 8 == 0:
         tokens, token_rows = problem.num_tokens, problem.group
@@ -305,8 +328,8 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         query_slots=2,
         terms=MOST_TERMS if problem.keeps_accum_dtype else 1,
         writes_out=many and staged and not problem.keeps_accum_dtype,
-        block_dim=round_up(problem.head_dim, 64),
-        value_dim=round_up(problem.value_dim, 64),
+        block_dim=key_dim,
+        value_dim=value_dim,
         tile_dim=tile_dim(problem),
         value_start=None if problem.value_columns is None else problem.value_columns[0],
         paged=problem.paged,
