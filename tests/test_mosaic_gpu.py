@@ -251,7 +251,7 @@ CALLS = {
         dict.fromkeys(("key_scale", "value_scale"), jax.ShapeDtypeStruct((4, 4, 1002), "float32")),
     ),
     "float8_e4m3fn, a scale per row, lines filled in part, many rows": paged(
-        32, (300, 4, 32), held="float8_e4m3fn", head_dim=96, value_dim=48, group=40
+        32, (300, 4, 32), held="float8_e4m3fn", head_dim=96, group=40
     ),
 }
 

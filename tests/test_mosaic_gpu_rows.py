@@ -444,6 +444,11 @@ def test_lines_of_8_bits(dims, heads, widened_in_registers, laid_out):
     assert (found.block_dim, found.value_dim) == laid_out
 
 
+def test_rows_of_keys_and_values_fill_no_lines():
+    case = Case("", 2, 256, 4, 1, 64, "bfloat16", value_columns=(0, 64), cache_dtype="int8", scales="row")
+    assert plan(case, 2).tile_dim == 64
+
+
 @pytest.mark.parametrize("name", QUANTISED)
 def test_quantised(interpreted, name):
     """Rows, scales and entries that nobody sees are junk."""
