@@ -523,6 +523,7 @@ def test_parts_that_are_merged_at_once(tokens, group):
         ({"cache_dtype": INT8, "seq_len": 1001, "batch": 3}, None, "8 divides the number of rows"),
         (PAGED | {"page_size": 20}, None, "do not divide pages of 20"),
         (PAGED | {"cache_dtype": INT8}, None, "copies 32 at once, which do not divide pages of 16"),
+        (PAGED | {"cache_dtype": INT8, "page_size": 32, "head_dim": 144}, None, "or 16 divides one below 128"),
         (PAGED | {"page_size": 1}, None, "do not divide pages of 1"),
         (PAGED | {"head_dim": 88}, None, "head dimensions that 16 divides, not 88 and 88"),
         (PAGED | {"value_dim": 40}, None, "head dimensions that 16 divides, not 128 and 40"),

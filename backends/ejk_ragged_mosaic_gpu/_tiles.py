@@ -55,8 +55,8 @@ class Tiles:
         query_slots: blocks of query rows that a program holds: the block of this piece, and, if there is room, of the next piece.
         terms: a weight is written as the sum of so many numbers of 16 bits.
         writes_out: whether the first kernel writes the output of sequences that are one piece.
-        block_dim, value_dim: head dimensions of key and value, padded to a multiple of 64.
-        tile_dim: columns of the key's rows that are copied: those of the key and, if they are there, those of the value.
+        block_dim, value_dim: head dimensions of key and value as copies lay them out, padded to a multiple of 64.
+        tile_dim: columns of a tile of the key's rows: those of the key and, if they are there, those of the value.
         value_start: the first column of the value in the key's rows, or None.
         paged: whether the cache is a pool of pages.
         part_rows: rows of a tile that one copy takes: all, or those that lie in one page.
@@ -65,8 +65,8 @@ class Tiles:
         wide_stages: the same for widened tiles, or parts of tiles, of a cache of 8 bits; 0 where no warpgroup of its own widens.
         in_registers: whether the warpgroups that multiply take tiles of 8 bits in turn, and widen them in registers.
         part_dim: columns of a part of a tile. A tile is one part but for wide tiles of 8 bits, which have columns of several parts.
-        direct: whether copies lay a tile out as products want it. For this, 8 must divide the rows, and 16 or 64 the head
-            dimensions. Other tiles are copied as they are, and a warpgroup lays them out.
+        direct: whether copies lay a tile out as products want it. For this, 8 must divide the rows, and 16 or 64 the columns that
+            copies lay out. Other tiles are copied as they are, and a warpgroup lays them out.
         end_to_end: whether the rows of all sequences are copied as those of one, because 8 divides only the rows of all.
         common_dim: the largest number of columns, up to 64, that divides what copies take: lines have no more.
         table: sequences in the table that each program makes. 0 if each program works on one sequence only.

@@ -272,7 +272,7 @@ def cannot_copy(problem: Problem) -> str | None:
     if _part_rows(problem, BLOCK_KEYS) % least:
         what = f"of a quantised cache, whose scales it copies {least} at once" if problem.quantised else "of a page"
         return f"a copy takes {least} rows {what}, which do not divide pages of {problem.page_size}"
-    if _direct(problem) or is_wide(problem):  # `does_not_fit` knows what wide rows need
+    if _direct(problem) or is_wide(problem) or problem.quantised:  # `does_not_fit` knows what wide rows and 8 bits need
         return None
     return f"its pages have head dimensions that {LEAST_COLUMNS} divides, not {problem.head_dim} and {problem.value_dim}"
 
