@@ -367,6 +367,11 @@ QUANTISED = {
         2,
         None,
     ),
+    "int8, a scale per row, wide rows of keys and values, end to end": (
+        Case("", 8, 101, 4, 1, 320, "bfloat16", END_TO_END, value_columns=(0, 256), cache_dtype="int8", scales="row"),
+        2,
+        None,
+    ),
     "float8_e4m3fn, a scale per row, lines filled in part, many query rows": (
         Case("", 8, 101, 40, 2, 96, "bfloat16", END_TO_END, value_dim=48, cache_dtype="float8_e4m3fn", scales="row"),
         2,

@@ -249,7 +249,7 @@ def _by_pair(problem: Problem, rows: int) -> bool:
 
 
 def tile_dim(problem: Problem) -> int:
-    """Columns of the key's rows that are copied."""
+    """Columns of a tile of the key's rows."""
     _, end = problem.value_columns or (0, 0)
     return round_up(max(copied_dims(problem)[0], end), 64)
 
