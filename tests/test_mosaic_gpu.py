@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -699,6 +700,16 @@ def test_a_jax_without_mosaic_gpu(monkeypatch):
     newer = "it needs the Mosaic GPU backend of JAX 0.11 or newer"
     assert (newer if jax.__version_info__ >= (0, 11) else older) in str(info["mosaic_gpu"].broken)
     assert info["xla"].broken is None
+
+
+@has_mosaic_gpu
+def test_an_error_in_place_of_waiting_forever(interpreted, monkeypatch):
+    """The interpreter takes a thread per warpgroup. A client with fewer threads would never go on."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    one_device = jax.local_devices(backend="cpu")[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda **_: one_device)
+    with pytest.raises(RuntimeError, match=r"takes 3 threads .* has 2, .*'jax_num_cpu_devices', 8"):
+        interpreted()(**Case("", 1, 128, 4, 1, 128, "bfloat16", cache_dtype="int8", scales="row").draw())
 
 
 def test_instances_are_values():

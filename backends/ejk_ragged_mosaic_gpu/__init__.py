@@ -21,8 +21,8 @@ class MosaicGpuBackend(Backend):
 
     Attributes:
         interpret: run the kernels in Pallas' interpreter, on any platform. The interpreter is slow, and is for tests. It takes a
-            thread of JAX's CPU client per warpgroup. On a machine with few cores it waits forever, unless there are more threads:
-            `jax.config.update("jax_num_cpu_devices", 8)`, before JAX is used.
+            thread of JAX's CPU client per warpgroup. On a machine with few cores a call may raise `RuntimeError`, because there
+            are too few threads. There are more after `jax.config.update("jax_num_cpu_devices", 8)`, before JAX is used.
         detect_races: the interpreter looks for races between threads and copies of a kernel.
         programs: number of programs that share the work in the interpreter.
     """

@@ -1,6 +1,7 @@
 """What the kernels have in common: names of JAX's Mosaic GPU backend, and how a kernel is launched or interpreted."""
 
 import math
+import os
 import threading
 from typing import Any, cast
 
@@ -88,6 +89,8 @@ def launch(kernel, name, results, grid, *, follows, interpret, detect_races, upd
     The last `updates` operands are written in place, and are returned in place of results.
     """
     overlapped = OVERLAPPED and not interpret
+    if interpret:
+        _check_threads(options.get("num_threads", 1))
 
     def body(*refs, **shared):
         if follows:
@@ -116,6 +119,20 @@ def launch(kernel, name, results, grid, *, follows, interpret, detect_races, upd
     if updates:
         call = _updating(call, updates)
     return _interpreted(call, results, updates) if interpret else _without_64_bits(call)
+
+
+def _check_threads(count):
+    """Raises an error if the interpreter might wait forever.
+
+    A warpgroup keeps a thread of JAX's CPU client while it waits. The client has a thread per core, or per device if they are more.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there = max(cores, len(jax.local_devices(backend="cpu")))
+    if there < count:
+        raise RuntimeError(
+            f"The interpreter of mosaic_gpu takes {count} threads of JAX's CPU client for this call, one per warpgroup. The client "
+            f"has {there}, so it might wait forever. Call jax.config.update('jax_num_cpu_devices', 8) before JAX is used."
+        )
 
 
 def _updating(call, count):
