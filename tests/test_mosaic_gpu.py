@@ -598,6 +598,12 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
             "",
         ),
         ({"cache_dtype": INT8, "num_q_heads": 32, "head_dim": 48, "value_dim": 48}, HOPPER, ""),
+        ({"cache_dtype": INT8, "num_q_heads": 96, "head_dim": 48, "value_dim": 48}, HOPPER, ""),
+        (
+            {"cache_dtype": INT8, "num_q_heads": 96, "head_dim": 64, "value_dim": 64},
+            HOPPER,
+            "few query rows of a large 8-bit cache",
+        ),
         (
             {"cache_dtype": INT8, "num_q_heads": 32, "batch": 1, "head_dim": 80, "value_dim": 80},
             HOPPER,

@@ -80,7 +80,7 @@ def _leads_in_8_bits(problem: Problem, rows: int, much: bool) -> str:
     in_registers = widens_in_registers(problem, rows)
     if in_registers and rows <= LEAST_ROWS and min(dims) > HALF_LINE and (narrow or problem.num_tokens == 1):
         return f"up to {LEAST_ROWS} query rows per kv head of an 8-bit cache"
-    if much and rows >= LEADING_ROWS_OF_8_BITS and copied_dims(problem)[0] == OPERAND_DIM:
+    if much and rows >= LEADING_ROWS_OF_8_BITS and dims[0] > HALF_LINE and copied_dims(problem)[0] == OPERAND_DIM:
         return f"{LEADING_ROWS_OF_8_BITS} or more query rows per kv head of an 8-bit cache"
     long = dims == (HALF_LINE, HALF_LINE) and problem.seq_len >= LONG_IN_HALF
     return "few query rows of a large 8-bit cache" if in_registers and much and (narrow or long) else ""
