@@ -48,8 +48,8 @@ def leads(problem: Problem, target: Target) -> str:
     if is_wide(problem):
         if problem.value_columns is None or tile_dim(problem) <= WIDE or not laid_out:
             return ""
-        if problem.quantised:
-            return "values in wide rows of the key, in 8 bits" if keys > SHORT else ""
+        if problem.quantised:  # with rows end to end, not yet measured
+            return "values in wide rows of the key, in 8 bits" if keys > SHORT and problem.seq_len % 8 == 0 else ""
         few = wide_few(problem)
         if rows > few:
             return f"more than {few} query rows, and values in wide rows of the key"

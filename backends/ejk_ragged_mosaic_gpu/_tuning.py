@@ -126,7 +126,7 @@ def does_not_fit(problem: Problem, target: Target) -> str | None:
     if problem.quantised and not takes_many(problem):
         return (
             f"it widens quantised caches where 64 divides the head dimensions, or {LEAST_COLUMNS} divides one below {OPERAND_DIM}, "
-            "8 divides the number of rows (of all sequences together), and no junk lies between tokens"
+            "8 the rows (of all sequences together), and no junk lies between tokens"
         )
     least = least_rows(problem)
     needs = lambda problem: _bytes(problem, BLOCK_KEYS, least, _stage_step(problem, least), target)
