@@ -655,6 +655,7 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
         (LATENT | {"cache_dtype": INT8}, HOPPER, "values in wide rows of the key, in 8 bits"),
         (LATENT | {"cache_dtype": INT8, "most_keys": 256}, HOPPER, ""),
         (LATENT | {"cache_dtype": INT8, "batch": 8, "seq_len": 1001}, HOPPER, ""),
+        (LATENT | {"cache_dtype": INT8, "seq_len": 8001}, HOPPER, "values in wide rows of the key, in 8 bits"),
         (LATENT | {"junk_between_tokens": True}, HOPPER, ""),
         (LATENT | {"head_dim": 256, "value_dim": 128, "row_dim": 256, "value_columns": (0, 128)}, HOPPER, ""),
         ({"head_dim": 512}, HOPPER, ""),

@@ -48,8 +48,9 @@ def plan(case, programs, hints=None) -> Tiles:
         (Case("", 2, 256, 40, 1, 64, "bfloat16", ("ranges", (0, 256), (0, 120)), sinks=("query", 1)), 2),
         (Case("", 2, 512, 4, 1, 128, "bfloat16", ("ranges", (0, 507), (0, 248)), cache_dtype="int8", scales="row"), 2),
         (Case("", 2, 384, 40, 1, 128, "bfloat16", ("ranges", (0, 376), (0, 120)), value_columns=(64, 128)), 1),
+        (Case("", 2, 256, 40, 1, 64, "bfloat16", ("ranges", (0, 256), (0, 120)), cache_dtype="int8", scales="row"), 1),
     ],
-    ids=["many", "in registers", "pair"],
+    ids=["many", "in registers", "pair", "widened"],
 )
 def test_a_piece_without_rows(interpreted, monkeypatch, case, change):
     """The second program begins in the rounds that count for the change from the first sequence to the second. The last tile of a
@@ -523,14 +524,29 @@ def test_weights_next_to_nothing(interpreted, heads, head_dim):
     assert relative_error(np.asarray(interpreted()(**arguments)), want) < 2.5e-3
 
 
-@pytest.mark.parametrize(("cache_dtype", "dtype", "rise"), [("int8", "bfloat16", 1), ("int8", "bfloat16", 5), (None, "float16", 5)])
-def test_logits_that_rise(interpreted, cache_dtype, dtype, rise):
+FEW, MANY, PAIRED = (8, 128, None), (40, 64, None), (40, 128, (64, 128))  # query heads, head dimension, columns of the value
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "dtype", "rise", "form"),
+    [
+        ("int8", "bfloat16", 1, FEW),
+        ("int8", "bfloat16", 5, FEW),
+        (None, "float16", 5, FEW),
+        ("int8", "bfloat16", 1, MANY),
+        ("int8", "bfloat16", 5, MANY),
+        (None, "float16", 5, MANY),
+        (None, "bfloat16", 5, PAIRED),
+    ],
+)
+def test_logits_that_rise(interpreted, cache_dtype, dtype, rise, form):
     """Logits rise by a factor of 2 to the power of `rise` in the weights of 64 rows. So a tile's weights are above the reference of
     weights, and after some tiles there is another reference. All later weights together would leave the range of float16."""
-    case = Case("", 1, 1024, 8, 1, 128, dtype, cache_dtype=cache_dtype, scales=cache_dtype and "row")
-    arguments = case.draw()
-    query, key = np.zeros((1, 8, 128), np.float32), np.array(arguments["key"])
-    query[..., 0] = np.arange(1, 9) / 8
+    heads, dim, columns = form
+    kind = {"cache_dtype": cache_dtype, "scales": cache_dtype and "row", "value_columns": columns}
+    arguments = Case("", 1, 1024, heads, 1, dim, dtype, **kind).draw()
+    query, key = np.zeros((1, heads, dim), np.float32), np.array(arguments["key"])
+    query[..., 0] = np.arange(1, heads + 1) / heads
     key[..., 0] = np.linspace(-127, 127, 1024)[:, None]
     if cache_dtype:
         arguments["key_scale"] = jnp.ones((1, 1, 1024), jnp.float32)
@@ -539,11 +555,12 @@ def test_logits_that_rise(interpreted, cache_dtype, dtype, rise):
     assert relative_error(np.asarray(interpreted(programs=1)(**arguments)), expected(arguments)) < 2.5e-3
 
 
-@pytest.mark.parametrize("cache_dtype", ["int8", None])
-def test_query_rows_do_not_depend_on_each_other(interpreted, cache_dtype):
+@pytest.mark.parametrize(("cache_dtype", "form"), [("int8", FEW), (None, FEW), ("int8", MANY), (None, MANY), (None, PAIRED)])
+def test_query_rows_do_not_depend_on_each_other(interpreted, cache_dtype, form):
     """The logits of one query row rise quickly or not at all. The output of the others has the same bits."""
-    case = Case("", 1, 512, 8, 1, 128, "bfloat16", cache_dtype=cache_dtype, scales=cache_dtype and "row")
-    arguments = case.draw()
+    heads, dim, columns = form
+    kind = {"cache_dtype": cache_dtype, "scales": cache_dtype and "row", "value_columns": columns}
+    arguments = Case("", 1, 512, heads, 1, dim, "bfloat16", **kind).draw()
     query, key = np.array(arguments["query"]), np.array(arguments["key"])
     key[..., 0] = np.linspace(-127, 127, 512)[:, None]
     query[..., 0], query[:, 3, 0] = 0, 0.5

@@ -45,11 +45,13 @@ def leads(problem: Problem, target: Target) -> str:
     rows, laid_out = problem.num_tokens * problem.group, takes_many(problem)
     keys, fast = most_keys(problem), has_fast_memory(target)
     where = "in pages" if problem.paged else "in fast memory" if fast else ""
+    much = keys > SHORT and most_bytes(problem) * max(rows, LEADING_ROWS) >= MUCH * LEADING_ROWS
     if is_wide(problem):
         if problem.value_columns is None or tile_dim(problem) <= WIDE or not laid_out:
             return ""
-        if problem.quantised:  # with rows end to end, not yet measured
-            return "values in wide rows of the key, in 8 bits" if keys > SHORT and problem.seq_len % 8 == 0 else ""
+        if problem.quantised:
+            copied = problem.seq_len % 8 == 0 or much  # or XLA copies scales
+            return "values in wide rows of the key, in 8 bits" if keys > SHORT and copied else ""
         few = wide_few(problem)
         if rows > few:
             return f"more than {few} query rows, and values in wide rows of the key"
@@ -57,7 +59,6 @@ def leads(problem: Problem, target: Target) -> str:
             return f"values in wide rows of the key of a large cache {where}"
         alone = problem.batch <= MOST_ALONE and keys > SHORT and rows <= WIDE_FEW
         return f"values in wide rows of the key of up to {MOST_ALONE} sequences" if alone else ""
-    much = keys > SHORT and most_bytes(problem) * max(rows, LEADING_ROWS) >= MUCH * LEADING_ROWS
     if problem.quantised:
         return _leads_in_8_bits(problem, rows, much) if laid_out and keys > SHORT else ""
     if rows >= LEADING_ROWS and laid_out and much:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import OF_COLUMNS, plgpu, when
+from ._jax import LOWEST, OF_COLUMNS, plgpu, when
 from ._line import Piece
-from ._program import over, product, Program, tile_of
+from ._program import of_rows, product, Program, tile_of
 from ._results import write_result
-from ._softmax import Softmax
+from ._softmax import Change, Softmax
 
 
 def compute_pieces(program: Program, warpgroup):
@@ -36,15 +36,15 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
     query_rows = program.query_rows(warpgroup)
     softmax = Softmax.of(program, piece, query_rows)
     tiles = _Tiles(program, piece, warpgroup, query, softmax)
-    nothing = tile_of((query_rows.size, plan.value_dim), 0), *softmax.nothing()
+    nothing = tile_of((query_rows.size, plan.value_dim), 0)
 
     def compute():
-        acc, *stats = nothing
-        carry = lax.fori_loop(0, piece.num_tiles - 1, tiles.step, tiles.begin(acc, [*stats, *softmax.unit()]))
+        carry = lax.fori_loop(0, piece.num_tiles - 1, tiles.step, tiles.begin(nothing, [*softmax.nothing(), *softmax.unit()]))
         acc, stats = tiles.last(*carry)
         return softmax.results(acc, *stats)
 
-    write_result(softmax, compute, nothing, lambda: query, pl.ds(0, plan.value_dim))
+    of_nothing = nothing, *(of_rows(query_rows.size, value) for value in (LOWEST, 0))
+    write_result(softmax, compute, lambda: query, pl.ds(0, plan.value_dim), nothing=of_nothing)
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
 
 
@@ -88,7 +88,7 @@ class _Tiles:
             products = product(self.query, self.keys(next_slot))
             acc = self.interpreted_sum(acc, weights, values)
             self.pass_turn()
-            weights, stats, fade = self.weights(i + 1, products, scales, stats)
+            weights, stats, change = self.weights(i + 1, products, scales, stats)
         else:
 
             def both(refs):
@@ -100,16 +100,16 @@ class _Tiles:
                         plgpu.wgmma(out, term, values)
                     self.pass_turn()
                     products = plgpu.wgmma_accumulator_load(logits, wait_n=1)
-                    new_weights, new_stats, fade = self.weights(i + 1, products, scales, stats)
-                    for ref, result in zip(results, (*new_weights, *new_stats, fade), strict=True):
+                    new_weights, new_stats, change = self.weights(i + 1, products, scales, stats)
+                    for ref, result in zip(results, (*new_weights, *new_stats, *change), strict=True):
                         ref[...] = result
 
                 pl.run_scoped(inner, plgpu.ACC(weights[0].shape, jnp.float32))
 
-            acc, *results = pl.run_state(both)((plgpu.ACC.init(acc), *weights, *stats, stats[0]))
-            weights, stats, fade = results[: len(weights)], results[len(weights) : -1], results[-1]
+            acc, *results = pl.run_state(both)((plgpu.ACC.init(acc), *weights, *stats, jnp.int32(0), stats[0]))
+            weights, stats, change = results[: len(weights)], results[len(weights) : -2], Change(*results[-2:])
         plgpu.barrier_arrive(self.program.shared.v_free.at[slot])
-        return acc * over(fade, acc), stats, weights
+        return change.of(acc), stats, weights
 
     def last(self, acc, stats, weights):
         """The output of the last tile."""
@@ -128,7 +128,7 @@ class _Tiles:
         return acc, stats
 
     def weights(self, i, products, scales, stats):
-        """Weights of tile i, the new `stats`, and the factor by which this tile shrinks the output so far. Nobody reads the tile's
+        """Weights of tile i, the new `stats`, and the `Change` that is left to do for the output so far. Nobody reads the tile's
         keys from now on."""
         program, piece = self.program, self.piece
         if program.plan.is_freed("k"):

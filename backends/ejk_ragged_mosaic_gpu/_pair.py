@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 
 from ._jax import plgpu, store, TILE, when
 from ._line import Piece
-from ._program import load_of_rows, over, product, Program, tile_of, tiling, unknown_zero
+from ._program import load_of_rows, product, Program, tile_of, tiling, unknown_zero
+from ._reference import any_in_warp
 from ._results import write_result
-from ._softmax import Softmax
+from ._softmax import Change, Softmax
 
 
 PAIR = 2
@@ -36,7 +37,8 @@ def first_free(plan, me: int) -> list[str]:
 
 
 def shared(plan, dtype, interpreted):
-    """What the warpgroups pass to each other in shared memory: weights, and the largest logit and the sum of weights.
+    """What the warpgroups pass to each other in shared memory: weights, their references, and at the end of a piece the sums of
+    weights.
 
     Weights have one place. The warpgroups take turns, so who writes has read what the other wrote. A warp reads what the same warp
     of the other warpgroup wrote, so warps need not wait for each other. In the interpreter, `mine` has a place for the weights of
@@ -65,15 +67,15 @@ def _compute_piece(program, piece, me):
     columns = pl.ds(me * size, size)
     softmax = Softmax.of(program, piece, program.query_rows())
     halves = _Halves(program, piece, me, softmax)
-    nothing = tile_of((64, size), 0), softmax.nothing()
 
     def compute():
-        acc, stats = lax.fori_loop(0, piece.num_tiles, halves.tile, nothing)
-        return acc, *stats
+        carry = tile_of((64, size), 0), softmax.nothing()
+        acc, stats = lax.fori_loop(0, piece.num_tiles, halves.tile, carry)
+        acc, reference, total = softmax.results(acc, *stats)
+        return acc, reference, total + halves.exchanged(total)
 
     # At the end nobody reads the query: all weights have passed.
-    acc, stats = nothing
-    write_result(softmax, compute, (acc, *stats), lambda: query.at[:, columns], columns, with_stats=me == 0)
+    write_result(softmax, compute, lambda: query.at[:, columns], columns, with_stats=me == 0)
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
 
 
@@ -82,13 +84,13 @@ class _Weighed(NamedTuple):
 
     Attributes:
         weights: weights [64, keys], in the terms of `Program.terms`.
-        stats: the `stats` of `Softmax` after this half.
-        fade: the factor of each query row for the output so far.
+        stats: the `stats` of `Softmax` after this half. Sums of weights are those of the halves that this warpgroup weighed.
+        change: the `Change` that is left to do for the output so far.
     """
 
     weights: list[Any]
     stats: list[Any]
-    fade: Any
+    change: Change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,16 +156,15 @@ class _Halves:
         return products
 
     def weigh(self, i, products, stats):
-        """The half that is mine, weighed. The other warpgroup gets weights and `stats`, and finds zeros in rows of the value
+        """The half that is mine, weighed. The other warpgroup gets weights and references, and finds zeros in rows of the value
         outside the range: 0 times what such a row holds may be NaN."""
         program, piece, shared, me = self.program, self.piece, self.program.shared, self.me
         first = program.first_key(piece, i)
         row = program.row_of(piece, first) + me * program.plan.place_rows
-        weights, stats, fade = self.softmax.tile(first, row, products, stats)
+        weights, stats, change = self.softmax.tile(first, row, products, stats)
         for term, weight in enumerate(weights):
             shared.p.at[term][...] = weight
-        for place, numbers in enumerate(stats):
-            store(shared.stats.at[me, place], numbers)
+        store(shared.stats.at[me, 0], stats[0])
         self.wait(me, *[name for name in VALUES if not program.plan.key_columns(name)])
 
         def clear():
@@ -172,7 +173,7 @@ class _Halves:
 
         when(program.at_an_end(piece, row))(clear)
         plgpu.barrier_arrive(shared.passed.at[me])
-        return _Weighed(weights, stats, fade)
+        return _Weighed(weights, stats, change)
 
     def received(self, stats):
         """The other warpgroup's half, weighed. `stats` are those before this half."""
@@ -180,15 +181,25 @@ class _Halves:
         plgpu.barrier_wait(shared.passed.at[other])
         self.wait(other, VALUES[self.me])
         weights = [plgpu.load(shared.p.at[term], layout=TILE) for term in range(self.program.plan.terms)]
-        high, total = (load_of_rows(shared.stats.at[other, place]) for place in range(2))
-        return _Weighed(weights, [high, total], jnp.exp2((stats[0] - high) * self.program.factor))
+        reference, totals = stats
+        new = load_of_rows(shared.stats.at[other, 0])
+        change = Change(any_in_warp(new - reference, 0, self.program.interpreted), jnp.exp2((reference - new) * self.program.factor))
+        return _Weighed(weights, [new, change.of(totals)], change)
+
+    def exchanged(self, total):
+        """The other warpgroup's sums of weights [query rows] at the end of a piece, for mine."""
+        shared, me = self.program.shared, self.me
+        store(shared.stats.at[me, 1], total)
+        plgpu.barrier_arrive(shared.passed.at[me])
+        plgpu.barrier_wait(shared.passed.at[1 - me])
+        return load_of_rows(shared.stats.at[1 - me, 1])
 
     def add(self, acc, half, place, beside=None):
         """The output so far with the values of a half, whose place is free from then on. With `beside`, a function of the `stats`,
         also the next half, weighed while the tensor cores work."""
         program = self.program
         values = getattr(program.shared, VALUES[self.me]).at[place]
-        acc = acc * over(half.fade, acc)
+        acc = half.change.of(acc)
         following, tree = jax.tree.flatten(half if beside else None)
         weigh_next = lambda: jax.tree.leaves(beside(half.stats) if beside else None)
 

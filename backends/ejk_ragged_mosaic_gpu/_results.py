@@ -6,17 +6,17 @@ from ._program import sinks_at
 from ._softmax import Softmax
 
 
-def write_result(softmax: Softmax, compute, nothing, staging, columns, with_stats=True):
+def write_result(softmax: Softmax, compute, staging, columns, with_stats=True, nothing=None):
     """Writes the result of a piece, for one warpgroup: the output, if the sequence has no other piece, or partial results.
 
     Args:
         softmax: the softmax of the warpgroup's query rows.
-        compute: returns the sums of the output [query rows, columns], the largest logit without its factor, and the sum of the
-            weights. It is called if the piece has tiles.
-        nothing: what `compute` would return for no tile.
+        compute: returns the sums of the output [query rows, columns], the reference of the weights without its factor, and the sum
+            of the weights.
         staging: returns a ref [query rows, columns] in shared memory that nobody reads any more. The output passes through it.
         columns: the columns of the output, a slice.
         with_stats: whether this warpgroup writes what belongs to all columns too.
+        nothing: what `compute` would return for no tile, if `compute` needs one.
     """
     program, piece, query_rows = softmax.program, softmax.piece, softmax.query_rows
     plan, results, head = program.plan, program.results, program.head
@@ -40,5 +40,8 @@ def write_result(softmax: Softmax, compute, nothing, staging, columns, with_stat
         when(pieces == 1)(lambda: write(*result))
         when(pieces != 1)(lambda: keep(*result))
 
-    when(piece.num_tiles > 0)(work)
-    when(piece.num_tiles == 0)(lambda: keep(*nothing))
+    if nothing is None:
+        work()
+    else:
+        when(piece.num_tiles > 0)(work)
+        when(piece.num_tiles == 0)(lambda: keep(*nothing))

@@ -32,9 +32,9 @@ WIDE_STAGES = 3  # widened tiles per program: with 2, the warpgroups that multip
 MOST_ENTRIES = 256  # of the table of a pair
 PARTS = 192, 128, 64  # columns of a part of a wide tile of 8 bits, which is widened part by part
 PART_BYTES = 72 * 1024, 48 * 1024  # of narrow parts, for up to 16 query rows and for more
-# Rounds of tiles for which a change of sequence counts, and the same for a pair, as measured on an H200. It is 0 where a program
-# waits for memory or for the warpgroup that widens, and changes meanwhile.
-CHANGE, PAIR_CHANGE = 2, 1
+# Rounds of tiles for which a change of sequence counts, as measured on an H200. The second is for a pair and for tiles that are
+# widened in shared memory, whose rounds take longer. It is 0 where a program waits for memory, and changes meanwhile.
+CHANGE, CHANGE_OF_LONG = 2, 1
 WIDE = 256  # head dimensions of one warpgroup, at most
 LEAST_SCALES = 32  # per copy of scales: 128 bytes, the least that a copy takes
 OPERAND_DIM = 128  # divides the head dimensions of tiles that are widened in registers, as their layouts have it
@@ -298,8 +298,8 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
     many = rows % 64 == 0 and takes_many(problem)
     in_registers = widens_in_registers(problem, rows)
     pair = many and is_wide(problem)
-    computes = in_registers or (many and not problem.quantised)
-    change = PAIR_CHANGE if pair else CHANGE if computes else 0
+    long = pair or (many and problem.quantised)
+    change = CHANGE_OF_LONG if long else CHANGE if many or in_registers else 0
     schedule = Schedule.of(problem, multiprocessors(target) // (problem.num_kv_heads * row_blocks), keys, change)
     end_to_end = _direct(problem) and _end_to_end(problem)
     if end_to_end:  # rows of a sequence count from up to 7 rows early
