@@ -524,19 +524,19 @@ def test_weights_next_to_nothing(interpreted, heads, head_dim):
     assert relative_error(np.asarray(interpreted()(**arguments)), want) < 2.5e-3
 
 
-FEW, MANY, PAIRED = (8, 128, None), (40, 64, None), (40, 128, (64, 128))  # query heads, head dimension, columns of the value
+IN_COLUMNS, AS_ROWS, BY_A_PAIR = (8, 128, None), (40, 64, None), (40, 128, (64, 128))  # query heads, head dimension, columns of the value
 
 
 @pytest.mark.parametrize(
     ("cache_dtype", "dtype", "rise", "form"),
     [
-        ("int8", "bfloat16", 1, FEW),
-        ("int8", "bfloat16", 5, FEW),
-        (None, "float16", 5, FEW),
-        ("int8", "bfloat16", 1, MANY),
-        ("int8", "bfloat16", 5, MANY),
-        (None, "float16", 5, MANY),
-        (None, "bfloat16", 5, PAIRED),
+        ("int8", "bfloat16", 1, IN_COLUMNS),
+        ("int8", "bfloat16", 5, IN_COLUMNS),
+        (None, "float16", 5, IN_COLUMNS),
+        ("int8", "bfloat16", 1, AS_ROWS),
+        ("int8", "bfloat16", 5, AS_ROWS),
+        (None, "float16", 5, AS_ROWS),
+        (None, "bfloat16", 5, BY_A_PAIR),
     ],
 )
 def test_logits_that_rise(interpreted, cache_dtype, dtype, rise, form):
@@ -555,7 +555,7 @@ def test_logits_that_rise(interpreted, cache_dtype, dtype, rise, form):
     assert relative_error(np.asarray(interpreted(programs=1)(**arguments)), expected(arguments)) < 2.5e-3
 
 
-@pytest.mark.parametrize(("cache_dtype", "form"), [("int8", FEW), (None, FEW), ("int8", MANY), (None, MANY), (None, PAIRED)])
+@pytest.mark.parametrize(("cache_dtype", "form"), [("int8", IN_COLUMNS), (None, IN_COLUMNS), ("int8", AS_ROWS), (None, AS_ROWS), (None, BY_A_PAIR)])
 def test_query_rows_do_not_depend_on_each_other(interpreted, cache_dtype, form):
     """The logits of one query row rise quickly or not at all. The output of the others has the same bits."""
     heads, dim, columns = form
