@@ -524,7 +524,8 @@ def test_weights_next_to_nothing(interpreted, heads, head_dim):
     assert relative_error(np.asarray(interpreted()(**arguments)), want) < 2.5e-3
 
 
-IN_COLUMNS, AS_ROWS, BY_A_PAIR = (8, 128, None), (40, 64, None), (40, 128, (64, 128))  # query heads, head dimension, columns of the value
+# Query heads, head dimension, and columns of the value.
+IN_COLUMNS, AS_ROWS, BY_A_PAIR = (8, 128, None), (40, 64, None), (40, 128, (64, 128))
 
 
 @pytest.mark.parametrize(
@@ -555,7 +556,10 @@ def test_logits_that_rise(interpreted, cache_dtype, dtype, rise, form):
     assert relative_error(np.asarray(interpreted(programs=1)(**arguments)), expected(arguments)) < 2.5e-3
 
 
-@pytest.mark.parametrize(("cache_dtype", "form"), [("int8", IN_COLUMNS), (None, IN_COLUMNS), ("int8", AS_ROWS), (None, AS_ROWS), (None, BY_A_PAIR)])
+@pytest.mark.parametrize(
+    ("cache_dtype", "form"),
+    [("int8", IN_COLUMNS), (None, IN_COLUMNS), ("int8", AS_ROWS), (None, AS_ROWS), (None, BY_A_PAIR)],
+)
 def test_query_rows_do_not_depend_on_each_other(interpreted, cache_dtype, form):
     """The logits of one query row rise quickly or not at all. The output of the others has the same bits."""
     heads, dim, columns = form

@@ -183,7 +183,8 @@ class _Halves:
         weights = [plgpu.load(shared.p.at[term], layout=TILE) for term in range(self.program.plan.terms)]
         reference, totals = stats
         new = load_of_rows(shared.stats.at[other, 0])
-        change = Change(any_in_warp(new - reference, 0, self.program.interpreted), jnp.exp2((reference - new) * self.program.factor))
+        happens = any_in_warp(new - reference, 0, self.program.interpreted)
+        change = Change(happens, jnp.exp2((reference - new) * self.program.factor))
         return _Weighed(weights, [new, change.of(totals)], change)
 
     def exchanged(self, total):
