@@ -21,11 +21,12 @@ from ._tuning import (
 
 # Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless no
 # more than SHORT rows of a sequence are seen, or a full cache has fewer than MUCH bytes: they take some microseconds longer to
-# begin and end. Both backends multiply blocks of BLOCK_ROWS from LEADING_ROWS on. For twice the query rows of a block half as many
-# bytes are much, because pallas_triton reads them once per block. In 8 bits they are faster from LEADING_ROWS_OF_8_BITS query rows on. Where tiles are widened in registers, as measured on
-# an H200, they are also faster for fewer query rows: up to LEAST_ROWS of any cache, and others of a large cache. Where the value
-# lies in wide rows of the key, they are faster above FEW or WIDE_FEW query rows, for pages of a cache that has MUCH_WIDE bytes, for
-# up to MOST_ALONE sequences with few query rows, and always in 8 bits.
+# begin and end. Both backends multiply blocks of BLOCK_ROWS from LEADING_ROWS on. For twice the query rows of a block half as
+# many bytes are much, because pallas_triton reads them once per block. In 8 bits they are faster from LEADING_ROWS_OF_8_BITS
+# query rows on. Where tiles are widened in registers, as measured on an H200, they are also faster for fewer query rows: up to
+# LEAST_ROWS of any cache, and others of a large cache. Where the value lies in wide rows of the key, they are faster above FEW or
+# WIDE_FEW query rows, for pages of a cache that has MUCH_WIDE bytes, for up to MOST_ALONE sequences with few query rows, and
+# always in 8 bits.
 LEADING_ROWS, LEADING_ROWS_OF_8_BITS, BLOCK_ROWS, SHORT, MUCH, MOST_ALONE = 33, 20, 64, 256, 128 << 20, 2
 LEAST_ROWS = 8
 # In 8 bits, where HALF_LINE of what is multiplied is zeros, few query rows are faster for a large cache with LONG_IN_HALF rows per
