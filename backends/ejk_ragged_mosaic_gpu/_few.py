@@ -162,7 +162,7 @@ def store_sums(program, piece, first, acc):
 
 
 def store_stats(program, piece, high, total):
-    """Writes the largest logits and the sums of weights [query rows] in the same way."""
+    """Writes the references and the sums of weights [query rows] in the same way."""
     plan = program.plan
     slot = plan.schedule.slot(program.number, piece.sequence)
     for i, values in enumerate((high / LOG2_E, total)):

@@ -21,21 +21,21 @@ from ._tuning import (
 
 # Who is asked first: these kernels are faster than those of pallas_triton from LEADING_ROWS query rows per kv head on, unless no
 # more than SHORT rows of a sequence are seen, or a full cache has fewer than MUCH bytes: they take some microseconds longer to
-# begin and end. Both backends multiply blocks of BLOCK_ROWS from LEADING_ROWS on. For twice the query rows of a block half as
-# many bytes are much, because pallas_triton reads them once per block. In 8 bits they are faster from LEADING_ROWS_OF_8_BITS
-# query rows on. Where tiles are widened in registers, as measured on an H200, they are also faster for fewer query rows: up to
-# LEAST_ROWS of any cache, and others of a large cache. Where the value lies in wide rows of the key, they are faster above FEW or
-# WIDE_FEW query rows, for pages of a cache that has MUCH_WIDE bytes, for up to MOST_ALONE sequences with few query rows, and
-# always in 8 bits.
-LEADING_ROWS, LEADING_ROWS_OF_8_BITS, BLOCK_ROWS, SHORT, MUCH, MOST_ALONE = 33, 20, 64, 256, 128 << 20, 2
+# begin and end. For twice the query rows half as many bytes are much, because pallas_triton reads them once for each 64 query
+# rows. In 8 bits they are faster from LEADING_ROWS_OF_8_BITS query rows on. Where tiles are widened in registers, as measured on
+# an H200, they are also faster for fewer query rows: up to LEAST_ROWS of any cache, and others of a large cache. Where the value
+# lies in wide rows of the key, they are faster above FEW or WIDE_FEW query rows, for pages of a cache that has MUCH_WIDE bytes,
+# for up to MOST_ALONE sequences with few query rows, and always in 8 bits.
+LEADING_ROWS, LEADING_ROWS_OF_8_BITS, SHORT, MUCH, MOST_ALONE = 64, 20, 256, 128 << 20, 2
 LEAST_ROWS = 8
 # In 8 bits, where HALF_LINE of what is multiplied is zeros, few query rows are faster for a large cache with LONG_IN_HALF rows per
 # sequence. Where more of a line is filled, pallas_triton is slow, and MUCH_IN_PART bytes are much.
 HALF_LINE, LONG_IN_HALF, MUCH_IN_PART = 64, 4096, 24 << 20
-# Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, too. Without a
-# window, and with head dimensions in FAST_DIMS, they are faster for up to FAST_ROWS query rows of a full cache that has LONG rows
-# per sequence and MUCH_LONG bytes, and for one token of a single sequence.
-LONG, MUCH_LONG, FAST_ROWS, FAST_DIMS = 8192, 512 << 20, 16, (128, 192)
+# Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, and from
+# FAST_LEADING_ROWS query rows on, which both backends multiply as 64. Without a window, and with head dimensions in FAST_DIMS,
+# they are faster for up to FAST_ROWS query rows of a full cache that has LONG rows per sequence and MUCH_LONG bytes, and for one
+# token of a single sequence.
+LONG, MUCH_LONG, FAST_LEADING_ROWS, FAST_ROWS, FAST_DIMS = 8192, 512 << 20, 33, 16, (128, 192)
 
 
 def leads(problem: Problem, target: Target) -> str:
@@ -46,7 +46,7 @@ def leads(problem: Problem, target: Target) -> str:
     rows, laid_out = problem.num_tokens * problem.group, takes_many(problem)
     keys, fast = most_keys(problem), has_fast_memory(target)
     where = "in pages" if problem.paged else "in fast memory" if fast else ""
-    much = keys > SHORT and most_bytes(problem) * max(rows, BLOCK_ROWS) >= MUCH * BLOCK_ROWS
+    much = keys > SHORT and most_bytes(problem) * max(rows, LEADING_ROWS) >= MUCH * LEADING_ROWS
     if is_wide(problem):
         if problem.value_columns is None or tile_dim(problem) <= WIDE or not laid_out:
             return ""
@@ -64,6 +64,8 @@ def leads(problem: Problem, target: Target) -> str:
         return _leads_in_8_bits(problem, rows, much) if laid_out and keys > SHORT else ""
     if rows >= LEADING_ROWS and laid_out and much:
         return f"{LEADING_ROWS} or more query rows per kv head"
+    if rows >= FAST_LEADING_ROWS and laid_out and much and fast and not problem.paged:
+        return f"{FAST_LEADING_ROWS} or more query rows per kv head {where}"
     plain = fast and rows <= FAST_ROWS and problem.head_dim in FAST_DIMS and problem.most_keys is None and laid_out
     if (problem.paged or plain) and problem.batch == problem.num_tokens == 1:
         return f"a single sequence {where}"

@@ -36,15 +36,15 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
     query_rows = program.query_rows(warpgroup)
     softmax = Softmax.of(program, piece, query_rows)
     tiles = _Tiles(program, piece, warpgroup, query, softmax)
-    nothing = tile_of((query_rows.size, plan.value_dim), 0)
+    zeros = tile_of((query_rows.size, plan.value_dim), 0)
 
     def compute():
-        carry = lax.fori_loop(0, piece.num_tiles - 1, tiles.step, tiles.begin(nothing, [*softmax.nothing(), *softmax.unit()]))
+        carry = lax.fori_loop(0, piece.num_tiles - 1, tiles.step, tiles.begin(zeros, [*softmax.nothing(), *softmax.unit()]))
         acc, stats = tiles.last(*carry)
         return softmax.results(acc, *stats)
 
-    of_nothing = nothing, *(of_rows(query_rows.size, value) for value in (LOWEST, 0))
-    write_result(softmax, compute, lambda: query, pl.ds(0, plan.value_dim), nothing=of_nothing)
+    nothing = zeros, *(of_rows(query_rows.size, value) for value in (LOWEST, 0))
+    write_result(softmax, compute, lambda: query, pl.ds(0, plan.value_dim), nothing=nothing)
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
 
 

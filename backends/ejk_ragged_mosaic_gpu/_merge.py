@@ -140,7 +140,7 @@ def _kernel(*refs, tree, problem, plan: Tiles, parts, wait, staging):
 
 
 def finished(acc, high, total, sink, over=over):
-    """Output and lse of some query rows: from the sums of values [query rows, dims], the largest logit, the sum of weights, and the
+    """Output and lse of some query rows: from the sums of values [query rows, dims], the reference, the sum of weights, and the
     sink of each query row, or None. `over` is the function for the layout of `acc`."""
     if sink is not None:
         most = jnp.maximum(high, sink)

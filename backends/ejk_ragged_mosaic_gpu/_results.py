@@ -21,15 +21,15 @@ def write_result(softmax: Softmax, compute, staging, columns, with_stats=True, n
     program, piece, query_rows = softmax.program, softmax.piece, softmax.query_rows
     plan, results, head = program.plan, program.results, program.head
 
-    def keep(acc, high, total):
+    def keep(acc, reference, total):
         slot = plan.schedule.slot(program.number, piece.sequence)
         store(results.parts.at[slot, head, query_rows, columns], acc)
-        for i, values in enumerate((softmax.natural(high), total) if with_stats else ()):
+        for i, values in enumerate((softmax.natural(reference), total) if with_stats else ()):
             store(results.stats.at[slot, head, i, query_rows], values)
 
-    def write(acc, high, total):
+    def write(acc, reference, total):
         sink = sinks_at(program.sink, piece.sequence, head, query_rows)
-        out, lse = finished(acc, softmax.natural(high), total, sink)
+        out, lse = finished(acc, softmax.natural(reference), total, sink)
         if with_stats:
             store(results.lse.at[piece.sequence, head, query_rows], lse)
         write_out(plan, results.out, staging(), out, piece.sequence, head, query_rows, columns)

@@ -30,8 +30,8 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
 
     Returns, by name:
         parts: float32 [slots, Hkv, query rows of all blocks, Dv or more], sums of values, not divided by those of their weights.
-        stats: float32 [slots, Hkv, 2, query rows of all blocks], the largest logit, and the sum of the weights relative to the
-            largest. In one number, their log-sum-exp, the sum would be lost next to a large logit.
+        stats: float32 [slots, Hkv, 2, query rows of all blocks], the reference of the weights, and the sum of the weights
+            relative to the reference. In one number, their log-sum-exp, the sum would be lost next to a large logit.
         stops: where `plan.table`, the table of sequences, int32, as `Ranges.stops`.
         out, lse: where `plan.writes_out`, [B, T, Hkv, G, Dv] and float32 [B, Hkv, query rows of all blocks]: the output and lse of
             sequences that are one piece.
