@@ -27,24 +27,34 @@ class Block:
         tokens: numbers of the query rows' tokens, [block_rows]. 0 if there is one token.
         places: indices of the query rows on the axis T * Hq, [block_rows].
         ok: mask of the query rows that exist. The others are padding. [block_rows].
+        joined: which of the joined kv heads is that of the query row, [block_rows]. None if no kv heads are joined.
     """
 
     kv_head: Any
     tokens: Any
     places: Any
     ok: Any
+    joined: Any = None
 
     @classmethod
     def of(cls, kv_head, row_block, problem, tiles) -> "Block":
+        """The block of a kv head of `problem`, whose kv heads may be joined ones, each of `tiles.joined_heads`."""
         rows = row_block * tiles.block_rows + jnp.arange(tiles.block_rows, dtype=jnp.int32)
         ok = rows < problem.num_tokens * problem.group
         tokens, in_group = (0, rows) if problem.num_tokens == 1 else (rows // problem.group, rows % problem.group)
         places = tokens * problem.num_q_heads + kv_head * problem.group + in_group
-        return cls(kv_head, tokens, places, ok)
+        heads = tiles.joined_heads
+        return cls(kv_head, tokens, places, ok, None if heads == 1 else in_group // (problem.group // heads))
 
     def of_query(self, ref, b, part):
-        """The place and the mask of a part of this block, in an array like the query, for sequence `b`: [block_rows, part.size]."""
-        return ref.at[b, self.places[:, None], part.dims[None, :]], part.masked(self.ok)
+        """The place and the mask of a part of this block, in an array like the query, for sequence `b`: [block_rows, part.size].
+
+        The part is one of the joined kv heads, and the array has the columns of the query row's own kv head only.
+        """
+        if self.joined is None:
+            return ref.at[b, self.places[:, None], part.dims[None, :]], part.masked(self.ok)
+        columns = part.dims[None, :] - (self.joined * ref.shape[2])[:, None]
+        return ref.at[b, self.places[:, None], columns], self.ok[:, None] & (columns >= 0) & (columns < ref.shape[2])
 
     def of_row(self, ref, b):
         """The place and the mask of this block, in an array of one number per query row, for sequence `b`: [block_rows]."""

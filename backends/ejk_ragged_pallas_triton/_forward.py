@@ -31,6 +31,8 @@ from ._blocks import (
     WHOLE,
 )
 from ._jax import array, compiler_params
+from ._joined import joined, joined_cache
+from ._parts import Part
 from ._rows import Rows
 from ._tuning import forward_tiles, Tiles
 
@@ -42,12 +44,14 @@ def forward(problem, target, queries, cache, *, interpret):
     accum = problem.accum_dtype
     batch, num_tokens, num_q_heads, head_dim = queries.query.shape
     rows = num_tokens * num_q_heads
-    operands, tree = jax.tree.flatten((queries.query.reshape(batch, rows, head_dim), cache, length_arrays(problem, queries)))
+    wide, _ = joined(problem, target)
+    query, cache = queries.query.reshape(batch, rows, head_dim), joined_cache(cache, wide)
+    operands, tree = jax.tree.flatten((query, cache, length_arrays(problem, queries)))
 
     parts, part_stats, pieces = pl.pallas_call(
-        functools.partial(_split_kernel, tree=tree, problem=problem, plan=plan),
+        functools.partial(_split_kernel, tree=tree, problem=wide, plan=plan),
         name="ragged_decode_split",
-        grid=(problem.num_kv_heads * plan.row_blocks, schedule.programs),
+        grid=(wide.num_kv_heads * plan.row_blocks, schedule.programs),
         in_specs=[WHOLE] * len(operands),
         out_specs=[WHOLE] * 3,
         out_shape=[
@@ -135,6 +139,7 @@ def _split_kernel(*refs, tree, problem, plan: Tiles):
 def _combine_kernel(parts_ref, part_stats_ref, pieces_ref, *refs, num_q_heads, plan: Tiles):
     """One program merges the partial results and the sink of some query rows of one sequence."""
     *sink_refs, out_ref, lse_ref = refs
+    value_parts = Part.of(out_ref.shape[2])
     b = pl.program_id(0)
     rows = pl.program_id(1) * plan.merge_rows + jnp.arange(plan.merge_rows, dtype=jnp.int32)
     ok = rows < out_ref.shape[1]
@@ -157,7 +162,7 @@ def _combine_kernel(parts_ref, part_stats_ref, pieces_ref, *refs, num_q_heads, p
         part_total = jnp.maximum(part_total, 0.0)
         outs = [
             load((parts_ref.at[slots[:, None, None], rows[None, :, None], part.dims[None, None, :]], masked(part, mask)))
-            for part in plan.value_parts
+            for part in value_parts
         ]
         new_high = jnp.maximum(high, jnp.max(part_high, axis=0))
         weight = jnp.exp(part_high - new_high[None, :])
@@ -172,14 +177,14 @@ def _combine_kernel(parts_ref, part_stats_ref, pieces_ref, *refs, num_q_heads, p
         place = ref.at[b if batch > 1 else 0, rows // num_q_heads if num_tokens > 1 else 0, rows % num_q_heads]
         sink = plgpu.load(place, mask=ok, other=-jnp.inf)
     init = (
-        tuple(jnp.zeros((plan.merge_rows, part.size), jnp.float32) for part in plan.value_parts),
+        tuple(jnp.zeros((plan.merge_rows, part.size), jnp.float32) for part in value_parts),
         jnp.maximum(sink, LOWEST),
         jnp.where(sink > -jnp.inf, 1.0, 0.0),
     )
     acc, high, total = jax.lax.fori_loop(0, cdiv(count, plan.merge_slots), merge, init)
     empty = total == 0
     lse = jnp.where(empty, -jnp.inf, high + jnp.log(jnp.where(empty, 1.0, total)))
-    for part, x in zip(plan.value_parts, acc, strict=True):
+    for part, x in zip(value_parts, acc, strict=True):
         out = x / jnp.where(empty, 1.0, total)[:, None]
         store((out_ref.at[b, rows[:, None], part.dims[None, :]], part.masked(ok)), out)
     store((lse_ref.at[b, rows], ok), lse)

@@ -9,6 +9,7 @@ from ejk_ragged import FwdParams, Problem, Target
 from ejk_ragged_schedule import Schedule
 from ejk_ragged_schedule.devices import has_fast_memory, multiprocessors
 
+from ._joined import joined
 from ._parts import Part
 
 
@@ -27,6 +28,7 @@ class Tiles:
         merge_slots: number of partial results that the merging kernel loads at a time.
         merge_warps: warps of the merging kernel.
         schedule: which program works on which keys.
+        joined_heads: how many kv heads are one, see `_joined`.
     """
 
     block_rows: int
@@ -40,6 +42,7 @@ class Tiles:
     merge_slots: int
     merge_warps: int
     schedule: Schedule
+    joined_heads: int = 1
 
     @property
     def key_width(self) -> int:
@@ -81,10 +84,10 @@ FEW_KEYS = 32
 # before. A block that is loaded first waits in registers, where widened tiles leave little room.
 SMALL_BLOCK = 16 * 128
 # Tiles have this many times as many keys for a cache in pages, because the loop waits a little for each tile's pages, and where
-# the memory is fast, because the work of a tile would take longer than its loads. For WHOLE_STAGES_FROM query rows or a head
-# dimension up to NARROW, whose tiles have many keys, only tiles of pages are large. If `num_key_splits` is given, no tiles are, so
-# that the bits of pages and of padded caches are the same.
-LARGE, NARROW = 2, 64
+# the memory is fast, because the work of a tile would take longer than its loads. For a head dimension up to NARROW, whose tiles
+# have many keys, and where they would have more than LARGE_BYTES, only tiles of pages are large. No tiles are for WHOLE_STAGES_FROM
+# query rows, or if `num_key_splits` is given, so that the bits of pages and of padded caches are the same.
+LARGE, NARROW, LARGE_BYTES = 2, 64, 72 * 1024
 # Partial results of a sequence that the merging kernel loads at a time, at most.
 MOST_MERGED = 32
 
@@ -112,6 +115,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
         ValueError: a hint cannot work. The message names the field.
     """
     given = problem.fwd_params
+    problem, _ = joined(problem, target)
     for name, least in (("block_size_heads", 1), ("block_size_keys", 16), ("num_warps", 1)):
         value = getattr(given, name)
         if value is not None and (value < least or value != power_of_two(value)):
@@ -140,7 +144,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 
 def candidates(problem: Problem, target: Target):
     """Hints for the tuner to try: the combinations near the defaults that fit into shared memory."""
-    default = tile_keys(problem)
+    default = tile_keys(joined(problem, target)[0])
     for keys in (default, 2 * default, max(default // 2, 16)):
         for warps in (NUM_WARPS, 2 * NUM_WARPS):
             for stages in (NUM_STAGES, NUM_STAGES + 1, NUM_STAGES - 1):
@@ -156,9 +160,12 @@ def forward_tiles(problem: Problem, target: Target) -> Tiles:
     """The shape of the forward operation for a problem whose hints are resolved."""
     hints = problem.fwd_params
     block_rows = max(hints.block_size_heads or 0, 16)
-    needs = functools.partial(shared_bytes, problem, hints.block_size_keys, block_rows, backward=False)
-    parts = parts_of(problem, backward=False)
-    return _tiles(problem, target, parts, block_rows, hints.block_size_keys, hints.num_warps, hints.num_stages, needs)
+    wide, heads = joined(problem, target)
+    needs = functools.partial(shared_bytes, wide, hints.block_size_keys, block_rows, backward=False)
+    merged = widest(parts_of(problem, backward=False))
+    parts = parts_of(wide, backward=False)
+    tiles = _tiles(wide, target, parts, merged, block_rows, hints.block_size_keys, hints.num_warps, hints.num_stages, needs)
+    return dataclasses.replace(tiles, joined_heads=heads)
 
 
 def backward_tiles(problem: Problem, target: Target, *, key_value: bool = True) -> Tiles:
@@ -185,7 +192,7 @@ def backward_tiles(problem: Problem, target: Target, *, key_value: bool = True) 
     rows = fitting_rows(problem, lambda rows: needs(rows, 1) <= _shared_memory(target), backward=True)
     of_stages = functools.partial(needs, rows)
     stages = _fitting_stages(of_stages, target, 2 if problem.quantised else NUM_STAGES)
-    return _tiles(problem, target, parts, rows, *keys_and_warps(rows), stages, of_stages)
+    return _tiles(problem, target, parts, widest(parts), rows, *keys_and_warps(rows), stages, of_stages)
 
 
 def refuses_backward(problem: Problem, target: Target) -> str | None:
@@ -231,8 +238,10 @@ def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
     """Number of keys per tile, for blocks of `rows` query rows. It does not depend on the batch if `num_key_splits` is given."""
     keys = tile_keys(problem)
     if not problem.quantised:
-        fast = has_fast_memory(target) and rows < WHOLE_STAGES_FROM and problem.head_dim > NARROW
-        return keys * LARGE if (problem.paged or fast) and not problem.fwd_params.num_key_splits else keys
+        fits = keys * LARGE * row_width(problem, backward=False) * problem.cache_dtype.itemsize <= LARGE_BYTES
+        fast = has_fast_memory(target) and problem.head_dim > NARROW and fits
+        large = (problem.paged or fast) and rows < WHOLE_STAGES_FROM and not problem.fwd_params.num_key_splits
+        return keys * LARGE if large else keys
     if is_wide(problem):
         return FEW_QUANTISED_KEYS
     if rows > 16:
@@ -288,7 +297,7 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _tiles(problem, target, parts, block_rows, block_keys, num_warps, num_stages, needs) -> Tiles:
+def _tiles(problem, target, parts, dim, block_rows, block_keys, num_warps, num_stages, needs) -> Tiles:
     rows = problem.num_tokens * problem.num_q_heads
     row_blocks = -(-problem.num_tokens * problem.group // block_rows)
     splits = problem.fwd_params.num_key_splits
@@ -300,7 +309,6 @@ def _tiles(problem, target, parts, block_rows, block_keys, num_warps, num_stages
 
     # Merging is short, so there are only as many programs as run at once, with a few query rows each. The shape of this work sets
     # the order of sums. If `num_key_splits` is given, the shape must not depend on the batch.
-    dim = widest(parts)
     rows_each = 1 if splits else power_of_two(problem.batch * rows // (4 * processors))
     merge_rows = min(rows_each, 4, max(512 // dim, 1))
     merge_slots = min(max(power_of_two(schedule.slots // problem.batch), 8), MOST_MERGED)
