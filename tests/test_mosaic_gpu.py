@@ -567,6 +567,8 @@ HOPPER = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H10
 FAST = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H200")
 LONG = {"num_q_heads": 16, "seq_len": 8192}
 LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
+SEVERAL = "several tokens with more than 16 query rows per kv head"
+OF_80 = "query rows per kv head of 80 dimensions"
 
 
 @pytest.mark.parametrize(
@@ -674,9 +676,45 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
         ({"num_q_heads": 4, "num_tokens": 63, "most_keys": 4096}, FAST, "33 or more query rows per kv head in fast memory"),
         ({"num_q_heads": 4, "num_tokens": 64}, FAST, "64 or more query rows per kv head"),
         ({"num_q_heads": 4, "num_tokens": 32}, FAST, ""),
+        ({"num_q_heads": 4, "num_tokens": 32, "head_dim": 64, "batch": 16}, FAST, f"{SEVERAL} in fast memory"),
+        ({"num_q_heads": 4, "num_tokens": 17, "head_dim": 64, "batch": 16}, FAST, f"{SEVERAL} in fast memory"),
+        ({"num_q_heads": 4, "num_tokens": 16, "head_dim": 64, "batch": 16}, FAST, ""),
+        ({"num_q_heads": 4, "num_tokens": 32, "head_dim": 64, "batch": 15}, FAST, ""),
+        ({"num_q_heads": 4, "num_tokens": 32, "head_dim": 64, "batch": 16}, HOPPER, ""),
+        ({"num_q_heads": 4, "num_tokens": 32, "head_dim": 64, "value_dim": 128, "batch": 16}, FAST, ""),
+        (PAGED | {"num_q_heads": 4, "num_tokens": 32}, FAST, f"{SEVERAL} in pages"),
+        (PAGED | {"num_q_heads": 4, "num_tokens": 32, "head_dim": 64, "batch": 128}, FAST, f"{SEVERAL} in pages"),
+        (PAGED | {"num_q_heads": 4, "num_tokens": 32, "head_dim": 192}, FAST, ""),
+        (PAGED | {"num_q_heads": 4 * 32}, FAST, ""),
+        (PAGED | {"num_q_heads": 4, "num_tokens": 32}, HOPPER, ""),
+        (PAGED | {"num_q_heads": 4, "num_tokens": 33}, HOPPER, "33 or more query rows per kv head in pages"),
+        ({"num_q_heads": 4, "num_tokens": 33}, HOPPER, ""),
         ({"num_q_heads": 4, "num_tokens": 63, "batch": 7}, FAST, ""),
         ({"num_q_heads": 4, "num_tokens": 63, "most_keys": 256}, FAST, ""),
-        ({"num_q_heads": 4, "num_tokens": 63, "num_pages": 40000, "page_size": 16}, FAST, ""),
+        ({"num_q_heads": 4, "num_tokens": 33, "head_dim": 80}, FAST, f"33 to 64 {OF_80} in fast memory"),
+        ({"num_q_heads": 4, "num_tokens": 64, "head_dim": 80}, FAST, f"33 to 64 {OF_80} in fast memory"),
+        (PAGED | {"num_q_heads": 4, "num_tokens": 64, "head_dim": 80, "batch": 128}, FAST, f"33 to 64 {OF_80} in pages"),
+        ({"num_q_heads": 4, "num_tokens": 32, "head_dim": 80}, FAST, ""),
+        ({"num_q_heads": 4, "num_tokens": 65, "head_dim": 80}, FAST, ""),
+        (
+            {"num_q_heads": 4, "num_tokens": 17, "head_dim": 96},
+            FAST,
+            "17 to 64 query rows per kv head of 96 dimensions in fast memory",
+        ),
+        ({"num_q_heads": 4, "num_tokens": 16, "head_dim": 96}, FAST, ""),
+        ({"num_q_heads": 4, "num_tokens": 40, "head_dim": 96, "value_dim": 64}, FAST, ""),
+        (
+            {"num_q_heads": 4, "num_tokens": 40, "head_dim": 112},
+            FAST,
+            "33 to 64 query rows per kv head of 112 dimensions in fast memory",
+        ),
+        ({"num_q_heads": 4, "num_tokens": 40, "head_dim": 112, "batch": 8}, FAST, ""),
+        ({"num_q_heads": 4, "num_tokens": 40, "head_dim": 112}, HOPPER, ""),
+        ({"num_q_heads": 4, "num_tokens": 40, "head_dim": 112, "batch": 65, "seq_len": 8001}, FAST, ""),
+        ({"num_q_heads": 4, "num_tokens": 40, "head_dim": 112, "junk_between_tokens": True}, FAST, ""),
+        ({"num_q_heads": 4, "num_tokens": 40, "head_dim": 48}, FAST, ""),
+        (PAGED | {"num_q_heads": 4, "num_tokens": 63}, FAST, "33 or more query rows per kv head in pages"),
+        (PAGED | {"num_q_heads": 4, "num_tokens": 63, "most_keys": 256}, FAST, ""),
         (LONG, FAST, "long sequences of a large cache in fast memory"),
         (LONG, HOPPER, ""),
         (LONG | {"num_tokens": 4}, FAST, "long sequences of a large cache in fast memory"),

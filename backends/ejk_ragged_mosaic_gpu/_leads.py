@@ -5,8 +5,11 @@ from ejk_ragged_schedule.devices import has_fast_memory
 
 from ._tuning import (
     copied_dims,
+    FEW_OF_16_BITS,
+    is_direct,
     is_wide,
     most_bytes,
+    MOST_FEW,
     most_keys,
     MUCH_WIDE,
     OPERAND_DIM,
@@ -32,10 +35,13 @@ LEAST_ROWS = 8
 # sequence. Where more of a line is filled, pallas_triton is slow, and MUCH_IN_PART bytes are much.
 HALF_LINE, LONG_IN_HALF, MUCH_IN_PART = 64, 4096, 24 << 20
 # Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, and from
-# FAST_LEADING_ROWS query rows on, which both backends multiply as 64. Without a window, and with head dimensions in FAST_DIMS,
-# they are faster for up to FAST_ROWS query rows of a full cache that has LONG rows per sequence and MUCH_LONG bytes, and for one
-# token of a single sequence.
+# FAST_LEADING_ROWS query rows on, which both backends multiply as 64. In pages the difference is so large that the memory does not
+# matter. Several tokens with more than FEW_OF_16_BITS query rows are also faster with head dimensions of HALF_LINE, and in pages
+# with those of OPERAND_DIM. Without a window, and with head dimensions in FAST_DIMS, they are faster for up to FAST_ROWS query rows
+# of a full cache that has LONG rows per sequence and MUCH_LONG bytes, and for one token of a single sequence.
 LONG, MUCH_LONG, FAST_LEADING_ROWS, FAST_ROWS, FAST_DIMS = 8192, 512 << 20, 33, 16, (128, 192)
+# The same for up to MOST_FEW query rows where 64 does not divide the head dimension: by head dimension, from how many on.
+FAST_LEADING_ROWS_OF = {80: 33, 96: 17, 112: 33}
 
 
 def leads(problem: Problem, target: Target) -> str:
@@ -64,8 +70,14 @@ def leads(problem: Problem, target: Target) -> str:
         return _leads_in_8_bits(problem, rows, much) if laid_out and keys > SHORT else ""
     if rows >= LEADING_ROWS and laid_out and much:
         return f"{LEADING_ROWS} or more query rows per kv head"
-    if rows >= FAST_LEADING_ROWS and laid_out and much and fast and not problem.paged:
+    if rows >= FAST_LEADING_ROWS and laid_out and much and where:
         return f"{FAST_LEADING_ROWS} or more query rows per kv head {where}"
+    several, dims = problem.num_tokens > 1 and rows > FEW_OF_16_BITS, {problem.head_dim, problem.value_dim}
+    if several and laid_out and much and fast and (dims == {HALF_LINE} or (problem.paged and dims == {OPERAND_DIM})):
+        return f"several tokens with more than {FEW_OF_16_BITS} query rows per kv head {where}"
+    least = FAST_LEADING_ROWS_OF.get(problem.head_dim) if dims == {problem.head_dim} else None
+    if least and least <= rows <= MOST_FEW and is_direct(problem) and not problem.junk_between_tokens and much and fast:
+        return f"{least} to {MOST_FEW} query rows per kv head of {problem.head_dim} dimensions {where}"
     plain = fast and rows <= FAST_ROWS and problem.head_dim in FAST_DIMS and problem.most_keys is None and laid_out
     if (problem.paged or plain) and problem.batch == problem.num_tokens == 1:
         return f"a single sequence {where}"

@@ -13,9 +13,10 @@ from ._tiles import BLOCK_SEQUENCES, ITEMSIZE, MOST_TERMS, round_up, table_entri
 
 # The defaults, as measured on an H100. docs/developers has the log.
 
-# Query rows per block. Up to FEW query rows are columns of the products, or up to MOST_FEW if they cannot be rows. More are rows of
-# the products: MANY has the size of a block for 1, 2, 3, and 4 or more times 64 query rows. Each block reads the cache again.
-FEW, MOST_FEW, MANY = 32, 64, (64, 128, 192, 128)
+# Query rows per block. Up to FEW query rows are columns of the products, up to FEW_OF_16_BITS if no head dimension is above
+# OPERAND_DIM in 16 bits, or up to MOST_FEW if they cannot be rows. More are rows of the products: MANY has the size of a block for
+# 1, 2, 3, and 4 or more times 64 query rows. Each block reads the cache again.
+FEW, FEW_OF_16_BITS, MOST_FEW, MANY = 32, 16, 64, (64, 128, 192, 128)
 # The same as FEW for wide tiles that a pair can have, where the cache, if full, has MUCH_WIDE bytes: else a pair begins too late.
 WIDE_FEW, MUCH_WIDE = 16, 256 << 20
 BLOCK_KEYS = 64  # keys per tile: what the tensor cores take at once
@@ -116,7 +117,7 @@ def candidates(problem: Problem, target: Target):
 
 def does_not_fit(problem: Problem, target: Target) -> str | None:
     """Why not even the smallest tiles fit, or None."""
-    if is_wide(problem) and not _direct(problem):
+    if is_wide(problem) and not is_direct(problem):
         return (
             f"it takes values in the key's rows, and head dimensions above {WIDE}, where 64 divides the head dimensions, the "
             "number of columns of a row and the first column of the value, and 8 divides the number of rows"
@@ -150,7 +151,8 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
         return min(round_up(min(wanted or there, there), 64), max(WIDENING_REGISTERS) * 64)
     if not takes_many(problem):
         return round_up(min(wanted or MOST_FEW, there, MOST_FEW), 8)
-    if min(wanted or there, there) <= FEW:
+    few = FEW_OF_16_BITS if max(problem.head_dim, problem.value_dim) <= OPERAND_DIM else FEW
+    if min(wanted or there, there) <= few:
         return round_up(min(wanted or there, there), 8)
     blocks = -(-there // 64)
     return min(round_up(wanted, 64), 64 * blocks, MANY[2]) if wanted else MANY[min(blocks, len(MANY)) - 1]
@@ -196,10 +198,10 @@ def _block_keys(problem: Problem, rows: int) -> int:
 def takes_many(problem: Problem) -> bool:
     """Whether query rows can be the rows of the products: copies lay tiles out as products take them, and no rows lie between the
     ranges of tokens."""
-    return _direct(problem) and _common_dim(problem) == 64 and not problem.junk_between_tokens
+    return is_direct(problem) and _common_dim(problem) == 64 and not problem.junk_between_tokens
 
 
-def _direct(problem: Problem) -> bool:
+def is_direct(problem: Problem) -> bool:
     """Whether copies lay tiles out as products want them: lines of at least `LEAST_COLUMNS` columns, eight rows at once."""
     least = 64 if is_wide(problem) or problem.quantised else LEAST_COLUMNS
     return _common_dim(problem) % least == 0 and (problem.seq_len % 8 == 0 or _end_to_end(problem))
@@ -272,7 +274,7 @@ def cannot_copy(problem: Problem) -> str | None:
     if _part_rows(problem, BLOCK_KEYS) % least:
         what = f"of a quantised cache, whose scales it copies {least} at once" if problem.quantised else "of a page"
         return f"a copy takes {least} rows {what}, which do not divide pages of {problem.page_size}"
-    if _direct(problem) or is_wide(problem) or problem.quantised:  # `does_not_fit` knows what wide rows and 8 bits need
+    if is_direct(problem) or is_wide(problem) or problem.quantised:  # `does_not_fit` knows what wide rows and 8 bits need
         return None
     return f"its pages have head dimensions that {LEAST_COLUMNS} divides, not {problem.head_dim} and {problem.value_dim}"
 
@@ -301,7 +303,7 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
     long = pair or (many and problem.quantised)
     change = CHANGE_OF_LONG if long else CHANGE if many or in_registers else 0
     schedule = Schedule.of(problem, multiprocessors(target) // (problem.num_kv_heads * row_blocks), keys, change)
-    end_to_end = _direct(problem) and _end_to_end(problem)
+    end_to_end = is_direct(problem) and _end_to_end(problem)
     if end_to_end:  # rows of a sequence count from up to 7 rows early
         schedule = dataclasses.replace(schedule, seq_len=problem.seq_len + 7)
     alone = schedule.by_sequence or problem.batch == 1
@@ -338,9 +340,9 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         wide_stages=wide_stages,
         in_registers=in_registers,
         part_dim=_part_dim(problem),
-        direct=_direct(problem),
+        direct=is_direct(problem),
         end_to_end=end_to_end,
-        common_dim=_common_dim(problem) if _direct(problem) else 64,
+        common_dim=_common_dim(problem) if is_direct(problem) else 64,
         table=0 if alone else max(round_up(problem.batch, 8), BLOCK_SEQUENCES),
         table_step=1 if alone or not pair else step_of_table(problem.batch),
         schedule=schedule,
