@@ -15,6 +15,7 @@ from ejk_ragged_pallas_triton import _joined
 from ejk_ragged_pallas_triton._joined import joined
 
 
+A100 = types.SimpleNamespace(compute_capability="8.0", device_kind="NVIDIA A100")
 H100, H200 = (types.SimpleNamespace(compute_capability="9.0", device_kind=f"NVIDIA {name}") for name in ("H100", "H200"))
 SIZES = {"batch": 8, "num_tokens": 1, "seq_len": 5001, "num_q_heads": 32, "num_kv_heads": 8, "head_dim": 80}
 POOL = {"num_pages": 700, "page_size": 64, "seq_len": 5056}
@@ -29,10 +30,13 @@ def problem(cache_dtype="bfloat16", dtype="bfloat16", **changes):
     ("changes", "device", "heads"),
     [
         ({}, H200, 4),  # 320 columns of 16 bits are five whole lines
-        ({}, H100, 1),
+        ({}, H100, 4),
+        ({}, A100, 1),
         ({"head_dim": 112}, H200, 4),
         ({"head_dim": 96}, H200, 2),
+        ({"head_dim": 96}, H100, 2),
         ({"head_dim": 64}, H200, 2),
+        ({"head_dim": 64}, H100, 1),
         ({"head_dim": 32}, H200, 4),
         ({"head_dim": 128}, H200, 1),
         ({"head_dim": 128, "value_dim": 96}, H200, 2),
@@ -41,6 +45,8 @@ def problem(cache_dtype="bfloat16", dtype="bfloat16", **changes):
         ({"num_tokens": 3}, H200, 1),
         ({"num_kv_heads": 2, "num_q_heads": 8, "batch": 32}, H200, 2),
         ({"num_kv_heads": 7, "num_q_heads": 28}, H200, 1),
+        ({"batch": 4}, H200, 4),
+        ({"batch": 4}, H100, 1),
         ({"batch": 2}, H200, 1),
         ({"most_keys": 4096}, H200, 4),
         ({"most_keys": 256, "batch": 200}, H200, 1),
@@ -65,7 +71,7 @@ def test_how_many(changes, device, heads):
 @pytest.fixture
 def always(monkeypatch):
     """Joins kv heads of small problems, too, whatever the device."""
-    monkeypatch.setattr(_joined, "_pays", lambda problem, target: problem.value_columns is None and not problem.quantised)
+    monkeypatch.setattr(_joined, "_pays", lambda problem, target, much: problem.value_columns is None and not problem.quantised)
 
 
 CASES = {

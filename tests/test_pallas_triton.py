@@ -407,6 +407,9 @@ def test_the_device_says_what_memory_it_has():
         ({"cache_dtype": "int8"}, 1),
         ({"fwd_params": FwdParams(num_key_splits=7)}, 1),
         ({"num_pages": 300, "page_size": 16}, 1),  # large everywhere
+        ({"head_dim": 192}, 2),  # 72 KB at most
+        ({"head_dim": 160}, 1),
+        ({"head_dim": 576, "value_dim": 512, "row_dim": 576, "value_columns": (0, 512)}, 2),
     ],
     ids=str,
 )
@@ -416,6 +419,24 @@ def test_tiles_are_larger_where_the_memory_is_fast(changes, times):
     keys = [resolve(shape, Target("cuda", device)).block_size_keys for device in (usual, fast)]
     assert keys[1] == times * keys[0]
     assert backward_tiles(shape, Target("cuda", usual)) == backward_tiles(shape, Target("cuda", fast))
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({}, 128),
+        ({"num_tokens": 8}, 128),  # 32 query rows
+        ({"num_tokens": 9}, 64),  # a block of 64
+        ({"head_dim": 160}, 128),
+        ({"head_dim": 80, "batch": 64, "num_q_heads": 8, "num_kv_heads": 8}, 64),  # four kv heads are one of 320 dimensions
+        ({"fwd_params": FwdParams(num_key_splits=7)}, 64),
+    ],
+    ids=str,
+)
+def test_tiles_of_pages_are_larger(changes, keys):
+    pool = {"num_q_heads": 8, "num_kv_heads": 2, "num_pages": 300, "page_size": 16, "seq_len": 1008}
+    device = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H100")
+    assert resolve(problem(**pool | changes), Target("cuda", device)).block_size_keys == keys
 
 
 @pytest.mark.parametrize("tiles", [forward_tiles, backward_tiles])

@@ -115,7 +115,8 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
         ValueError: a hint cannot work. The message names the field.
     """
     given = problem.fwd_params
-    problem, _ = joined(problem, target)
+    problem, heads = joined(problem, target)
+    default_keys = functools.partial(default_block_keys, problem, fast=has_fast_memory(target) or heads > 1, target=target)
     for name, least in (("block_size_heads", 1), ("block_size_keys", 16), ("num_warps", 1)):
         value = getattr(given, name)
         if value is not None and (value < least or value != power_of_two(value)):
@@ -124,11 +125,11 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
         raise ValueError(f"FwdParams.num_warps must be at most 32 for pallas_triton, got {given.num_warps}.")
 
     def fits(rows):
-        keys = given.block_size_keys or default_block_keys(problem, rows, target)
+        keys = given.block_size_keys or default_keys(rows)
         return shared_bytes(problem, keys, rows, 1, backward=False) <= _shared_memory(target)
 
     rows = given.block_size_heads or fitting_rows(problem, fits, backward=False)
-    keys = given.block_size_keys or default_block_keys(problem, rows, target)
+    keys = given.block_size_keys or default_keys(rows)
     needs = functools.partial(shared_bytes, problem, keys, rows, backward=False)
     # For a quantised cache and a large block, two stages, so that two programs fit on a multiprocessor.
     most_stages = 2 if problem.quantised and rows >= WHOLE_STAGES_FROM else NUM_STAGES
@@ -234,14 +235,16 @@ def fitting_rows(problem: Problem, fits, *, backward: bool) -> int:
     return next((rows for rows in (64, 32) if rows <= most and rows * dims <= MOST_SUMS and fits(rows)), 16)
 
 
-def default_block_keys(problem: Problem, rows: int, target: Target) -> int:
-    """Number of keys per tile, for blocks of `rows` query rows. It does not depend on the batch if `num_key_splits` is given."""
+def default_block_keys(problem: Problem, rows: int, *, fast: bool, target: Target) -> int:
+    """Number of keys per tile, for blocks of `rows` query rows. It does not depend on the batch if `num_key_splits` is given.
+
+    `fast` says whether a tile arrives fast: because the memory is fast, or because kv heads are joined.
+    """
     keys = tile_keys(problem)
     if not problem.quantised:
         fits = keys * LARGE * row_width(problem, backward=False) * problem.cache_dtype.itemsize <= LARGE_BYTES
-        fast = has_fast_memory(target) and problem.head_dim > NARROW and fits
-        large = (problem.paged or fast) and rows < WHOLE_STAGES_FROM and not problem.fwd_params.num_key_splits
-        return keys * LARGE if large else keys
+        large = problem.paged or (fast and fits and problem.head_dim > NARROW)
+        return keys * LARGE if large and rows < WHOLE_STAGES_FROM and not problem.fwd_params.num_key_splits else keys
     if is_wide(problem):
         return FEW_QUANTISED_KEYS
     if rows > 16:
