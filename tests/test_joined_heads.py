@@ -1,6 +1,7 @@
 """Kv heads that Pallas-Triton joins, where the memory is fast: how many, and that the answer is that of kv heads apart."""
 
 import functools
+import re
 import types
 from typing import Any
 
@@ -91,12 +92,31 @@ def test_answers(always, case):
     assert_right(functools.partial(ragged_decode_attention, backend=pallas_triton()), case.draw(poison=True))
 
 
+def lowered(*arrays, **keywords):
+    """The operations of StableHLO, and the kernels that are called, for a call that is lowered for cuda."""
+    call = functools.partial(ragged_decode_attention, backend="pallas_triton", **keywords)
+    text = jax.jit(call).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    operations = [line.split("= ")[1].split()[0].split("(")[0] for line in text.splitlines() if "= stablehlo" in line]
+    return set(operations), re.findall(r'\bir = "(.*?)(?<!\\)"', text), text
+
+
+ARRAYS = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((4, 32, 80), (4, 1000, 8, 80), (4, 1000, 8, 80))]
+
+
 def test_nothing_is_moved(always):
-    """Lowered for cuda, the joined cache is the cache: around the two kernels, axes are joined and cut, and nothing is moved."""
-    shape = jax.ShapeDtypeStruct
-    query, cache = shape((4, 32, 80), "bfloat16"), shape((4, 1000, 8, 80), "bfloat16")
-    call = functools.partial(ragged_decode_attention, backend="pallas_triton")
-    text = jax.jit(call).trace(query, cache, cache).lower(lowering_platforms=("cuda",)).as_text()
-    operations = {line.split("= ")[1].split()[0].split("(")[0] for line in text.splitlines() if "= stablehlo" in line}
+    """The joined cache is the cache: around the two kernels, axes are joined and cut, and nothing is moved."""
+    operations, kernels, text = lowered(*ARRAYS)
     assert operations == {"stablehlo.reshape", "stablehlo.broadcast_in_dim", "stablehlo.custom_call"}
+    assert len(kernels) == 2
     assert "4x1000x2x320xbf16" in text
+
+
+def test_the_second_kernel_is_that_of_kv_heads_apart(always, monkeypatch):
+    """Partial results have the columns of one kv head each."""
+    hints = FwdParams(num_key_splits=3)
+    _, (first, second), _ = lowered(*ARRAYS, fwd_params=hints)
+    monkeypatch.setattr(_joined, "_pays", lambda *_: False)
+    jax.clear_caches()
+    _, (first_apart, second_apart), _ = lowered(*ARRAYS, fwd_params=hints)
+    assert first != first_apart
+    assert second == second_apart
