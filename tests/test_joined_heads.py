@@ -1,5 +1,6 @@
 """Kv heads that Pallas-Triton joins, where the memory is fast: how many, and that the answer is that of kv heads apart."""
 
+import dataclasses
 import functools
 import re
 import types
@@ -14,6 +15,7 @@ from ejk_ragged import FwdParams, Problem, ragged_decode_attention, Target
 from ejk_ragged.testing import Case
 from ejk_ragged_pallas_triton import _joined
 from ejk_ragged_pallas_triton._joined import joined
+from ejk_ragged_pallas_triton._tuning import resolve
 
 
 A100 = types.SimpleNamespace(compute_capability="8.0", device_kind="NVIDIA A100")
@@ -58,6 +60,9 @@ def problem(cache_dtype="bfloat16", dtype="bfloat16", **changes):
         ({"dtype": "float32", "cache_dtype": "float32"}, H200, 1),
         ({"value_columns": (0, 80)}, H200, 1),
         ({"fwd_params": FwdParams(num_key_splits=8)}, H200, 1),
+        ({"fwd_params": FwdParams(block_size_keys=64)}, H200, 4),
+        ({"fwd_params": FwdParams(block_size_keys=128)}, H200, 2),
+        ({"fwd_params": FwdParams(block_size_keys=256)}, H200, 1),
     ],
     ids=str,
 )
@@ -67,6 +72,24 @@ def test_how_many(changes, device, heads):
     assert number == heads
     assert (wide.num_q_heads, wide.num_kv_heads * heads) == (one.num_q_heads, one.num_kv_heads)
     assert (wide.head_dim, wide.value_dim, wide.row_dim) == (heads * one.head_dim, heads * one.value_dim, heads * one.row_dim)
+
+
+@pytest.mark.parametrize("device", [H100, H200])
+@pytest.mark.parametrize("page_size", [None, 16, 64])
+@pytest.mark.parametrize("head_dim", range(24, 256, 8))
+def test_hints_that_are_resolved_join_as_many(head_dim, page_size, device):
+    one = problem(head_dim=head_dim, seq_len=4096, batch=64, page_size=page_size, num_pages=page_size and 100000)
+    target = Target("cuda", device)
+    resolved = dataclasses.replace(one, fwd_params=resolve(one, target))
+    assert joined(resolved, target)[1] == joined(one, target)[1]
+    assert resolve(resolved, target) == resolved.fwd_params
+
+
+def test_hints_that_do_not_fit():
+    """The message has the sizes of the call, not those of the joined kv heads."""
+    hints = FwdParams(block_size_keys=64, num_stages=4)
+    with pytest.raises(ValueError, match=r"block_size_keys 64, .* for B 8, S 5001, heads 32:8, D 80, bfloat16; a program has"):
+        resolve(problem(fwd_params=hints), Target("cuda", H200))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ class PallasTritonBackend(Backend):
 
     name: ClassVar[str] = "pallas_triton"
     priority: ClassVar[int] = 100
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
 
     @property
     def platforms(self):  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -15,6 +15,8 @@ from ejk_ragged_schedule.devices import has_fast_memory
 # full cache has fewer than MUCH bytes, because programs have little to do then. For padded caches in fast memory, kv heads are
 # joined until rows have ENOUGH_BYTES, too, and MUCH_PADDED bytes are much.
 LINE, MOST_ROWS, MOST_DIMS, SHORT, MUCH = 128, 16, 512, 256, 64 << 20
+# Bytes of a tile, at most. The defaults have fewer, so only a hint can say that fewer kv heads are joined.
+MOST_TILE_BYTES = 96 * 1024
 ENOUGH_BYTES, MUCH_PADDED = 256, 32 << 20
 # An H100 runs the same program with the same multiprocessors. If it takes 1.43 times the time of an H200, which is the ratio of
 # their bandwidths, it is still faster than it was with kv heads apart.
@@ -32,13 +34,14 @@ def joined(problem: Problem, target: Target) -> tuple[Problem, int]:
     row_bytes = [dim * problem.cache_dtype.itemsize for dim in dims]
     easy = has_fast_memory(target) and not problem.paged
     least, much = (ENOUGH_BYTES, MUCH_PADDED) if easy else (LINE, MUCH)
-    pays = _pays(problem, target, much)
+    pays, keys = _pays(problem, target, much), problem.fwd_params.block_size_keys or 0
     while (
         pays
         and any(heads * n % LINE or heads * n < least for n in row_bytes)
         and problem.num_kv_heads % (2 * heads) == 0
         and 2 * heads * rows <= MOST_ROWS
         and 2 * heads * max(dims) <= MOST_DIMS
+        and 2 * heads * sum(row_bytes) * keys <= MOST_TILE_BYTES
     ):
         heads *= 2
     wide = {name: heads * getattr(problem, name) for name in ("head_dim", "value_dim", "row_dim")}

@@ -115,8 +115,8 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
         ValueError: a hint cannot work. The message names the field.
     """
     given = problem.fwd_params
-    problem, heads = joined(problem, target)
-    default_keys = functools.partial(default_block_keys, problem, fast=has_fast_memory(target) or heads > 1, target=target)
+    wide, heads = joined(problem, target)
+    default_keys = functools.partial(default_block_keys, wide, fast=has_fast_memory(target) or heads > 1, target=target)
     for name, least in (("block_size_heads", 1), ("block_size_keys", 16), ("num_warps", 1)):
         value = getattr(given, name)
         if value is not None and (value < least or value != power_of_two(value)):
@@ -126,11 +126,11 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 
     def fits(rows):
         keys = given.block_size_keys or default_keys(rows)
-        return shared_bytes(problem, keys, rows, 1, backward=False) <= _shared_memory(target)
+        return shared_bytes(wide, keys, rows, 1, backward=False) <= _shared_memory(target)
 
-    rows = given.block_size_heads or fitting_rows(problem, fits, backward=False)
+    rows = given.block_size_heads or fitting_rows(wide, fits, backward=False)
     keys = given.block_size_keys or default_keys(rows)
-    needs = functools.partial(shared_bytes, problem, keys, rows, backward=False)
+    needs = functools.partial(shared_bytes, wide, keys, rows, backward=False)
     # For a quantised cache and a large block, two stages, so that two programs fit on a multiprocessor.
     most_stages = 2 if problem.quantised and rows >= WHOLE_STAGES_FROM else NUM_STAGES
     stages = given.num_stages or _fitting_stages(needs, target, most_stages)
@@ -139,7 +139,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
             f"FwdParams.block_size_keys {keys}, block_size_heads {rows} and num_stages {stages} need about {needs(stages)} bytes "
             f"of shared memory for {problem}; a program has {_shared_memory(target)} on this device. Give smaller ones."
         )
-    warps = given.num_warps or (NUM_WARPS_IF_WIDE if is_wide(problem) else NUM_WARPS)
+    warps = given.num_warps or (NUM_WARPS_IF_WIDE if is_wide(wide) else NUM_WARPS)
     return dataclasses.replace(given, block_size_heads=rows, block_size_keys=keys, num_warps=warps, num_stages=stages)
 
 
