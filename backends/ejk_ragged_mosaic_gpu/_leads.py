@@ -2,15 +2,14 @@
 
 from ejk_ragged import Problem, Target
 from ejk_ragged_schedule.devices import has_fast_memory
+from ejk_ragged_schedule.sizes import most_bytes, most_keys
 
 from ._tuning import (
     copied_dims,
     FEW_OF_16_BITS,
     is_direct,
     is_wide,
-    most_bytes,
     MOST_FEW,
-    most_keys,
     MUCH_WIDE,
     OPERAND_DIM,
     takes_many,
@@ -35,10 +34,10 @@ LEAST_ROWS = 8
 # sequence. Where more of a line is filled, pallas_triton is slow, and MUCH_IN_PART bytes are much.
 HALF_LINE, LONG_IN_HALF, MUCH_IN_PART = 64, 4096, 24 << 20
 # Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, and from
-# FAST_LEADING_ROWS query rows on, which both backends multiply as 64. In pages the difference is so large that the memory does not
-# matter. Several tokens with more than FEW_OF_16_BITS query rows are also faster with head dimensions of HALF_LINE, and in pages
-# with those of OPERAND_DIM. Without a window, and with head dimensions in FAST_DIMS, they are faster for up to FAST_ROWS query rows
-# of a full cache that has LONG rows per sequence and MUCH_LONG bytes, and for one token of a single sequence.
+# FAST_LEADING_ROWS query rows on, which both backends multiply as 64. Several tokens with more than FEW_OF_16_BITS query rows are
+# also faster with head dimensions of HALF_LINE, and in pages with those of OPERAND_DIM. Without a window, and with head dimensions
+# in FAST_DIMS, they are faster for up to FAST_ROWS query rows of a full cache that has LONG rows per sequence and MUCH_LONG bytes,
+# and for one token of a single sequence.
 LONG, MUCH_LONG, FAST_LEADING_ROWS, FAST_ROWS, FAST_DIMS = 8192, 512 << 20, 33, 16, (128, 192)
 # The same for up to MOST_FEW query rows where 64 does not divide the head dimension: by head dimension, from how many on.
 FAST_LEADING_ROWS_OF = {80: 33, 96: 17, 112: 33}
@@ -70,7 +69,7 @@ def leads(problem: Problem, target: Target) -> str:
         return _leads_in_8_bits(problem, rows, much) if laid_out and keys > SHORT else ""
     if rows >= LEADING_ROWS and laid_out and much:
         return f"{LEADING_ROWS} or more query rows per kv head"
-    if rows >= FAST_LEADING_ROWS and laid_out and much and where:
+    if rows >= FAST_LEADING_ROWS and laid_out and much and fast:
         return f"{FAST_LEADING_ROWS} or more query rows per kv head {where}"
     several, dims = problem.num_tokens > 1 and rows > FEW_OF_16_BITS, {problem.head_dim, problem.value_dim}
     if several and laid_out and much and fast and (dims == {HALF_LINE} or (problem.paged and dims == {OPERAND_DIM})):

@@ -7,6 +7,7 @@ import math
 from ejk_ragged import FwdParams, Problem, Target
 from ejk_ragged_schedule import Schedule
 from ejk_ragged_schedule.devices import multiprocessors
+from ejk_ragged_schedule.sizes import most_bytes
 
 from ._tiles import BLOCK_SEQUENCES, ITEMSIZE, MOST_TERMS, round_up, table_entries, Tiles, WIDENING_REGISTERS
 
@@ -172,17 +173,6 @@ def _stage_step(problem: Problem, rows: int) -> int:
 def wide_few(problem: Problem) -> int:
     """Query rows of wide tiles that are columns of the products, at most."""
     return WIDE_FEW if most_bytes(problem) >= MUCH_WIDE else FEW
-
-
-def most_bytes(problem: Problem) -> int:
-    """Bytes of the cache that are seen, at most."""
-    dims = problem.row_dim + (problem.value_dim if problem.value_columns is None else 0)
-    return problem.batch * most_keys(problem) * dims * problem.num_kv_heads * problem.cache_dtype.itemsize
-
-
-def most_keys(problem: Problem) -> int:
-    """Rows of a sequence that are seen, at most."""
-    return problem.seq_len if problem.most_keys is None else min(problem.seq_len, problem.most_keys)
 
 
 def _block_keys(problem: Problem, rows: int) -> int:

@@ -8,6 +8,7 @@ import math
 from ejk_ragged import FwdParams, Problem, Target
 from ejk_ragged_schedule import Schedule
 from ejk_ragged_schedule.devices import has_fast_memory, multiprocessors
+from ejk_ragged_schedule.sizes import most_keys
 
 from ._joined import joined
 from ._parts import Part
@@ -251,8 +252,8 @@ def default_block_keys(problem: Problem, rows: int, *, fast: bool, target: Targe
         return min(keys, FEW_QUANTISED_KEYS)
     if not problem.fwd_params.num_key_splits:
         programs = PROGRAMS[True] * multiprocessors(target) // problem.num_kv_heads
-        most_keys = problem.batch * min(problem.seq_len, problem.most_keys or problem.seq_len)
-        while keys > LEAST_QUANTISED_KEYS and most_keys <= FEW_TILES * keys * programs:
+        all_keys = problem.batch * most_keys(problem)
+        while keys > LEAST_QUANTISED_KEYS and all_keys <= FEW_TILES * keys * programs:
             keys //= 2
     return keys
 
