@@ -32,7 +32,7 @@ CONSTRAINTS = {"3.12": ["jax==0.11.2"]}
 # XLA, and its backend compiled as users have it. The one between, with which GPUs are measured: kernels lowered, and Mosaic GPU's
 # interpreted, which needs JAX 0.11. `nox -s pythons -- tests` runs all.
 KERNELS = ("schedule", "pallas_triton", "mosaic_gpu")
-INTERPRETED = ("mosaic_gpu_rows", "accuracy")
+INTERPRETED = ("mosaic_gpu_joined", "mosaic_gpu_rows", "accuracy")
 WAIST = ("jit", "vmap", "grad", "loops", "export", "devices", "module", "sharding")
 BETWEEN = ("not once and (mosaic_gpu or not (xla or pallas_triton))", "semantics", "jit", "export", *KERNELS, *INTERPRETED)
 NEWEST = ("not (pallas_triton or mosaic_gpu or once)", "semantics", *WAIST, *KERNELS, "xla_backend")

@@ -531,7 +531,11 @@ def test_parts_that_are_merged_at_once(tokens, group):
         ({"value_dim": 520}, None, "a value_dim of up to 512 that is a multiple of 8, not 520"),
         ({"head_dim": 648}, None, "a head_dim of up to 640 that is a multiple of 8, not 648"),
         ({"head_dim": 264}, None, "head dimensions above 256, where 64 divides the head dimensions"),
-        ({"head_dim": 512, "cache_dtype": INT8}, None, "head dimensions above 256 where the value lies in the key's rows"),
+        (
+            {"head_dim": 576, "value_dim": 512, "cache_dtype": INT8},
+            None,
+            "head dimensions above 512 where the value lies in the key's rows",
+        ),
         (LATENT | {"cache_dtype": INT8, "junk_between_tokens": True}, None, "and no junk lies between tokens"),
         (LATENT | {"value_columns": (8, 136)}, None, "the number of columns of a row and the first column of the value"),
         (LATENT | {"row_dim": 584}, None, "64 divides the head dimensions, the number of columns of a row"),
@@ -567,6 +571,9 @@ HOPPER = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H10
 FAST = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H200")
 LONG = {"num_q_heads": 16, "seq_len": 8192}
 LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
+OF_64 = {"cache_dtype": INT8, "num_kv_heads": 8, "num_q_heads": 64, "head_dim": 64, "value_dim": 64}
+OF_512 = {"cache_dtype": INT8, "num_q_heads": 32, "batch": 4, "seq_len": 2048, "head_dim": 512, "value_dim": 512}
+OF_WIDE = "up to 16 query rows per kv head of more than 256 dimensions of an 8-bit cache"
 SEVERAL = "several tokens with more than 16 query rows per kv head"
 OF_80 = "query rows per kv head of 80 dimensions"
 
@@ -623,6 +630,26 @@ OF_80 = "query rows per kv head of 80 dimensions"
             "20 or more query rows per kv head of an 8-bit cache",
         ),
         ({"cache_dtype": INT8, "num_q_heads": 8, "batch": 8, "seq_len": 501}, HOPPER, ""),
+        (OF_64, FAST, "few query rows of an 8-bit cache whose kv heads are joined"),
+        (OF_64, HOPPER, "few query rows of a large 8-bit cache"),
+        (OF_64 | {"seq_len": 1024, "batch": 16}, FAST, "few query rows of an 8-bit cache whose kv heads are joined"),
+        (
+            OF_64 | {"seq_len": 1024, "batch": 16, "num_tokens": 2},
+            FAST,
+            "few query rows of an 8-bit cache whose kv heads are joined",
+        ),
+        (OF_64 | {"seq_len": 1024, "batch": 16, "num_tokens": 3}, FAST, ""),  # too many query rows
+        (OF_64 | {"seq_len": 1024, "batch": 15}, FAST, ""),
+        (OF_64 | {"seq_len": 1024, "batch": 16}, HOPPER, ""),
+        (OF_512, FAST, OF_WIDE),
+        (OF_512 | {"head_dim": 320, "value_dim": 320, "batch": 8}, FAST, OF_WIDE),
+        (OF_512 | {"num_tokens": 2}, FAST, OF_WIDE),
+        (PAGED | OF_512 | {"page_size": 64, "num_pages": 100}, FAST, OF_WIDE),
+        (OF_512 | {"num_tokens": 3}, FAST, ""),
+        (OF_512 | {"batch": 1, "seq_len": 3072}, FAST, ""),
+        (OF_512 | {"head_dim": 192}, FAST, ""),
+        (OF_512 | {"head_dim": 272, "value_dim": 272}, FAST, ""),
+        (OF_512, HOPPER, ""),
         ({"cache_dtype": INT8, "num_q_heads": 8, "seq_len": 8001}, HOPPER, "up to 8 query rows per kv head of an 8-bit cache"),
         ({"cache_dtype": INT8, "num_q_heads": 32, "batch": 1, "most_keys": 256}, HOPPER, ""),
         (

@@ -33,7 +33,7 @@ class MosaicGpuBackend(Backend):
 
     name: ClassVar[str] = "mosaic_gpu"
     priority: ClassVar[int] = 90
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
 
     @property
     def platforms(self):  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -76,9 +76,11 @@ def copy(program: Program):
         def copy_scales(ring, slot, page, rows, where):
             for name in filter(program.by_row, plan.scales_with(ring)):
                 ref = program.scales[name]
-                source = ref.at[page if ref.shape[0] > 1 else 0, program.head if ref.shape[1] > 1 else 0, rows]
-                target = getattr(shared, f"{prefix}{name}_scale").at[slot, where]
-                plgpu.copy_gmem_to_smem(source, target, program.barriers(prefix + ring)[0].at[slot])
+                target = getattr(shared, f"{prefix}{name}_scale").at[slot]
+                for i, head in enumerate(program.scale_heads(ref)):
+                    source = ref.at[page if ref.shape[0] > 1 else 0, head, rows]
+                    place = target.at[i, where] if plan.in_registers else target.at[where]
+                    plgpu.copy_gmem_to_smem(source, place, program.barriers(prefix + ring)[0].at[slot])
 
         lax.fori_loop(0, piece.num_tiles, tile, places)
 

@@ -9,16 +9,17 @@ import dataclasses
 import jax.numpy as jnp
 
 from ejk_ragged_schedule import length_arrays
+from ejk_ragged_schedule.joined import joined_cache
 
 from ._merge import combine
 from ._split import split
 from ._tiles import begins_at
-from ._tuning import tiles
+from ._tuning import joined_heads, tiles
 
 
 def forward(problem, target, queries, cache, **how):
     """Output and log-sum-exp; shapes as in `ejk_ragged.Backend.forward`."""
-    plan = tiles(problem, target)
+    plan, (wide, _) = tiles(problem, target), joined_heads(problem, target)
     lengths = length_arrays(problem, queries)
     if plan.end_to_end:
         lengths, cache = _laid_end_to_end(problem, lengths, cache)
@@ -26,9 +27,9 @@ def forward(problem, target, queries, cache, **how):
     query_bounds = lengths.get("token_start"), lengths.get("token_end")
     if not (plan.many or plan.in_registers):
         query_bounds = _of_rows(problem, plan, query_bounds[0], plan.schedule.seq_len), _of_rows(problem, plan, query_bounds[1], 0)
-    cache = _scales_by_row(problem, cache)
+    cache = _scales_by_row(problem, joined_cache(cache, wide))
     sink = _sink_of_rows(problem, plan, queries.sink) if plan.many else queries.sink
-    partial = split(problem, plan, _by_kv_head(problem, plan, queries.query), cache, own, query_bounds, sink, **how)
+    partial = split(wide, plan, _by_kv_head(wide, plan, queries.query), cache, own, query_bounds, sink, **how)
     out, lse = combine(problem, target, plan, partial, own, sink, **how)
     out, lse = _by_token(problem, out, lse)
     return out.reshape(*queries.query.shape[:3], problem.value_dim), lse.reshape(queries.query.shape[:3])
@@ -60,12 +61,21 @@ def _laid_end_to_end(problem, lengths, cache):
 def _by_kv_head(problem, plan, query):
     """[B, T, Hq, D] as [B, T, Hkv, G, D] with the plan's T and G, and dimensions that tiles can hold."""
     batch, num_tokens, _, head_dim = query.shape
+    if plan.joined > 1:
+        query, head_dim = _among_joined(query, plan.joined, problem.group // plan.joined), problem.head_dim
     query = query.reshape(batch, num_tokens, problem.num_kv_heads, problem.group, head_dim)
     more_dims = plan.block_dim - head_dim
     if plan.tokens != num_tokens:
         query = query.swapaxes(1, 2).reshape(batch, 1, problem.num_kv_heads, num_tokens * problem.group, head_dim)
     more_rows = plan.token_rows - query.shape[3]
     return jnp.pad(query, (*[(0, 0)] * 3, (0, more_rows), (0, more_dims))) if more_rows or more_dims else query
+
+
+def _among_joined(query, heads, group):
+    """[B, T, Hq, D] with columns for each of the joined kv heads, D each, and zeros in those of the others."""
+    batch, num_tokens, _, head_dim = query.shape
+    own = jnp.eye(heads, dtype=bool).reshape(1, 1, 1, heads, 1, heads, 1)
+    return jnp.where(own, query.reshape(batch, num_tokens, -1, heads, group, 1, head_dim), jnp.zeros((), query.dtype))
 
 
 def _by_token(problem, out, lse):

@@ -4,6 +4,7 @@ from ejk_ragged import Problem, Target
 from ejk_ragged_schedule.devices import has_fast_memory
 from ejk_ragged_schedule.sizes import most_bytes, most_keys
 
+from ._joined import joined
 from ._tuning import (
     copied_dims,
     FEW_OF_16_BITS,
@@ -31,7 +32,9 @@ from ._tuning import (
 LEADING_ROWS, LEADING_ROWS_OF_8_BITS, SHORT, MUCH, MOST_ALONE = 64, 20, 256, 128 << 20, 2
 LEAST_ROWS = 8
 # In 8 bits, where HALF_LINE of what is multiplied is zeros, few query rows are faster for a large cache with LONG_IN_HALF rows per
-# sequence. Where more of a line is filled, pallas_triton is slow, and MUCH_IN_PART bytes are much.
+# sequence. Where more of a line is filled, pallas_triton is slow, and MUCH_IN_PART bytes are much. Where the memory is fast, they
+# are also faster wherever kv heads of HALF_LINE are joined, and for up to WIDE_FEW query rows of head dimensions above WIDE in a
+# cache that has MUCH_IN_PART bytes.
 HALF_LINE, LONG_IN_HALF, MUCH_IN_PART = 64, 4096, 24 << 20
 # Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, and from
 # FAST_LEADING_ROWS query rows on, which both backends multiply as 64. Several tokens with more than FEW_OF_16_BITS query rows are
@@ -66,7 +69,7 @@ def leads(problem: Problem, target: Target) -> str:
         alone = problem.batch <= MOST_ALONE and keys > SHORT and rows <= WIDE_FEW
         return f"values in wide rows of the key of up to {MOST_ALONE} sequences" if alone else ""
     if problem.quantised:
-        return _leads_in_8_bits(problem, rows, much) if laid_out and keys > SHORT else ""
+        return _leads_in_8_bits(problem, rows, much, fast) if laid_out and keys > SHORT else ""
     if rows >= LEADING_ROWS and laid_out and much:
         return f"{LEADING_ROWS} or more query rows per kv head"
     if rows >= FAST_LEADING_ROWS and laid_out and much and fast:
@@ -84,8 +87,8 @@ def leads(problem: Problem, target: Target) -> str:
     return "long sequences of a large cache in fast memory" if plain and long else ""
 
 
-def _leads_in_8_bits(problem: Problem, rows: int, much: bool) -> str:
-    """The same for 8-bit caches that are not wide. `much` says whether a full cache has many bytes."""
+def _leads_in_8_bits(problem: Problem, rows: int, much: bool, fast: bool) -> str:
+    """The same for 8-bit caches that are not wide. `much` says whether a full cache has many bytes, `fast` whether memory is."""
     if problem.seq_len % 8 and not much:  # XLA copies scales
         return ""
     dims = problem.head_dim, problem.value_dim
@@ -93,9 +96,14 @@ def _leads_in_8_bits(problem: Problem, rows: int, much: bool) -> str:
     if narrow and min(dims) < OPERAND_DIM:
         much = most_bytes(problem) >= MUCH_IN_PART
     in_registers = widens_in_registers(problem, rows)
+    if max(dims) > WIDE:
+        few = fast and in_registers and min(dims) > WIDE and rows <= WIDE_FEW and most_bytes(problem) >= MUCH_IN_PART
+        return f"up to {WIDE_FEW} query rows per kv head of more than {WIDE} dimensions of an 8-bit cache" if few else ""
     if in_registers and rows <= LEAST_ROWS and min(dims) > HALF_LINE and (narrow or problem.num_tokens == 1):
         return f"up to {LEAST_ROWS} query rows per kv head of an 8-bit cache"
     if much and rows >= LEADING_ROWS_OF_8_BITS and dims[0] > HALF_LINE and copied_dims(problem)[0] == OPERAND_DIM:
         return f"{LEADING_ROWS_OF_8_BITS} or more query rows per kv head of an 8-bit cache"
     long = dims == (HALF_LINE, HALF_LINE) and problem.seq_len >= LONG_IN_HALF
+    if fast and dims == (HALF_LINE, HALF_LINE) and joined(problem)[1] > 1:
+        return "few query rows of an 8-bit cache whose kv heads are joined"
     return "few query rows of a large 8-bit cache" if in_registers and much and (narrow or long) else ""

@@ -42,9 +42,9 @@ def store_in_order_of_keys(source, target, interpreted):
     store(target, relaid(x))
 
 
-def keys_of(ref, dtype, interpreted):
+def keys_of(ref, dtype, interpreted, optimized=True):
     """A tile of keys [64, D] in a dtype of 16 bits that holds each of its numbers. Its columns have an order of their own."""
-    x = plgpu.load(ref, layout=KEY_BYTES)
+    x = plgpu.load(ref, layout=KEY_BYTES, optimized=optimized)
     if interpreted:
         return x.astype(jnp.float32).astype(dtype)
 
@@ -61,9 +61,9 @@ def keys_of(ref, dtype, interpreted):
     return relaid(x)
 
 
-def bytes_of_values(ref):
+def bytes_of_values(ref, optimized=True):
     """A tile of values [64, Dv] as it is."""
-    return plgpu.load(ref, layout=VALUE_BYTES)
+    return plgpu.load(ref, layout=VALUE_BYTES, optimized=optimized)
 
 
 def values_of(x, interpreted):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._jax import LOWEST, OF_ROWS, plgpu, TILE
+from ._jax import LOWEST, OF_COLUMNS, OF_ROWS, plgpu, TILE
 from ._line import Piece, Ranges
 from ._tiles import Tiles
 
@@ -173,12 +173,34 @@ class Program:
         return math.floor(math.log2(float(jnp.finfo(jnp.float16).max) / largest)) - 1
 
     def scale_of(self, piece: Piece, name):
-        """The scale of "k" or "v" that all rows of the piece share, or None: there is none, or one per row."""
+        """The scale of "k" or "v" that all rows of the piece share, or None: there is none, or one per row. If kv heads are joined,
+        each query row may have another scale: float32 [query rows]."""
         ref = self.scales[name]
         if ref is None or self.by_row(name):
             return None
-        pages, heads, _ = ref.shape
-        return ref[piece.sequence if pages > 1 else 0, self.head if heads > 1 else 0, 0]
+        return self.of_query_rows([ref[piece.sequence if ref.shape[0] > 1 else 0, head, 0] for head in self.scale_heads(ref)])
+
+    def scale_heads(self, ref):
+        """The kv heads whose scales the program needs, of those that an array [.., kv heads or 1, ..] of scales has."""
+        first = self.head * self.plan.joined
+        return [first + i for i in range(self.plan.joined)] if ref.shape[1] > 1 else [0]
+
+    def of_heads(self, values, shape, axis, layout=TILE):
+        """Of `values`, one for each joined kv head, what belongs to each query row: an array whose `axis` is that of the query
+        rows."""
+        if len(values) == 1:
+            return values[0]
+        token_rows = self.problem.group
+        row = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+        head = lax.div(lax.rem(row, token_rows), token_rows // self.plan.joined)
+        return functools.reduce(lambda found, i: jnp.where(head == i, values[i], found), range(1, len(values)), values[0])
+
+    def of_query_rows(self, numbers):
+        """One number for all query rows, or one for each joined kv head as [query rows]."""
+        if len(numbers) == 1:
+            return numbers[0]
+        vectors = [plgpu.layout_cast(jnp.full((self.plan.block_rows,), x, jnp.float32), OF_COLUMNS) for x in numbers]
+        return self.of_heads(vectors, vectors[0].shape, 0, OF_COLUMNS)
 
     def by_row(self, name) -> bool:
         """Whether "k" or "v" has a scale per row."""

@@ -119,35 +119,34 @@ def _rings(problem, plan, cache):
     """The rings of shared memory, with the barriers of their places: who fills a place, and who frees it."""
     keys = plan.place_rows
     parts = keys // plan.part_rows
-    by_row = [
-        name for name, scale in (("k", cache.key_scale), ("v", cache.value_scale)) if scale is not None and scale.shape[2] > 1
-    ]
+    # How many scales each row of "k" and "v" has in a program.
+    given = ("k", cache.key_scale), ("v", cache.value_scale)
+    scales = {name: min(scale.shape[1], plan.joined) for name, scale in given if scale is not None and scale.shape[2] > 1}
     arrivals: dict[str, Any] = {"q": (plan.block_rows // plan.copy_rows, plan.warpgroups)}
     shared: dict[str, Any] = {"q": ((plan.row_groups, plan.warpgroup_rows, plan.block_dim), problem.dtype)}
     for name, (source, _, columns) in plan.rings.items():
         if plan.in_registers:  # each place is always read by the same warpgroup
             shared[name] = (keys, columns), problem.cache_dtype
-            arrivals[name] = parts * (1 + (name in by_row)), 1
+            arrivals[name] = parts * (1 + scales.get(name, 0)), 1
         else:
             shared[name] = (keys, columns), plan.value_dtype(problem) if source else problem.dtype
             arrivals[name] = 1 if plan.wide_stages else parts, 1 if plan.pair else plan.warpgroups
         if plan.wide_stages:
             shared[f"narrow_{name}"] = (keys, columns), problem.cache_dtype
-            arrivals[f"narrow_{name}"] = parts * (len(plan.rings) + len(by_row)), 1
+            arrivals[f"narrow_{name}"] = parts * (len(plan.rings) + len(scales)), 1
     rings: dict[str, Any] = {}
     for name, (shape, dtype) in shared.items():
-        tiled = plan.direct or name == "q"
-        rings[name] = plgpu.SMEM(
-            (plan.places[name], *shape), dtype, transforms=tiling(shape[-1], dtype, plan.line) if tiled else ()
-        )
+        tiled, line = plan.direct or name == "q", plan.narrow_line if plan.in_registers and name != "q" else plan.line
+        rings[name] = plgpu.SMEM((plan.places[name], *shape), dtype, transforms=tiling(shape[-1], dtype, line) if tiled else ())
         for state, count, others in zip(("full", "free"), arrivals[name], (plan.filled_with, plan.freed_with), strict=True):
             if name not in others:
                 rings[f"{name}_{state}"] = plgpu.Barrier(num_arrivals=count, num_barriers=plan.places[name])
-    for name in by_row:
+    for name, count in scales.items():
         if plan.wide_stages:
             rings[f"narrow_{name}_scale"] = plgpu.SMEM((plan.stages, keys), jnp.float32)
-        rings[f"{name}_scale"] = plgpu.SMEM((plan.wide_stages or plan.stages, keys), jnp.float32)
-    if plan.many and "v" in by_row:
+        places = (plan.stages, count) if plan.in_registers else (plan.wide_stages or plan.stages,)
+        rings[f"{name}_scale"] = plgpu.SMEM((*places, keys), jnp.float32)
+    if plan.many and "v" in scales:
         rings["v_unit"] = plgpu.SMEM((plan.wide_stages,), jnp.float32)
     return rings
 

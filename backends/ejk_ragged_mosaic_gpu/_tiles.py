@@ -22,6 +22,7 @@ LEAST_MERGED = {False: 4, True: 2}
 MOST_TERMS = 2
 ITEMSIZE = 2
 BARRIERS = 1024  # bytes
+OPERAND_DIM = 128  # divides the head dimensions of tiles that are widened in registers, as their layouts have it
 BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 
 
@@ -63,7 +64,9 @@ class Tiles:
         stages: places for tiles of keys that a program holds as they are copied, and for tiles of values. A pair has one place per
             half of a tile. A tile of 8 bits has one place per part.
         wide_stages: the same for widened tiles, or parts of tiles, of a cache of 8 bits; 0 where no warpgroup of its own widens.
+        joined: how many kv heads are one, see `_joined`.
         in_registers: whether the warpgroups that multiply take tiles of 8 bits in turn, and widen them in registers.
+        narrow_line: bytes of a line of tiles that are widened in registers.
         part_dim: columns of a part of a tile. A tile is one part but for wide tiles of 8 bits, which have columns of several parts.
         direct: whether copies lay a tile out as products want it. For this, 8 must divide the rows, and 16 or 64 the columns that
             copies lay out. Other tiles are copied as they are, and a warpgroup lays them out.
@@ -93,7 +96,9 @@ class Tiles:
     part_rows: int
     stages: int
     wide_stages: int
+    joined: int
     in_registers: bool
+    narrow_line: int
     part_dim: int
     direct: bool
     end_to_end: bool
@@ -246,8 +251,9 @@ class Tiles:
 
     @property
     def stored_dim(self) -> int:
-        """Columns of partial results. A warpgroup of 128 threads reads one query row at a time."""
-        return round_up(self.value_dim, 128)
+        """Columns of partial results. A warpgroup of 128 threads reads one query row at a time. Of a query row of joined kv heads,
+        it reads from the first column of its own kv head on."""
+        return round_up(self.value_dim, 128) + 128 * (self.joined > 1)
 
     @property
     def pieces(self) -> int:
@@ -273,7 +279,7 @@ class Tiles:
         weights = self.terms if self.pair else 0 if self.many else MOST_TERMS
         arrays = narrow if self.wide_stages else []
         if self.in_registers:  # scales, queries, numbers that pass between warps, and results of the second warpgroup
-            arrays += [keys * 4 * self.stages] * 2
+            arrays += [self.joined * keys * 4 * self.stages] * 2
             arrays += [self.warpgroups * rows * size for size in (dim * ITEMSIZE, 128)]
             arrays += [rows * size for size in (self.value_dim * 4, 2 * 4)]
             weights *= self.warpgroups

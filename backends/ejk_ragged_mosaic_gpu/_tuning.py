@@ -9,7 +9,8 @@ from ejk_ragged_schedule import Schedule
 from ejk_ragged_schedule.devices import multiprocessors
 from ejk_ragged_schedule.sizes import most_bytes
 
-from ._tiles import BLOCK_SEQUENCES, ITEMSIZE, MOST_TERMS, round_up, table_entries, Tiles, WIDENING_REGISTERS
+from ._joined import joined
+from ._tiles import BLOCK_SEQUENCES, ITEMSIZE, MOST_TERMS, OPERAND_DIM, round_up, table_entries, Tiles, WIDENING_REGISTERS
 
 
 # The defaults, as measured on an H100. docs/developers has the log.
@@ -37,9 +38,8 @@ PART_BYTES = 72 * 1024, 48 * 1024  # of narrow parts, for up to 16 query rows an
 # Rounds of tiles for which a change of sequence counts, as measured on an H200. The second is for a pair and for tiles that are
 # widened in shared memory, whose rounds take longer. It is 0 where a program waits for memory, and changes meanwhile.
 CHANGE, CHANGE_OF_LONG = 2, 1
-WIDE = 256  # head dimensions of one warpgroup, at most
+WIDE, WIDE_IN_REGISTERS = 256, 512  # head dimensions of one warpgroup, at most; the second where it widens tiles of 8 bits
 LEAST_SCALES = 32  # per copy of scales: 128 bytes, the least that a copy takes
-OPERAND_DIM = 128  # divides the head dimensions of tiles that are widened in registers, as their layouts have it
 LEAST_COLUMNS = 16  # per line of a tile: 32 bytes, the least that copies and products take
 # The second kernel.
 MERGE_ROWS = 1, 2, 4, 8, 16, 32  # query rows that a program may merge at once
@@ -58,29 +58,39 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
     Raises:
         ValueError: a hint cannot work, naming the field.
     """
-    given = problem.fwd_params
+    one, given = problem, problem.fwd_params
+    problem, heads = joined_heads(problem, target)
     rows = _block_rows(problem, given.block_size_heads)
     keys = round_up(given.block_size_keys or _block_keys(problem, rows), 64)
     if _by_pair(problem, rows) and (given.block_size_keys is None or problem.keeps_accum_dtype):
-        keys = keys if _bytes(problem, keys, rows, PAIR_STAGES, target) <= shared_memory(target) else BLOCK_KEYS
+        keys = keys if _bytes(problem, keys, rows, PAIR_STAGES, target, heads) <= shared_memory(target) else BLOCK_KEYS
     if given.block_size_heads is None:
         least = lambda rows: PAIR_STAGES if _by_pair(problem, rows) else round_up(given.num_stages or 2, _stage_step(problem, rows))
-        while rows > least_rows(problem) and _bytes(problem, keys, rows, least(rows), target) > shared_memory(target):
+        while rows > least_rows(problem) and _bytes(problem, keys, rows, least(rows), target, heads) > shared_memory(target):
             rows = rows - 64 if rows > 64 else max(rows // 16 * 8, 8)
     pair = _by_pair(problem, rows)
     step = _stage_step(problem, rows)
     stages = PAIR_STAGES if pair else round_up(given.num_stages or default_stages(problem, keys, rows), step)
     # The gradients of a call keep two terms per weight, and get the hints of the call.
     may_have_fewer = not pair and (not given.num_stages or problem.keeps_accum_dtype)
-    while may_have_fewer and stages > step and _bytes(problem, keys, rows, stages, target) > shared_memory(target):
+    while may_have_fewer and stages > step and _bytes(problem, keys, rows, stages, target, heads) > shared_memory(target):
         stages -= step
-    needs = _bytes(problem, keys, rows, stages, target)
+    needs = _bytes(problem, keys, rows, stages, target, heads)
     if needs > shared_memory(target):
         raise ValueError(
             f"FwdParams.block_size_keys {keys}, block_size_heads {rows} and num_stages {stages} need {needs} bytes of shared "
-            f"memory for {problem}; a program of mosaic_gpu has {shared_memory(target)} on this device. Give smaller ones."
+            f"memory for {one}; a program of mosaic_gpu has {shared_memory(target)} on this device. Give smaller ones."
         )
     return dataclasses.replace(given, block_size_heads=rows, block_size_keys=keys, num_stages=stages)
+
+
+def joined_heads(problem: Problem, target: Target) -> tuple[Problem, int]:
+    """What `joined` returns, if the smallest tiles fit that the hints of the problem allow. Else kv heads are apart."""
+    (wide, heads), hints = joined(problem), problem.fwd_params
+    keys, rows = round_up(hints.block_size_keys or BLOCK_KEYS, 64), _block_rows(wide, hints.block_size_heads)
+    stages = round_up(hints.num_stages or TAKERS, _stage_step(wide, rows))
+    fits = heads == 1 or _bytes(wide, keys, rows, stages, target, heads) <= shared_memory(target)
+    return (wide, heads) if fits else (problem, 1)
 
 
 def least_rows(problem: Problem) -> int:
@@ -103,11 +113,12 @@ def default_stages(problem: Problem, keys: int, rows: int) -> int:
 
 def candidates(problem: Problem, target: Target):
     """Hints for the tuner to try: around the defaults, those that fit."""
+    wide, _ = joined_heads(problem, target)
     for keys in (BLOCK_KEYS, 2 * BLOCK_KEYS):
-        rows = _block_rows(problem, None)
-        default = default_stages(problem, keys, rows)
-        step = _stage_step(problem, rows)
-        for stages in (default,) if _by_pair(problem, rows) else (default, default + step, max(default - step, 2)):
+        rows = _block_rows(wide, None)
+        default = default_stages(wide, keys, rows)
+        step = _stage_step(wide, rows)
+        for stages in (default,) if _by_pair(wide, rows) else (default, default + step, max(default - step, 2)):
             hints = FwdParams(block_size_keys=keys, num_stages=stages)
             try:
                 resolve(dataclasses.replace(problem, fwd_params=hints), target)
@@ -124,7 +135,7 @@ def does_not_fit(problem: Problem, target: Target) -> str | None:
             "number of columns of a row and the first column of the value, and 8 divides the number of rows"
         )
     if is_wide(problem) and problem.quantised and problem.value_columns is None:
-        return f"of quantised caches it takes head dimensions above {WIDE} where the value lies in the key's rows"
+        return f"of quantised caches it takes head dimensions above {WIDE_IN_REGISTERS} where the value lies in the key's rows"
     if problem.quantised and not takes_many(problem):
         return (
             f"it widens quantised caches where 64 divides the head dimensions, or {LEAST_COLUMNS} divides one below {OPERAND_DIM}, "
@@ -143,7 +154,8 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
     """Query rows of a block."""
     there = problem.num_tokens * problem.group
     if widens_in_registers(problem, min(wanted or there, there)):
-        return round_up(min(wanted or there, there), 8)
+        most = FEW if max(problem.head_dim, problem.value_dim) <= WIDE else WIDE_FEW
+        return round_up(min(wanted or there, there, most), 8)
     if is_wide(problem):
         most, few = (64, wide_few(problem)) if takes_many(problem) and not problem.quantised else (FEW, FEW)
         wanted = min(wanted or there, most)
@@ -162,7 +174,8 @@ def _block_rows(problem: Problem, wanted: int | None) -> int:
 def widens_in_registers(problem: Problem, rows: int) -> bool:
     """Whether tiles of 8 bits are widened in registers, for blocks of `rows` query rows."""
     whole = all(dim % OPERAND_DIM == 0 for dim in copied_dims(problem))
-    return problem.quantised and not is_wide(problem) and whole and rows <= FEW
+    few = rows <= FEW or max(problem.head_dim, problem.value_dim) > WIDE
+    return problem.quantised and not is_wide(problem) and whole and few
 
 
 def _stage_step(problem: Problem, rows: int) -> int:
@@ -217,22 +230,30 @@ def copied_dims(problem: Problem) -> tuple[int, int]:
     """Head dimensions of key and value as copies lay them out.
 
     A row of 8 bits with fewer than `OPERAND_DIM` columns is copied as one line. A line has `OPERAND_DIM` columns where this lets
-    registers widen tiles, and else a multiple of 64. The copy fills the rest of the line with zeros, and does not read them.
+    registers widen tiles, and else a multiple of 64. The same holds for the last line of a row where a head dimension is above
+    `WIDE`. The copy fills the rest of the line with zeros, and does not read them.
     """
+    key, value = problem.head_dim, problem.value_dim
+    beyond = max(key, value) > WIDE
 
     def copied(dim, line):
-        in_one_line = problem.quantised and not is_wide(problem) and dim < OPERAND_DIM and dim % LEAST_COLUMNS == 0
-        return round_up(dim, line) if in_one_line else dim
+        filled_up = dim % LEAST_COLUMNS == 0 if dim < OPERAND_DIM else beyond and dim % 64 == 0
+        return round_up(dim, line) if filled_up and problem.quantised and not is_wide(problem) else dim
 
-    key, value = problem.head_dim, problem.value_dim
     for_registers = copied(key, OPERAND_DIM), copied(value, OPERAND_DIM)
-    few = problem.num_tokens * problem.group <= FEW and all(dim % OPERAND_DIM == 0 for dim in for_registers)
+    few = (problem.num_tokens * problem.group <= FEW or beyond) and all(dim % OPERAND_DIM == 0 for dim in for_registers)
     return for_registers if few else (copied(key, 64), copied(value, 64))
 
 
 def is_wide(problem: Problem) -> bool:
     """Whether a tile may be too wide for one warpgroup, or its keys have to wait for its values."""
-    return problem.value_columns is not None or max(problem.head_dim, problem.value_dim) > WIDE
+    most = WIDE_IN_REGISTERS if problem.quantised else WIDE
+    return problem.value_columns is not None or max(problem.head_dim, problem.value_dim) > most
+
+
+def _narrow_line(problem: Problem) -> int:
+    """Bytes of a line of a tile of 8 bits that is widened in registers. Lines divide rows that are longer than one line."""
+    return math.gcd(OPERAND_DIM, *(dim for dim in (problem.head_dim, problem.value_dim) if dim > OPERAND_DIM))
 
 
 def _by_pair(problem: Problem, rows: int) -> bool:
@@ -281,11 +302,11 @@ def _part_rows(problem: Problem, keys: int) -> int:
 
 def tiles(problem: Problem, target: Target) -> Tiles:
     """The shape of the work for a problem whose hints are resolved."""
-    hints = problem.fwd_params
-    return _tiles(problem, hints.block_size_keys, hints.block_size_heads, hints.num_stages, target)
+    (wide, heads), hints = joined_heads(problem, target), problem.fwd_params
+    return _tiles(wide, hints.block_size_keys, hints.block_size_heads, hints.num_stages, target, heads)
 
 
-def _tiles(problem, keys, rows, stages, target) -> Tiles:
+def _tiles(problem, keys, rows, stages, target, heads) -> Tiles:
     row_blocks = -(-problem.num_tokens * problem.group // rows)
     many = rows % 64 == 0 and takes_many(problem)
     in_registers = widens_in_registers(problem, rows)
@@ -328,7 +349,9 @@ def _tiles(problem, keys, rows, stages, target) -> Tiles:
         part_rows=_part_rows(problem, keys) if problem.paged or not pair else keys // 2,
         stages=stages,
         wide_stages=wide_stages,
+        joined=heads,
         in_registers=in_registers,
+        narrow_line=_narrow_line(problem),
         part_dim=_part_dim(problem),
         direct=is_direct(problem),
         end_to_end=end_to_end,
@@ -356,7 +379,7 @@ def merging(problem: Problem, target: Target, plan: Tiles) -> tuple[tuple[int, i
     group, rows = (plan.token_rows, plan.num_rows) if plan.many else (problem.group, problem.num_tokens * problem.group)
     dims = math.gcd(plan.value_dim, MERGE_DIMS)
     if problem.value_dim % dims or (dims < MERGE_DIMS and group % 2):  # a part has as many numbers as there are threads, at least
-        dims = plan.stored_dim
+        dims = round_up(problem.value_dim, MERGE_DIMS)
     least = -(-MERGE_DIMS // dims)
     most = min(max(MERGE_NUMBERS // (dims * plan.merge_slots), least), MERGE_PARTS * math.gcd(group, MERGE_ROWS[-1]))
     fits = [n for n in MERGE_ROWS if problem.num_kv_heads * rows % n == 0 and least <= n <= most]
@@ -367,8 +390,8 @@ def merging(problem: Problem, target: Target, plan: Tiles) -> tuple[tuple[int, i
     return (part, dims), at_once // part, min(work // at_once, programs)
 
 
-def _bytes(problem, keys, rows, stages, target) -> int:
-    return _tiles(problem, keys, rows, stages, target).shared_bytes()
+def _bytes(problem, keys, rows, stages, target, heads=1) -> int:
+    return _tiles(problem, keys, rows, stages, target, heads).shared_bytes()
 
 
 def shared_memory(target) -> int:

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ejk_ragged_schedule import cdiv, length_arrays
+from ejk_ragged_schedule.joined import joined_cache
 
 from ._blocks import (
     Block,
@@ -31,7 +32,7 @@ from ._blocks import (
     WHOLE,
 )
 from ._jax import array, compiler_params
-from ._joined import joined, joined_cache
+from ._joined import joined
 from ._parts import Part
 from ._rows import Rows
 from ._tuning import forward_tiles, Tiles

@@ -1,13 +1,8 @@
-"""Several kv heads as one wide head, because a copy of few bytes per row is slow. A program then has the query rows of all of them.
+"""How many kv heads are one wide head, see `ejk_ragged_schedule.joined`."""
 
-The rows of neighbouring kv heads lie side by side in the cache. A query row has zeros in the columns of the other kv heads, and
-uses its own columns of the output. The tensor cores multiply 16 query rows at least, so the further query rows cost nothing.
-"""
-
-import dataclasses
-
-from ejk_ragged import Cache, Problem, Target
+from ejk_ragged import Problem, Target
 from ejk_ragged_schedule.devices import has_fast_memory
+from ejk_ragged_schedule.joined import with_joined_heads
 from ejk_ragged_schedule.sizes import most_bytes, most_keys
 
 
@@ -34,8 +29,7 @@ def joined(problem: Problem, target: Target) -> tuple[Problem, int]:
     tile_bytes = (problem.fwd_params.block_size_keys or 0) * (problem.head_dim + problem.value_dim) * problem.cache_dtype.itemsize
     while heads > 1 and (problem.num_kv_heads % heads or heads * rows > MOST_ROWS or heads * tile_bytes > MOST_TILE_BYTES):
         heads //= 2
-    wide = {name: heads * getattr(problem, name) for name in ("head_dim", "value_dim", "row_dim")}
-    return dataclasses.replace(problem, num_kv_heads=problem.num_kv_heads // heads, **wide), heads
+    return with_joined_heads(problem, heads), heads
 
 
 def _pays(problem: Problem, target: Target, much: int) -> bool:
@@ -50,12 +44,3 @@ def _pays(problem: Problem, target: Target, much: int) -> bool:
         return False
     capability = getattr(target.device, "compute_capability", None)
     return capability == CAPABILITY and most_keys(problem) > SHORT and most_bytes(problem) >= much
-
-
-def joined_cache(cache: Cache, wide: Problem) -> Cache:
-    """The cache with the kv heads of `wide`, a joined problem. Nothing is moved."""
-
-    def reshaped(x, dim):
-        return x if x is None else x.reshape(*x.shape[:2], wide.num_kv_heads, dim)
-
-    return dataclasses.replace(cache, key=reshaped(cache.key, wide.row_dim), value=reshaped(cache.value, wide.value_dim))
