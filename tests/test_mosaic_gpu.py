@@ -572,6 +572,7 @@ FAST = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H200"
 LONG = {"num_q_heads": 16, "seq_len": 8192}
 LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
 OF_64 = {"cache_dtype": INT8, "num_kv_heads": 8, "num_q_heads": 64, "head_dim": 64, "value_dim": 64}
+OF_80_IN_8_BITS = OF_64 | {"num_q_heads": 32, "batch": 8, "seq_len": 5001, "head_dim": 80, "value_dim": 80}
 OF_512 = {"cache_dtype": INT8, "num_q_heads": 32, "batch": 4, "seq_len": 2048, "head_dim": 512, "value_dim": 512}
 OF_WIDE = "up to 16 query rows per kv head of more than 256 dimensions of an 8-bit cache"
 SEVERAL = "several tokens with more than 16 query rows per kv head"
@@ -641,6 +642,10 @@ OF_80 = "query rows per kv head of 80 dimensions"
         (OF_64 | {"seq_len": 1024, "batch": 16, "num_tokens": 3}, FAST, ""),  # too many query rows
         (OF_64 | {"seq_len": 1024, "batch": 15}, FAST, ""),
         (OF_64 | {"seq_len": 1024, "batch": 16}, HOPPER, ""),
+        (OF_80_IN_8_BITS, FAST, "up to 8 query rows per kv head of an 8-bit cache"),
+        (OF_80_IN_8_BITS, HOPPER, ""),
+        (OF_80_IN_8_BITS | {"seq_len": 4501}, FAST, ""),
+        (OF_80_IN_8_BITS | {"head_dim": 64, "value_dim": 64}, FAST, ""),
         (OF_512, FAST, OF_WIDE),
         (OF_512 | {"head_dim": 320, "value_dim": 320, "batch": 8}, FAST, OF_WIDE),
         (OF_512 | {"num_tokens": 2}, FAST, OF_WIDE),

@@ -91,7 +91,7 @@ def always(monkeypatch):
 
 
 def eight_bits(batch, seq_len, num_q_heads, num_kv_heads, head_dim, lengths=("ranges", (3, 66), (0, 90)), **more):
-    given = {"cache_dtype": "int8", "scales": "row"} | more
+    given: dict[str, Any] = {"cache_dtype": "int8", "scales": "row"} | more
     return Case("", batch, seq_len, num_q_heads, num_kv_heads, head_dim, "bfloat16", lengths, **given)
 
 

@@ -89,9 +89,10 @@ def leads(problem: Problem, target: Target) -> str:
 
 def _leads_in_8_bits(problem: Problem, rows: int, much: bool, fast: bool) -> str:
     """The same for 8-bit caches that are not wide. `much` says whether a full cache has many bytes, `fast` whether memory is."""
-    if problem.seq_len % 8 and not much:  # XLA copies scales
-        return ""
     dims = problem.head_dim, problem.value_dim
+    are_joined = fast and joined(problem)[1] > 1
+    if problem.seq_len % 8 and not (much or (are_joined and dims[0] > HALF_LINE)):  # XLA copies scales
+        return ""
     narrow = copied_dims(problem) == (OPERAND_DIM, OPERAND_DIM) and min(dims) > HALF_LINE
     if narrow and min(dims) < OPERAND_DIM:
         much = most_bytes(problem) >= MUCH_IN_PART
@@ -104,6 +105,6 @@ def _leads_in_8_bits(problem: Problem, rows: int, much: bool, fast: bool) -> str
     if much and rows >= LEADING_ROWS_OF_8_BITS and dims[0] > HALF_LINE and copied_dims(problem)[0] == OPERAND_DIM:
         return f"{LEADING_ROWS_OF_8_BITS} or more query rows per kv head of an 8-bit cache"
     long = dims == (HALF_LINE, HALF_LINE) and problem.seq_len >= LONG_IN_HALF
-    if fast and dims == (HALF_LINE, HALF_LINE) and joined(problem)[1] > 1:
+    if are_joined and dims[0] == HALF_LINE:
         return "few query rows of an 8-bit cache whose kv heads are joined"
     return "few query rows of a large 8-bit cache" if in_registers and much and (narrow or long) else ""

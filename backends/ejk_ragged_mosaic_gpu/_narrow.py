@@ -36,25 +36,25 @@ def shared(plan, dtype):
     """What the warpgroups have in shared memory next to the rings: queries and numbers that pass between warps, for each of them,
     and the results of the second one."""
     rows, readers = plan.block_rows, plan.warpgroups
-    arrays = {"passed": (plan.value_dim, rows), "passed_stats": (2, rows), "reduction": (readers, 32 * rows)}
+    arrays = {"second": (plan.value_dim, rows), "second_stats": (2, rows), "reduction": (readers, 32 * rows)}
     return {
         "query": plgpu.SMEM((readers, rows, plan.block_dim), dtype, transforms=tiling(plan.block_dim, dtype, plan.line)),
         **{name: plgpu.SMEM(shape, jnp.float32) for name, shape in arrays.items()},
-        **{f"passed_{state}": plgpu.Barrier(num_arrivals=1) for state in ("full", "free")},
+        **{f"second_{state}": plgpu.Barrier(num_arrivals=1) for state in ("full", "free")},
     }
 
 
 def compute_pieces(program: Program, warpgroup):
     """Partial results of all pieces, in memory."""
-    passed_free = program.shared.passed_free
+    second_free = program.shared.second_free
 
     def release():
         program.release(*program.plan.rings)
-        plgpu.barrier_arrive(passed_free)
+        plgpu.barrier_arrive(second_free)
 
     when(warpgroup == 0)(release)
     program.ranges.pieces(program.number, lambda piece: _compute_piece(program, piece, warpgroup))
-    when(warpgroup == 1)(lambda: plgpu.barrier_wait(passed_free))
+    when(warpgroup == 1)(lambda: plgpu.barrier_wait(second_free))
 
 
 def _compute_piece(program: Program, piece: Piece, warpgroup):
@@ -121,21 +121,21 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
 
 def _pass_on(shared, accs, high, total):
     """Leaves the results of a piece in shared memory, for the first warpgroup."""
-    plgpu.barrier_wait(shared.passed_free)
-    for columns, acc in zip(_at_once(shared.passed.shape[0]), accs, strict=True):
-        store(shared.passed.at[columns], acc)
+    plgpu.barrier_wait(shared.second_free)
+    for columns, acc in zip(_at_once(shared.second.shape[0]), accs, strict=True):
+        store(shared.second.at[columns], acc)
     for i, values in enumerate((high, total)):
-        store(shared.passed_stats.at[i], values)
+        store(shared.second_stats.at[i], values)
     plgpu.commit_smem()
-    plgpu.barrier_arrive(shared.passed_full)
+    plgpu.barrier_arrive(shared.second_full)
 
 
 def _merged(shared, accs, high, total):
     """The results of a piece: those of this warpgroup, which is the first, and of the other."""
-    plgpu.barrier_wait(shared.passed_full)
-    others = [plgpu.load(shared.passed.at[columns], layout=TILE, optimized=False) for columns in _at_once(shared.passed.shape[0])]
-    other_high, other_total = (plgpu.load(shared.passed_stats.at[i], layout=OF_COLUMNS, optimized=False) for i in range(2))
-    plgpu.barrier_arrive(shared.passed_free)
+    plgpu.barrier_wait(shared.second_full)
+    others = [plgpu.load(shared.second.at[columns], layout=TILE, optimized=False) for columns in _at_once(shared.second.shape[0])]
+    other_high, other_total = (plgpu.load(shared.second_stats.at[i], layout=OF_COLUMNS, optimized=False) for i in range(2))
+    plgpu.barrier_arrive(shared.second_free)
     most = jnp.maximum(high, other_high)
     fade, other_fade = jnp.exp2(high - most), jnp.exp2(other_high - most)
     accs = [acc * over_rows(fade, acc) + other * over_rows(other_fade, acc) for acc, other in zip(accs, others, strict=True)]
