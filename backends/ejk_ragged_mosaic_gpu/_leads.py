@@ -4,12 +4,12 @@ from ejk_ragged import Problem, Target
 from ejk_ragged_schedule.devices import has_fast_memory
 from ejk_ragged_schedule.sizes import most_bytes, most_keys
 
-from ._joined import joined
 from ._tuning import (
     copied_dims,
     FEW_OF_16_BITS,
     is_direct,
     is_wide,
+    joined_heads,
     MOST_FEW,
     MUCH_WIDE,
     OPERAND_DIM,
@@ -69,7 +69,7 @@ def leads(problem: Problem, target: Target) -> str:
         alone = problem.batch <= MOST_ALONE and keys > SHORT and rows <= WIDE_FEW
         return f"values in wide rows of the key of up to {MOST_ALONE} sequences" if alone else ""
     if problem.quantised:
-        return _leads_in_8_bits(problem, rows, much, fast) if laid_out and keys > SHORT else ""
+        return _leads_in_8_bits(problem, target, rows, much) if laid_out and keys > SHORT else ""
     if rows >= LEADING_ROWS and laid_out and much:
         return f"{LEADING_ROWS} or more query rows per kv head"
     if rows >= FAST_LEADING_ROWS and laid_out and much and fast:
@@ -87,10 +87,10 @@ def leads(problem: Problem, target: Target) -> str:
     return "long sequences of a large cache in fast memory" if plain and long else ""
 
 
-def _leads_in_8_bits(problem: Problem, rows: int, much: bool, fast: bool) -> str:
-    """The same for 8-bit caches that are not wide. `much` says whether a full cache has many bytes, `fast` whether memory is."""
-    dims = problem.head_dim, problem.value_dim
-    are_joined = fast and joined(problem)[1] > 1
+def _leads_in_8_bits(problem: Problem, target: Target, rows: int, much: bool) -> str:
+    """The same for 8-bit caches that are not wide. `much` says whether a full cache has many bytes."""
+    dims, fast = (problem.head_dim, problem.value_dim), has_fast_memory(target)
+    are_joined = fast and joined_heads(problem, target)[1] > 1
     if problem.seq_len % 8 and not (much or (are_joined and dims[0] > HALF_LINE)):  # XLA copies scales
         return ""
     narrow = copied_dims(problem) == (OPERAND_DIM, OPERAND_DIM) and min(dims) > HALF_LINE
