@@ -74,9 +74,8 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
         first = program.first_key(piece, i)
         row = program.row_of(piece, first)
 
-        products, values, (value_scales, new_unit) = _products(
-            program, piece, slot, row, shared.query.at[warpgroup + unknown_zero(i)], unit
-        )
+        query = shared.query.at[warpgroup + unknown_zero(i)]
+        products, values, (value_scales, new_unit) = _products(program, piece, slot, row, query, unit)
         x = [_logits(program, piece, slot, part, of_part) for part, of_part in zip(parts, products, strict=True)]
         x = program.masked(piece, first, [row + part.start for part in parts], bounds, seen_by_all, x, 0)
 

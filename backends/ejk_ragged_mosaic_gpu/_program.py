@@ -186,7 +186,7 @@ class Program:
         return [first + i for i in range(self.plan.joined)] if ref.shape[1] > 1 else [0]
 
     def of_heads(self, values, shape, axis, layout=TILE):
-        """Of `values`, one for each joined kv head, what belongs to each query row: an array whose `axis` is that of the query
+        """What belongs to each query row, from `values`, one for each joined kv head: an array whose `axis` is that of the query
         rows."""
         if len(values) == 1:
             return values[0]

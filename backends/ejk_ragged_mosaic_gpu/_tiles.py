@@ -251,8 +251,8 @@ class Tiles:
 
     @property
     def stored_dim(self) -> int:
-        """Columns of partial results. A warpgroup of 128 threads reads one query row at a time. Of a query row of joined kv heads,
-        it reads from the first column of its own kv head on."""
+        """Columns of partial results. A warpgroup of 128 threads reads one query row at a time. If kv heads are joined, it reads
+        128 columns from the first one of the query row's own kv head on."""
         return round_up(self.value_dim, 128) + 128 * (self.joined > 1)
 
     @property
