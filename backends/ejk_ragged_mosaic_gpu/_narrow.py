@@ -152,7 +152,7 @@ def _parts_of(plan):
     return [pl.ds(first, PART_ROWS) for first in range(0, plan.schedule.block_keys, PART_ROWS)]
 
 
-def _at_once(dims, most=AT_ONCE):
+def _at_once(dims, most=AT_ONCE) -> list[Any]:
     """The parts of so many dimensions, of up to `most` dimensions, that are widened in registers at once: all up to `AT_ONCE`."""
     most = AT_ONCE if dims <= AT_ONCE else most
     return [pl.ds(first, min(most, dims - first)) for first in range(0, dims, most)]
