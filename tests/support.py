@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ejk_ragged import Backend, explain, FwdParams, ragged_decode_attention
-from ejk_ragged.testing import Case, verify
+from ejk_ragged.testing import Case, oracle, verify
 from ejk_ragged_mosaic_gpu import MosaicGpuBackend
 from ejk_ragged_pallas_triton import PallasTritonBackend
 
@@ -139,6 +139,12 @@ def assert_right(call, arguments, **options):
     """Output, lse, gradients and their exact zeros must be those of the oracle."""
     wrong = [str(verdict) for verdict in verify(call, arguments, **options) if not verdict.ok]
     assert not wrong, "; ".join(wrong)
+
+
+def expected(arguments):
+    """The oracle's output."""
+    on_host: dict[str, Any] = {name: np.asarray(x) if hasattr(x, "shape") else x for name, x in arguments.items()}
+    return oracle(**on_host)[0]
 
 
 def assert_repeatable(call, arguments):

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from ejk_ragged import Problem
+from ejk_ragged import Problem, Target
+from ejk_ragged_schedule.devices import has_fast_memory
 from ejk_ragged_schedule.joined import with_joined_heads
 from ejk_ragged_schedule.sizes import most_bytes, most_keys
 
@@ -21,14 +22,14 @@ class Joining(NamedTuple):
     least_bytes: int
 
 
-# By head dimension, as measured on an H200. Rows are then whole lines of 64 bytes, which the memory reads at once.
+# By head dimension, where the memory is fast, as measured on an H200. Rows are then whole lines of 64 bytes.
 JOINED = {64: Joining(2, 32, 16 << 20), 80: Joining(4, 16, 48 << 20), 96: Joining(4, 16, 128 << 20), 112: Joining(4, 16, 96 << 20)}
 SHORT = 256  # none are joined where a token sees at most so many rows
 
 
-def joined(problem: Problem) -> tuple[Problem, int]:
+def joined(problem: Problem, target: Target) -> tuple[Problem, int]:
     """The problem whose kv heads are the joined ones, and how many are one."""
-    joining = JOINED.get(problem.head_dim)
+    joining = JOINED.get(problem.head_dim) if has_fast_memory(target) else None
     heads = joining.heads if joining and _can_join(problem, joining) else 1
     return with_joined_heads(problem, heads), heads
 

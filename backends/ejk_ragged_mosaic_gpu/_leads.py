@@ -89,8 +89,7 @@ def leads(problem: Problem, target: Target) -> str:
 
 def _leads_in_8_bits(problem: Problem, target: Target, rows: int, much: bool) -> str:
     """The same for 8-bit caches that are not wide. `much` says whether a full cache has many bytes."""
-    dims, fast = (problem.head_dim, problem.value_dim), has_fast_memory(target)
-    are_joined = fast and joined_heads(problem, target)[1] > 1
+    dims, are_joined = (problem.head_dim, problem.value_dim), joined_heads(problem, target)[1] > 1
     if problem.seq_len % 8 and not (much or (are_joined and dims[0] > HALF_LINE)):  # XLA copies scales
         return ""
     narrow = copied_dims(problem) == (OPERAND_DIM, OPERAND_DIM) and min(dims) > HALF_LINE
@@ -98,13 +97,14 @@ def _leads_in_8_bits(problem: Problem, target: Target, rows: int, much: bool) ->
         much = most_bytes(problem) >= MUCH_IN_PART
     in_registers = widens_in_registers(problem, rows)
     if max(dims) > WIDE:
-        few = fast and in_registers and min(dims) > WIDE and rows <= WIDE_FEW and most_bytes(problem) >= MUCH_IN_PART
+        timed = has_fast_memory(target) and min(dims) > WIDE and most_bytes(problem) >= MUCH_IN_PART
+        few = timed and in_registers and rows <= WIDE_FEW
         return f"up to {WIDE_FEW} query rows per kv head of more than {WIDE} dimensions of an 8-bit cache" if few else ""
     if in_registers and rows <= LEAST_ROWS and min(dims) > HALF_LINE and (narrow or problem.num_tokens == 1):
         return f"up to {LEAST_ROWS} query rows per kv head of an 8-bit cache"
     if much and rows >= LEADING_ROWS_OF_8_BITS and dims[0] > HALF_LINE and copied_dims(problem)[0] == OPERAND_DIM:
         return f"{LEADING_ROWS_OF_8_BITS} or more query rows per kv head of an 8-bit cache"
-    long = dims == (HALF_LINE, HALF_LINE) and problem.seq_len >= LONG_IN_HALF
     if are_joined and dims[0] == HALF_LINE:
         return "few query rows of an 8-bit cache whose kv heads are joined"
+    long = dims == (HALF_LINE, HALF_LINE) and problem.seq_len >= LONG_IN_HALF
     return "few query rows of a large 8-bit cache" if in_registers and much and (narrow or long) else ""

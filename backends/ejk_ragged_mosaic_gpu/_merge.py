@@ -68,18 +68,18 @@ def _kernel(*refs, tree, problem, plan: Tiles, parts, wait, staging):
     _, tokens, heads, group, value_dim = out_ref.shape
     num_rows = tokens * group
 
-    def place_in_parts(head, query_rows):
-        """Where the query rows of a kv head are among partial results: the joined kv head, the query rows, the first column."""
+    def place_in_parts(head, query_rows, column):
+        """Where the query rows of a kv head are among partial results: the joined kv head, the query rows, the columns."""
         if plan.joined == 1:
-            return head, query_rows, 0
+            return head, query_rows, pl.ds(pl.multiple_of(column * size, size), size)
         token, first, other = lax.div(query_rows.start, group), lax.rem(query_rows.start, group), lax.rem(head, plan.joined)
         start = (token * plan.joined + other) * group + first
-        return lax.div(head, plan.joined), pl.ds(pl.multiple_of(start, rows), rows), other * value_dim
+        columns = pl.ds(pl.multiple_of(column * size + other * value_dim, 16), size)
+        return lax.div(head, plan.joined), pl.ds(pl.multiple_of(start, rows), rows), columns
 
     def merge_parts(b, place, column):
         first, count = ranges.slots(b)
         columns = pl.ds(pl.multiple_of(column * size, size), size)
-        own_columns = lambda first: columns if plan.joined == 1 else pl.ds(pl.multiple_of(column * size + first, 16), size)
         first_rows = [(place * parts + i) * rows for i in range(parts)]  # of those of all kv heads
         query_rows = [(lax.div(i, num_rows), pl.ds(pl.multiple_of(lax.rem(i, num_rows), rows), rows)) for i in first_rows]
 
@@ -89,10 +89,9 @@ def _kernel(*refs, tree, problem, plan: Tiles, parts, wait, staging):
             return [merge_part(pieces, slots, *place, *sums) for place, sums in zip(query_rows, carry, strict=True)]
 
         def merge_part(pieces, slots, head, query_rows, acc, high, total):
-            head, query_rows, first_column = place_in_parts(head, query_rows)
-            columns = own_columns(first_column)
+            head, query_rows, own_columns = place_in_parts(head, query_rows, column)
             highs, totals = ([of_rows(stats_ref.at[slot, head, k, query_rows]) for slot in slots] for k in range(2))
-            sums = [plgpu.load(parts_ref.at[slot, head, query_rows, columns], layout=layout, optimized=False) for slot in slots]
+            sums = [plgpu.load(parts_ref.at[slot, head, query_rows, own_columns], layout=layout, optimized=False) for slot in slots]
             new_high = functools.reduce(jnp.maximum, highs, high)
             # A product: a piece that is not there is the last one again, with no weight.
             weights = [jnp.exp(x - new_high) * (piece < count).astype(jnp.float32) for piece, x in zip(pieces, highs, strict=True)]

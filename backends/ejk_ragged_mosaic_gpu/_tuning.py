@@ -86,7 +86,7 @@ def resolve(problem: Problem, target: Target) -> FwdParams:
 
 def joined_heads(problem: Problem, target: Target) -> tuple[Problem, int]:
     """What `joined` returns, if the smallest tiles fit that the hints of the problem allow. Else kv heads are apart."""
-    (wide, heads), hints = joined(problem), problem.fwd_params
+    (wide, heads), hints = joined(problem, target), problem.fwd_params
     keys, rows = round_up(hints.block_size_keys or BLOCK_KEYS, 64), _block_rows(wide, hints.block_size_heads)
     stages = round_up(hints.num_stages or TAKERS, _stage_step(wide, rows))
     fits = heads == 1 or _bytes(wide, keys, rows, stages, target, heads) <= shared_memory(target)
