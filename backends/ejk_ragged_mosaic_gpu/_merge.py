@@ -68,14 +68,14 @@ def _kernel(*refs, tree, problem, plan: Tiles, parts, wait, staging):
     _, tokens, heads, group, value_dim = out_ref.shape
     num_rows = tokens * group
 
-    def place_in_parts(head, query_rows, column):
-        """Where the query rows of a kv head are among partial results: the joined kv head, the query rows, the columns."""
+    def place_in_parts(head, query_rows, columns):
+        """Where query rows and columns of a kv head are among partial results: the joined kv head, its query rows and columns."""
         if plan.joined == 1:
-            return head, query_rows, pl.ds(pl.multiple_of(column * size, size), size)
+            return head, query_rows, columns
         token, first, other = lax.div(query_rows.start, group), lax.rem(query_rows.start, group), lax.rem(head, plan.joined)
         start = (token * plan.joined + other) * group + first
-        columns = pl.ds(pl.multiple_of(column * size + other * value_dim, 16), size)
-        return lax.div(head, plan.joined), pl.ds(pl.multiple_of(start, rows), rows), columns
+        own_columns = pl.ds(pl.multiple_of(columns.start + other * value_dim, 16), size)
+        return lax.div(head, plan.joined), pl.ds(pl.multiple_of(start, rows), rows), own_columns
 
     def merge_parts(b, place, column):
         first, count = ranges.slots(b)
@@ -89,7 +89,7 @@ def _kernel(*refs, tree, problem, plan: Tiles, parts, wait, staging):
             return [merge_part(pieces, slots, *place, *sums) for place, sums in zip(query_rows, carry, strict=True)]
 
         def merge_part(pieces, slots, head, query_rows, acc, high, total):
-            head, query_rows, own_columns = place_in_parts(head, query_rows, column)
+            head, query_rows, own_columns = place_in_parts(head, query_rows, columns)
             highs, totals = ([of_rows(stats_ref.at[slot, head, k, query_rows]) for slot in slots] for k in range(2))
             sums = [plgpu.load(parts_ref.at[slot, head, query_rows, own_columns], layout=layout, optimized=False) for slot in slots]
             new_high = functools.reduce(jnp.maximum, highs, high)
