@@ -576,6 +576,8 @@ OF_80_IN_8_BITS = OF_64 | {"num_q_heads": 32, "batch": 8, "seq_len": 5001, "head
 OF_512 = {"cache_dtype": INT8, "num_q_heads": 32, "batch": 4, "seq_len": 2048, "head_dim": 512, "value_dim": 512}
 OF_WIDE = "up to 16 query rows per kv head of more than 256 dimensions of an 8-bit cache"
 SEVERAL = "several tokens with more than 16 query rows per kv head"
+ONE_TOKEN = {"num_q_heads": 16, "seq_len": 4096}
+OF_ONE_TOKEN = "one token with up to 8 query rows per kv head"
 OF_80 = "query rows per kv head of 80 dimensions"
 
 
@@ -748,6 +750,18 @@ OF_80 = "query rows per kv head of 80 dimensions"
         ({"num_q_heads": 4, "num_tokens": 40, "head_dim": 48}, FAST, ""),
         (PAGED | {"num_q_heads": 4, "num_tokens": 63}, FAST, "33 or more query rows per kv head in pages"),
         (PAGED | {"num_q_heads": 4, "num_tokens": 63, "most_keys": 256}, FAST, ""),
+        (PAGED | ONE_TOKEN, FAST, f"{OF_ONE_TOKEN} in pages of 16 rows"),
+        (PAGED | ONE_TOKEN | {"num_q_heads": 4 * 8, "batch": 1000}, FAST, f"{OF_ONE_TOKEN} in pages of 16 rows"),
+        (PAGED | ONE_TOKEN | {"page_size": 64, "batch": 8}, FAST, f"{OF_ONE_TOKEN} of a small cache in pages"),
+        (PAGED | ONE_TOKEN | {"page_size": 64, "batch": 9}, FAST, ""),
+        (PAGED | ONE_TOKEN | {"num_q_heads": 4 * 9}, FAST, ""),
+        (PAGED | ONE_TOKEN | {"num_tokens": 2}, FAST, ""),
+        (PAGED | ONE_TOKEN | {"most_keys": 4096}, FAST, ""),
+        (PAGED | ONE_TOKEN | {"head_dim": 64, "value_dim": 64}, FAST, ""),
+        (PAGED | ONE_TOKEN | {"value_dim": 64}, FAST, ""),
+        (PAGED | ONE_TOKEN | {"seq_len": 256, "batch": 64}, FAST, ""),
+        (PAGED | ONE_TOKEN, HOPPER, ""),
+        (ONE_TOKEN | {"batch": 8}, FAST, ""),
         (LONG, FAST, "long sequences of a large cache in fast memory"),
         (LONG, HOPPER, ""),
         (LONG | {"num_tokens": 4}, FAST, "long sequences of a large cache in fast memory"),
