@@ -61,21 +61,12 @@ def _laid_end_to_end(problem, lengths, cache):
 def _by_kv_head(problem, plan, query):
     """[B, T, Hq, D] as [B, T, Hkv, G, D] with the plan's T and G, and dimensions that tiles can hold."""
     batch, num_tokens, _, head_dim = query.shape
-    if plan.joined > 1:
-        query, head_dim = _among_joined(query, plan.joined, problem.group // plan.joined), problem.head_dim
     query = query.reshape(batch, num_tokens, problem.num_kv_heads, problem.group, head_dim)
-    more_dims = plan.block_dim - head_dim
+    more_dims = plan.query_dim - head_dim
     if plan.tokens != num_tokens:
         query = query.swapaxes(1, 2).reshape(batch, 1, problem.num_kv_heads, num_tokens * problem.group, head_dim)
     more_rows = plan.token_rows - query.shape[3]
     return jnp.pad(query, (*[(0, 0)] * 3, (0, more_rows), (0, more_dims))) if more_rows or more_dims else query
-
-
-def _among_joined(query, heads, group):
-    """[B, T, Hq, D] with columns for each of the joined kv heads, D each, and zeros in those of the others."""
-    batch, num_tokens, _, head_dim = query.shape
-    own = jnp.eye(heads, dtype=bool).reshape(1, 1, 1, heads, 1, heads, 1)
-    return jnp.where(own, query.reshape(batch, num_tokens, -1, heads, group, 1, head_dim), jnp.zeros((), query.dtype))
 
 
 def _by_token(problem, out, lse):

@@ -18,7 +18,7 @@ from ._bits import bits_of, float_of, inverse, largest_exponent
 from ._few import store_stats, store_sums
 from ._jax import LOWEST, OF_COLUMNS, OF_ROWS, plgpu, store, TILE, when
 from ._line import Piece
-from ._operands import bytes_of_values, keys_of, store_in_order_of_keys, sums_by_column, values_of
+from ._operands import bytes_of_values, keys_of, query_of, store_in_order_of_keys, sums_by_column, values_of
 from ._program import AT_ONCE, load_of_rows, over, over_rows, Program, tile_of, tiling, unknown_zero
 from ._reference import GROWTH, refer
 from ._tiles import OPERAND_DIM
@@ -62,7 +62,8 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
     rows = plan.block_rows
     q_slot = lax.rem(piece.number, plan.query_slots)
     plgpu.barrier_wait(shared.q_full.at[q_slot])
-    store_in_order_of_keys(shared.q.at[q_slot, 0], shared.query.at[warpgroup], program.interpreted)
+    query = query_of(shared.q.at[q_slot, 0], plan.block_dim, plan.joined, program.problem.group, program.interpreted)
+    store_in_order_of_keys(query, shared.query.at[warpgroup], program.interpreted)
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
     bounds, seen_by_all = program.bounds(piece, program.query_rows(), OF_COLUMNS)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
@@ -19,9 +20,41 @@ from ._bits import of_float8, of_int8
 from ._jax import KEY_BYTES, plgpu, QUERY_LOADED, QUERY_STORED, store, SUMS, TILE, VALUE_BYTES
 
 
-def store_in_order_of_keys(source, target, interpreted):
-    """Copies a query [query rows, D] in shared memory, with its columns in the order of `keys_of`."""
-    x = plgpu.load(source, layout=QUERY_LOADED)
+def query_of(ref, dims, heads, group, interpreted):
+    """A query [query rows, dims], laid out for `store_in_order_of_keys`, from `ref` in shared memory, which may have fewer dimensions:
+    those of one of the `heads` kv heads that are joined. A query row has zeros in all other dimensions. `group` query rows belong to
+    the same token."""
+    if ref.shape[1] == dims:
+        return plgpu.load(ref, layout=QUERY_LOADED)
+    (rows, own_dims), dtype = ref.shape, ref.dtype
+    if interpreted:
+        row, column = (lax.broadcasted_iota(jnp.int32, (rows, dims), axis) for axis in (0, 1))
+        head = lax.div(lax.rem(row, group), group // heads)
+        again = jnp.tile(ref[...], (1, -(-dims // own_dims)))[:, :dims]
+        return jnp.where(lax.div(column, own_dims) == head, again, jnp.zeros_like(again))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((rows, dims), dtype, layout=QUERY_LOADED))
+    def among_zeros(_, query):
+        layout, element = QUERY_LOADED.to_mgpu(), ir.MemRefType(query.type).element_type
+        eight, number = ir.VectorType.get((8,), element), lambda n: arith.constant(ir.IndexType.get(), n)
+        zeros = arith.constant(eight, ir.DenseElementsAttr.get_splat(eight, ir.FloatAttr.get(element, 0.0)))
+        begin = mgpu.utils.memref_ptr(query)
+        registers = np.empty(layout.registers_shape((rows, dims)), object)
+        for place, (row, column) in zip(np.ndindex(registers.shape), layout.thread_idxs((rows, dims)), strict=True):
+            head = arith.divui(arith.remui(row, number(group)), number(group // heads))
+            column = arith.subi(column, arith.muli(head, number(own_dims)))
+            inside = arith.cmpi(arith.CmpIPredicate.ult, column, number(own_dims))  # what would be negative is large here
+            offset = arith.addi(arith.muli(row, number(own_dims)), arith.select(inside, column, number(0)))
+            offset = arith.index_cast(ir.IntegerType.get_signless(32), offset)
+            numbers = llvm.load(eight, mgpu.utils.getelementptr(begin, [offset], element))
+            registers[place] = arith.select(inside, numbers, zeros)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return among_zeros(ref)
+
+
+def store_in_order_of_keys(x, target, interpreted):
+    """Stores what `query_of` gives into shared memory, with its columns in the order of `keys_of`."""
     if interpreted:
         target[...] = x
         return

@@ -123,7 +123,7 @@ def _rings(problem, plan, cache):
     given = ("k", cache.key_scale), ("v", cache.value_scale)
     scales = {name: min(scale.shape[1], plan.joined) for name, scale in given if scale is not None and scale.shape[2] > 1}
     arrivals: dict[str, Any] = {"q": (plan.block_rows // plan.copy_rows, plan.warpgroups)}
-    shared: dict[str, Any] = {"q": ((plan.row_groups, plan.warpgroup_rows, plan.block_dim), problem.dtype)}
+    shared: dict[str, Any] = {"q": ((plan.row_groups, plan.warpgroup_rows, plan.query_dim), problem.dtype)}
     for name, (source, _, columns) in plan.rings.items():
         if plan.in_registers:  # each place is always read by the same warpgroup
             shared[name] = (keys, columns), problem.cache_dtype
@@ -136,7 +136,10 @@ def _rings(problem, plan, cache):
             arrivals[f"narrow_{name}"] = parts * (len(plan.rings) + len(scales)), 1
     rings: dict[str, Any] = {}
     for name, (shape, dtype) in shared.items():
-        tiled, line = plan.direct or name == "q", plan.narrow_line if plan.in_registers and name != "q" else plan.line
+        tiled, line = (
+            plan.query_dim == plan.block_dim if name == "q" else plan.direct,
+            plan.narrow_line if plan.in_registers and name != "q" else plan.line,
+        )
         rings[name] = plgpu.SMEM((plan.places[name], *shape), dtype, transforms=tiling(shape[-1], dtype, line) if tiled else ())
         for state, count, others in zip(("full", "free"), arrivals[name], (plan.filled_with, plan.freed_with), strict=True):
             if name not in others:

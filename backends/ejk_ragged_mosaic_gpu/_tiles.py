@@ -57,6 +57,8 @@ class Tiles:
         terms: a weight is written as the sum of so many numbers of 16 bits.
         writes_out: whether the first kernel writes the output of sequences that are one piece.
         block_dim, value_dim: head dimensions of key and value as copies lay them out, padded to a multiple of 64.
+        query_dim: head dimensions of the query as copies lay it out: `block_dim`, or, where tiles are widened in registers, those of
+            one kv head.
         tile_dim: columns of a tile of the key's rows: those of the key and, if they are there, those of the value.
         value_start: the first column of the value in the key's rows, or None.
         paged: whether the cache is a pool of pages.
@@ -90,6 +92,7 @@ class Tiles:
     writes_out: bool
     block_dim: int
     value_dim: int
+    query_dim: int
     tile_dim: int
     value_start: int | None
     paged: bool
@@ -286,7 +289,7 @@ class Tiles:
         arrays += [
             tiles * (self.wide_stages or self.stages),
             tiles * (not self.direct),
-            self.query_slots * rows * dim * ITEMSIZE,
+            self.query_slots * rows * self.query_dim * ITEMSIZE,
             weights * rows * keys * ITEMSIZE,
             2 * 2 * rows * 4 * self.pair,
         ]

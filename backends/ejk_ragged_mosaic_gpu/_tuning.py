@@ -343,6 +343,7 @@ def _tiles(problem, keys, rows, stages, target, heads) -> Tiles:
         writes_out=many and staged and not problem.keeps_accum_dtype,
         block_dim=key_dim,
         value_dim=value_dim,
+        query_dim=problem.head_dim // heads if in_registers and problem.head_dim // heads <= WIDE else key_dim,
         tile_dim=tile_dim(problem),
         value_start=None if problem.value_columns is None else problem.value_columns[0],
         paged=problem.paged,
