@@ -21,9 +21,16 @@ from ._jax import KEY_BYTES, plgpu, QUERY_LOADED, QUERY_STORED, store, SUMS, TIL
 
 
 def query_of(ref, dims, heads, group, interpreted):
-    """A query [query rows, dims], laid out for `store_in_order_of_keys`, from `ref` in shared memory, which may have fewer dimensions:
-    those of one of the `heads` kv heads that are joined. A query row has zeros in all other dimensions. `group` query rows belong to
-    the same token."""
+    """A query [query rows, dims], laid out for `store_in_order_of_keys`.
+
+    Args:
+        ref: the query in shared memory [query rows, dims], or with the dimensions of one kv head only. A query row then gets zeros
+            in all other dimensions.
+        dims: dimensions of all joined kv heads, and more if they do not fill lines.
+        heads: how many kv heads are joined.
+        group: query rows of a token.
+        interpreted: whether Pallas' interpreter runs the kernel.
+    """
     if ref.shape[1] == dims:
         return plgpu.load(ref, layout=QUERY_LOADED)
     (rows, own_dims), dtype = ref.shape, ref.dtype

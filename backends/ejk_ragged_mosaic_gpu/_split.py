@@ -136,10 +136,10 @@ def _rings(problem, plan, cache):
             arrivals[f"narrow_{name}"] = parts * (len(plan.rings) + len(scales)), 1
     rings: dict[str, Any] = {}
     for name, (shape, dtype) in shared.items():
-        tiled, line = (
-            plan.query_dim == plan.block_dim if name == "q" else plan.direct,
-            plan.narrow_line if plan.in_registers and name != "q" else plan.line,
-        )
+        if name == "q":
+            tiled, line = plan.query_dim == plan.block_dim, plan.line
+        else:
+            tiled, line = plan.direct, plan.narrow_line if plan.in_registers else plan.line
         rings[name] = plgpu.SMEM((plan.places[name], *shape), dtype, transforms=tiling(shape[-1], dtype, line) if tiled else ())
         for state, count, others in zip(("full", "free"), arrivals[name], (plan.filled_with, plan.freed_with), strict=True):
             if name not in others:

@@ -57,8 +57,8 @@ class Tiles:
         terms: a weight is written as the sum of so many numbers of 16 bits.
         writes_out: whether the first kernel writes the output of sequences that are one piece.
         block_dim, value_dim: head dimensions of key and value as copies lay them out, padded to a multiple of 64.
-        query_dim: head dimensions of the query as copies lay it out: `block_dim`, or, where tiles are widened in registers, those of
-            one kv head.
+        query_dim: head dimensions of the query as copies lay it out: `block_dim`, or those of one kv head where registers widen
+            tiles.
         tile_dim: columns of a tile of the key's rows: those of the key and, if they are there, those of the value.
         value_start: the first column of the value in the key's rows, or None.
         paged: whether the cache is a pool of pages.
