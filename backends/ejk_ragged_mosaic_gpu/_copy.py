@@ -15,6 +15,7 @@ def copy(program: Program):
 
     def hand_on_table():  # to the kernel that merges
         plgpu.copy_smem_to_gmem(program.ranges.stops, program.results.stops)
+        plgpu.wait_smem_to_gmem(0)
 
     program.ranges.make_table()
     if plan.table:
@@ -49,7 +50,7 @@ def copy(program: Program):
 
         def tile(i, places):
             following = places_of(piece, i + 1)  # looks up the next tile's entries, so that they are there in time
-            places = [(pages_in_pool(page), row) for page, row in places]
+            places = places if plan.many else [(in_pool(page), row) for page, row in places]
             for half in range(plan.halves):
                 for part in range(plan.parts):
                     slot = plan.place(piece.tiles_before + i, half, part)
@@ -85,8 +86,11 @@ def copy(program: Program):
         lax.fori_loop(0, piece.num_tiles, tile, places)
 
     def places_of(piece, i):
-        """Where tile i of the piece is, part by part: the page, or the sequence of a padded cache, and the row in it. Nothing is
-        computed from an entry of the page table here, because that would wait for the entry."""
+        """Where tile i of the piece is, part by part: the page, or the sequence of a padded cache, and the row in it.
+
+        In the first form, pages are entries as they are: to compute with an entry is to wait for it. The second form was not timed
+        without this wait.
+        """
         row = program.row_of(piece, program.first_key(piece, i))
         rows = [row + part for part in range(0, schedule.block_keys, plan.part_rows)]
         if plan.end_to_end:
@@ -97,12 +101,10 @@ def copy(program: Program):
         page_size = program.problem.page_size
         last = lax.div(jnp.maximum(piece.end - 1, 0), page_size)  # the last entry in use: later entries may be junk
         pages = [program.page_table[piece.sequence, jnp.minimum(lax.div(row, page_size), last)] for row in rows]
-        return [(page, lax.rem(row, page_size)) for page, row in zip(pages, rows, strict=True)]
+        return [(in_pool(page) if plan.many else page, lax.rem(row, page_size)) for page, row in zip(pages, rows, strict=True)]
 
-    def pages_in_pool(page):
+    def in_pool(page):
         return page if program.page_table is None else jnp.clip(page, 0, program.problem.num_pages - 1)
 
     program.ranges.pieces(program.number, work)
     program.drain("q", *[prefix + name for name in plan.rings])
-    if plan.table:
-        plgpu.wait_smem_to_gmem(0)

@@ -67,8 +67,7 @@ class Ranges:
         first = lambda i: pl.multiple_of(i * BLOCK_SEQUENCES, 8)
         total = lax.fori_loop(0, whole, lambda i, total: self._sum_up(first(i), BLOCK_SEQUENCES, total), jnp.int32(0))
         if rest:  # a whole block again, if there is one, which ends with the rest
-            if whole:
-                plgpu.commit_smem()  # all threads have read what is written again
+            plgpu.commit_smem()  # all threads have read what is written again
             begin = max(in_blocks - BLOCK_SEQUENCES, 0)
             total = self._sum_up(begin, in_blocks - begin, self.stops[begin // self.step - 1] if begin else total)
         few = [self._rounds(*self._range(b)) for b in range(in_blocks, batch)]  # fewer than a copy to registers takes
@@ -76,8 +75,7 @@ class Ranges:
             total += rounds
             if (b + 1) % self.step == 0 or b + 1 == batch:
                 self.stops[b // self.step] = total
-        if few:
-            plgpu.commit_smem()
+        plgpu.commit_smem()
 
     def _sum_up(self, first, count, total):
         number = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=OF_COLUMNS) + first
