@@ -148,6 +148,22 @@ def test_nan_of_one_kv_head_stays_there(always, interpreted, name):
 
 
 @has_mosaic_gpu
+@pytest.mark.parametrize(("head_dim", "num_kv_heads"), [(64, 8), (112, 8), (80, 6)])
+def test_the_query_is_not_moved(always, head_dim, num_kv_heads):
+    """A kernel puts zeros into the query, in the columns of other kv heads and beyond the last one. Six kv heads of 80
+    dimensions are not joined."""
+    shape = jax.ShapeDtypeStruct
+    cache, scale = shape((4, 1024, num_kv_heads, head_dim), "int8"), shape((4, num_kv_heads, 1024), "float32")
+    call = functools.partial(ragged_decode_attention, backend="mosaic_gpu")
+    query = shape((4, 4 * num_kv_heads, head_dim), "bfloat16")
+    traced = jax.jit(call).trace(query, cache, cache, key_scale=scale, value_scale=scale)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    moves = [line for line in text.splitlines() if "bf16>" in line.rpartition("->")[2] and "stablehlo" in line]
+    operations = {line.partition("stablehlo.")[2].split()[0] for line in moves}
+    assert operations == {"broadcast_in_dim", "reshape", "custom_call"}  # the first one gives the query an axis of tokens
+
+
+@has_mosaic_gpu
 @pytest.mark.parametrize(("head_dim", "heads"), [(64, 2), (80, 4), (96, 4), (112, 4), (320, 1), (512, 1)])
 def test_nothing_of_the_cache_is_moved(always, head_dim, heads):
     """The joined cache is the cache, and two kernels read it. On a machine without a GPU the call is lowered for cuda."""
