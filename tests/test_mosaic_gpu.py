@@ -754,6 +754,7 @@ OF_80 = "query rows per kv head of 80 dimensions"
         (PAGED | ONE_TOKEN | {"num_q_heads": 4 * 8, "batch": 1000}, FAST, f"{OF_ONE_TOKEN} in pages of 16 rows"),
         (PAGED | ONE_TOKEN | {"page_size": 64, "batch": 8}, FAST, f"{OF_ONE_TOKEN} of a small cache in pages"),
         (PAGED | ONE_TOKEN | {"page_size": 64, "batch": 9}, FAST, ""),
+        (PAGED | ONE_TOKEN | {"page_size": 24, "batch": 8}, FAST, ""),
         (PAGED | ONE_TOKEN | {"num_q_heads": 4 * 9}, FAST, ""),
         (PAGED | ONE_TOKEN | {"num_tokens": 2}, FAST, ""),
         (PAGED | ONE_TOKEN | {"most_keys": 4096}, FAST, ""),

@@ -43,7 +43,7 @@ HALF_LINE, LONG_IN_HALF, MUCH_IN_PART = 64, 4096, 24 << 20
 # and for one token of a single sequence.
 LONG, MUCH_LONG, FAST_LEADING_ROWS, FAST_ROWS, FAST_DIMS = 8192, 512 << 20, 33, 16, (128, 192)
 # With one token, no window and up to LEAST_ROWS query rows of OPERAND_DIM dimensions they are also faster in pages of SMALL_PAGE
-# rows, and in any pages of a cache that has no more than LITTLE bytes.
+# rows, and in pages of which SMALL_PAGE divides the rows if the cache has no more than LITTLE bytes.
 SMALL_PAGE, LITTLE = 16, 64 << 20
 # The same for up to MOST_FEW query rows where 64 does not divide the head dimension: by head dimension, from how many on.
 FAST_LEADING_ROWS_OF = {80: 33, 96: 17, 112: 33}
@@ -86,10 +86,11 @@ def leads(problem: Problem, target: Target) -> str:
     plain = fast and rows <= FAST_ROWS and problem.head_dim in FAST_DIMS and problem.most_keys is None and laid_out
     if (problem.paged or plain) and problem.batch == problem.num_tokens == 1:
         return f"a single sequence {where}"
-    if plain and problem.paged and problem.num_tokens == 1 and rows <= LEAST_ROWS and dims == {OPERAND_DIM} and keys > SHORT:
-        if problem.page_size == SMALL_PAGE:
+    page_size = problem.page_size
+    if plain and page_size and problem.num_tokens == 1 and rows <= LEAST_ROWS and dims == {OPERAND_DIM} and keys > SHORT:
+        if page_size == SMALL_PAGE:
             return f"one token with up to {LEAST_ROWS} query rows per kv head in pages of {SMALL_PAGE} rows"
-        if most_bytes(problem) <= LITTLE:
+        if most_bytes(problem) <= LITTLE and page_size % SMALL_PAGE == 0:
             return f"one token with up to {LEAST_ROWS} query rows per kv head of a small cache in pages"
     long = problem.seq_len >= LONG and most_bytes(problem) >= MUCH_LONG
     return "long sequences of a large cache in fast memory" if plain and long else ""

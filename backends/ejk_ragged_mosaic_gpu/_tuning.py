@@ -318,6 +318,7 @@ def _tiles(problem, keys, rows, stages, target, heads) -> Tiles:
     if end_to_end:  # rows of a sequence count from up to 7 rows early
         schedule = dataclasses.replace(schedule, seq_len=problem.seq_len + 7)
     alone = schedule.by_sequence or problem.batch == 1
+    own_dim = problem.head_dim // heads
     key_dim, value_dim = (round_up(dim, 64) for dim in copied_dims(problem))
     # Output is written by way of the query's place in shared memory, line by line.
     staged = problem.value_dim <= problem.head_dim if pair else problem.value_dim == problem.head_dim == key_dim
@@ -343,7 +344,7 @@ def _tiles(problem, keys, rows, stages, target, heads) -> Tiles:
         writes_out=many and staged and not problem.keeps_accum_dtype,
         block_dim=key_dim,
         value_dim=value_dim,
-        query_dim=problem.head_dim // heads if in_registers and problem.head_dim // heads <= WIDE else key_dim,
+        query_dim=own_dim if in_registers and own_dim <= WIDE else key_dim,  # a copy takes no more columns
         tile_dim=tile_dim(problem),
         value_start=None if problem.value_columns is None else problem.value_columns[0],
         paged=problem.paged,
