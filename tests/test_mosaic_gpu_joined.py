@@ -99,10 +99,11 @@ def eight_bits(batch, seq_len, num_q_heads, num_kv_heads, head_dim, lengths=("ra
     return Case("", batch, seq_len, num_q_heads, num_kv_heads, head_dim, "bfloat16", lengths, **given)
 
 
+END_TO_END = ("ranges", (3, 101), (0, 101), (7, 7), (0, 5), (60, 70), (90, 101), (1, 64), (0, 101))
 JOINED = {
     "64, tokens, sinks": eight_bits(2, 96, 16, 4, 64, num_tokens=2, query_lengths=(2, 1), sinks=("query", 1)),
     "80, in pages": eight_bits(3, 128, 16, 8, 80, lengths=("ranges", (3, 66), (0, 9), (20, 128)), page_size=32),
-    "80, rows end to end": eight_bits(8, 101, 12, 4, 80, cache_dtype="float8_e5m2", lengths=("uniform", 0, 101)),
+    "80, rows end to end": eight_bits(8, 101, 12, 4, 80, cache_dtype="float8_e5m2", lengths=END_TO_END),
     "96, scales by head": eight_bits(2, 96, 4, 4, 96, scales="head", sinks=("kv", 2)),
     "96, one scale": eight_bits(2, 96, 8, 8, 96, scales="number", logits_soft_cap=20.0),
     "112, tokens": eight_bits(2, 96, 8, 4, 112, cache_dtype="float8_e4m3fn", num_tokens=2, sliding_window=(40, 0)),

@@ -430,27 +430,6 @@ QUANTISED = {
         4,
         None,
     ),
-    # More than 256 dimensions, which are widened in parts. The last line of a row of 320 is filled in part.
-    "float8_e4m3fn, 320 dimensions": (
-        Case("", 2, 96, 4, 1, 320, "bfloat16", ("ranges", (3, 66), (0, 90)), cache_dtype="float8_e4m3fn", scales="row"),
-        3,
-        None,
-    ),
-    "int8, 512 dimensions, two blocks of query rows": (
-        Case("", 2, 96, 20, 1, 512, "bfloat16", ("ranges", (3, 66), (0, 90)), cache_dtype="int8", scales="row", sinks=("query", 1)),
-        3,
-        None,
-    ),
-    "int8, keys of 192 and values of 320 dimensions, in pages": (
-        Case("", 2, 128, 2, 1, 192, "bfloat16", TWO, value_dim=320, cache_dtype="int8", scales="head", page_size=64),
-        3,
-        None,
-    ),
-    "int8, keys of 384 and values of 80 dimensions": (
-        Case("", 2, 96, 8, 2, 384, "bfloat16", ("ranges", (3, 66), (0, 90)), value_dim=80, cache_dtype="int8", scales="row"),
-        3,
-        None,
-    ),
 }
 
 
@@ -481,6 +460,26 @@ def test_quantised(interpreted, name):
     """Rows, scales and entries that nobody sees are junk."""
     case, programs, hints = QUANTISED[name]
     assert_right(interpreted(hints, programs=programs), case.draw(poison=True), gradients=False)
+
+
+APART = ("ranges", (3, 66), (0, 90))
+WIDE_QUANTISED = {
+    "320": Case("", 2, 96, 4, 1, 320, "bfloat16", APART, cache_dtype="float8_e4m3fn", scales="row"),
+    "512, two blocks of query rows": Case(
+        "", 2, 96, 20, 1, 512, "bfloat16", APART, cache_dtype="int8", scales="row", num_tokens=1, sinks=("query", 1)
+    ),
+    "keys of 192, values of 320, in pages": Case(
+        "", 2, 128, 2, 1, 192, "bfloat16", APART, cache_dtype="int8", scales="head", value_dim=320, page_size=64
+    ),
+    "keys of 384, values of 80": Case("", 2, 96, 8, 2, 384, "bfloat16", APART, cache_dtype="int8", scales="row", value_dim=80),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_QUANTISED)
+def test_more_than_256_dimensions_in_8_bits(interpreted, name):
+    """Such dimensions are widened in parts. The last line of a row of 320 is filled in part. Gradients, which another backend has,
+    take an output that is not rounded."""
+    assert_right(interpreted(programs=3), WIDE_QUANTISED[name].draw(poison=True))
 
 
 @pytest.mark.parametrize(
