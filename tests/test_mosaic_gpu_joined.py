@@ -1,8 +1,10 @@
 """Kv heads of 8-bit caches that Mosaic GPU joins, where the memory is fast: how many, and that the answer is that of kv heads
 apart. The kernels run in the interpreter, which also looks for races."""
 
+import collections
 import dataclasses
 import functools
+import re
 import types
 from typing import Any
 
@@ -165,15 +167,26 @@ def test_the_query_is_not_moved(always, head_dim, num_kv_heads):
 
 
 @has_mosaic_gpu
-@pytest.mark.parametrize(("head_dim", "heads"), [(64, 2), (80, 4), (96, 4), (112, 4), (320, 1), (512, 1)])
-def test_nothing_of_the_cache_is_moved(always, head_dim, heads):
-    """The joined cache is the cache, and two kernels read it. On a machine without a GPU the call is lowered for cuda."""
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "seq_len"),
+    [(64, 2, 1024), (80, 4, 1024), (96, 4, 1024), (112, 4, 1024), (320, 1, 1024), (512, 1, 1024), (80, 4, 1002), (128, 1, 1002)],
+)
+def test_nothing_of_the_cache_is_moved(always, head_dim, heads, seq_len):
+    """The joined cache is the cache, and so is one whose rows are copied end to end, with its scales. Two kernels read it. On a
+    machine without a GPU the call is lowered for cuda."""
     shape = jax.ShapeDtypeStruct
-    cache, scale = shape((4, 1024, 8, head_dim), "int8"), shape((4, 8, 1024), "float32")
+    cache, scale, lengths = shape((4, seq_len, 8, head_dim), "int8"), shape((4, 8, seq_len), "float32"), shape((4,), "int32")
+    arguments = {"key_scale": scale, "value_scale": scale, "sequence_start": lengths, "sequence_end": lengths}
     call = functools.partial(ragged_decode_attention, backend="mosaic_gpu")
-    traced = jax.jit(call).trace(shape((4, 32, head_dim), "bfloat16"), cache, cache, key_scale=scale, value_scale=scale)
+    traced = jax.jit(call).trace(shape((4, 32, head_dim), "bfloat16"), cache, cache, **arguments)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 2
-    assert f"4x1024x{8 // heads}x{heads * head_dim}xi8" in text
+    sizes = f"4x{seq_len}" if seq_len % 8 == 0 else f"1x{4 * seq_len}"
+    assert f"{sizes}x{8 // heads}x{heads * head_dim}xi8" in text
     moves = [line for line in text.splitlines() if "xi8>" in line.rpartition("->")[2] and "stablehlo" in line]
     assert all("stablehlo.reshape" in line for line in moves)
+    operations = collections.Counter(re.findall(r"stablehlo\.(\w+)", text))
+    del operations["reshape"]
+    # Three arrays get an axis of tokens, and the lse is brought into the order of heads. A query of 320 dimensions gets zeros.
+    zeros = {"pad": 1, "constant": 1, "convert": 1} if head_dim == 320 else {}
+    assert operations == {"broadcast_in_dim": 3, "custom_call": 2, "transpose": 1} | zeros

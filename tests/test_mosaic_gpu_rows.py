@@ -462,6 +462,44 @@ def test_quantised(interpreted, name):
     assert_right(interpreted(hints, programs=programs), case.draw(poison=True), gradients=False)
 
 
+@pytest.mark.parametrize("shapes", [((8, 1, 101), (1, 2, 101)), ((1, 1, 101), (8, 2, 101)), ((8, 2, 1), (1, 1, 101))], ids=str)
+def test_shared_scales_end_to_end(interpreted, shapes):
+    """Scales by row that sequences or kv heads share, as mapped calls have them, where the rows of all sequences lie end to end."""
+    rng = np.random.default_rng(0)
+    scales = {name: rng.uniform(0.5, 1.5, shape).astype(np.float32) for name, shape in zip(("key", "value"), shapes, strict=True)}
+    case = Case("", 8, 101, 4, 2, 128, "bfloat16", END_TO_END, cache_dtype="int8", scales="row")
+    arguments = case.draw()
+    arguments |= {f"{name}_scale": array(np.broadcast_to(scale, (8, 2, 101))) for name, scale in scales.items()}
+    # The mapped call has a batch of one, so the backend is called as it would be with shared scales.
+    shared = {f"{name}_scale": array(scale) for name, scale in scales.items()}
+    start, end = (arguments[f"sequence_{name}"][:, None] for name in ("start", "end"))
+    queries = Queries(arguments["query"][:, None], start, end)
+    cache = Cache(arguments["key"], arguments["value"], **shared)
+    problem = Problem.of(queries, cache, Settings(softmax_scale=128**-0.5))
+    backend, target = MosaicGpuBackend(interpret=True, programs=2), Target("cpu", types.SimpleNamespace(core_count=2))
+    problem = dataclasses.replace(problem, fwd_params=resolve(problem, target))
+    assert tiles(problem, target).end_to_end
+    out, _ = backend.forward(problem, target, queries, cache)
+    assert relative_error(out[:, 0], expected(arguments)) < 2.5e-3
+
+
+def test_ranges_end_to_end_at_the_ends_of_their_type(interpreted):
+    """Ranges count from up to 7 rows before their sequence, and do not wrap."""
+    arguments = Case("", 8, 101, 4, 1, 64, "bfloat16").draw()
+    top, least = np.iinfo(np.int32).max, np.iinfo(np.int32).min
+    starts, ends = [top, 5, top - 3, least, 0, 200, 101, least], [top, top, top, least, least, top, 90, 50]
+    arguments |= {"sequence_start": array(starts, jnp.int32), "sequence_end": array(ends, jnp.int32)}
+    assert_right(interpreted(programs=2), arguments, gradients=False)
+
+
+def test_a_large_tile_end_to_end(interpreted):
+    """The scales of such a tile take two copies, because a copy begins at a multiple of 16 bytes."""
+    case = Case("", 8, 301, 4, 1, 64, "bfloat16", cache_dtype="int8", scales="row")
+    hints = FwdParams(block_size_keys=256, num_stages=2)
+    assert len(plan(case, 2, hints).scale_copies) == 2
+    assert_right(interpreted(hints, programs=2), case.draw(), gradients=False)
+
+
 APART = ("ranges", (3, 66), (0, 90))
 WIDE_QUANTISED = {
     "320": Case("", 2, 96, 4, 1, 320, "bfloat16", APART, cache_dtype="float8_e4m3fn", scales="row"),

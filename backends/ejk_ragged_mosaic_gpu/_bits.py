@@ -40,9 +40,9 @@ def largest_exponent(x, interpreted):
     @plgpu.inline_mgpu(arg_types=(IN_EACH_WARP,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
     def largest(_, numbers):
         word = ir.IntegerType.get_signless(32)
-        pairs = [vector.bitcast(ir.VectorType.get((2,), word), pair) for pair in numbers.registers.flat]
+        words = [vector.bitcast(ir.VectorType.get((1,), word), number) for number in numbers.registers.flat]
         exponent = arith.constant(word, EXPONENT)
-        exponents = [arith.andi(vector.extract(pair, [], [i]), exponent) for pair in pairs for i in range(2)]
+        exponents = [arith.andi(vector.extract(one, [], [0]), exponent) for one in words]
         of_thread = functools.reduce(arith.maxsi, exponents)
         of_warp: Any = llvm.inline_asm(word, [of_thread], "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", has_side_effects=True)
         return mgpu.FragmentedArray.splat(of_warp, (), is_signed=True)

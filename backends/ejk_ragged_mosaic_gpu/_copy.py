@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 
 from ._jax import plgpu, when
 from ._program import Program
-from ._tiles import begins_at
+from ._tiles import begins_at, SCALES_AT_ONCE
 
 
 def copy(program: Program):
@@ -77,11 +77,18 @@ def copy(program: Program):
         def copy_scales(ring, slot, page, rows, where):
             for name in filter(program.by_row, plan.scales_with(ring)):
                 ref = program.scales[name]
-                target = getattr(shared, f"{prefix}{name}_scale").at[slot]
+                target, full = getattr(shared, f"{prefix}{name}_scale").at[slot], program.barriers(prefix + ring)[0].at[slot]
                 for i, head in enumerate(program.scale_heads(ref)):
-                    source = ref.at[page if ref.shape[0] > 1 else 0, head, rows]
-                    place = target.at[i, where] if plan.in_registers else target.at[where]
-                    plgpu.copy_gmem_to_smem(source, place, program.barriers(prefix + ring)[0].at[slot])
+                    if plan.end_to_end:
+                        begin = (program.first_scale(piece, name, i) + rows.start) & -SCALES_AT_ONCE
+                        copies = [
+                            (ref.at[pl.ds(pl.multiple_of(begin + first, SCALES_AT_ONCE), size)], pl.ds(first, size))
+                            for first, size in plan.scale_copies
+                        ]
+                    else:
+                        copies = [(ref.at[page if ref.shape[0] > 1 else 0, head, rows], where)]
+                    for source, place in copies:
+                        plgpu.copy_gmem_to_smem(source, target.at[i, place] if plan.in_registers else target.at[place], full)
 
         lax.fori_loop(0, piece.num_tiles, tile, places)
 

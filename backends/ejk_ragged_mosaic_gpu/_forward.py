@@ -36,26 +36,21 @@ def forward(problem, target, queries, cache, **how):
 
 
 def _laid_end_to_end(problem, lengths, cache):
-    """Lengths and cache with the rows of all sequences laid end to end. The rows of a sequence count from where it `begins_at`.
+    """Lengths and cache with the rows of all sequences laid end to end, and their scales. Nothing is copied.
 
-    Scales of all rows then lie end to end for each kv head. They are copied for this, because a copy into shared memory begins at a
-    multiple of 16 bytes.
+    Ranges of tokens count from where their sequence `begins_at`. The kernels do the same with ranges of sequences.
     """
-    _, early = begins_at(jnp.arange(problem.batch, dtype=jnp.int32), problem.seq_len)
-    lengths = {"start": jnp.zeros_like(early), "end": jnp.full_like(early, problem.seq_len)} | {
-        name: x for name, x in lengths.items() if x is not None
-    }
-    lengths = {name: jnp.clip(x, 0, problem.seq_len) + early.reshape(-1, *[1] * (x.ndim - 1)) for name, x in lengths.items()}
+    early = lambda: begins_at(jnp.arange(problem.batch, dtype=jnp.int32), problem.seq_len)[1][:, None]
+    of_tokens = {name: lengths[name] + early() for name in ("token_start", "token_end") if lengths.get(name) is not None}
     flat = lambda x: None if x is None else x.reshape(1, -1, *x.shape[2:])
 
     def scales_end_to_end(scale):
         if scale is None or scale.shape[2] == 1:
             return scale
-        scale = jnp.broadcast_to(scale, (problem.batch, *scale.shape[1:]))
-        return scale.swapaxes(0, 1).reshape(1, scale.shape[1], -1)
+        return jnp.broadcast_to(scale, (problem.batch, *scale.shape[1:])).reshape(-1)
 
     scales = {name: scales_end_to_end(getattr(cache, name)) for name in ("key_scale", "value_scale")}
-    return lengths, dataclasses.replace(cache, key=flat(cache.key), value=flat(cache.value), **scales)
+    return lengths | of_tokens, dataclasses.replace(cache, key=flat(cache.key), value=flat(cache.value), **scales)
 
 
 def _by_kv_head(problem, plan, query):

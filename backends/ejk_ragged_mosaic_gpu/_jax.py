@@ -16,15 +16,19 @@ from ejk_ragged_schedule.warning_filters import ignore_warning
 plgpu = cast(Any, mosaic_gpu)  # types are checked with the oldest JAX, in which the module is another
 
 # Layouts say which thread holds which numbers: of a matrix, of a matrix that is transposed in memory, of a vector with one number
-# per column of a matrix, and of a vector with one number per row. In IN_EACH_WARP each warp has all of a vector of 64 numbers.
+# per column of a matrix, and of a vector with one number per row. In IN_EACH_WARP each warp has all of a vector of 64 numbers, and
+# a thread has two neighbours, which are loaded one by one because scales may begin in the middle of 16 bytes.
 TILE = plgpu.Layout.WGMMA
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 OF_COLUMNS, OF_ROWS = TILE.reduce(0), TILE.reduce(1)
-IN_EACH_WARP = plgpu.Layout.TILED(plgpu.Tiling(((64,), (2,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
+IN_EACH_WARP = plgpu.Layout.TILED(
+    plgpu.Tiling(((64,), (2,), (1,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-3,), vector_dim=-1
+)
 # In these two layouts a thread has some columns of one row of each 64, so it loads and stores 16 bytes at once: 16 numbers of 8
-# bits, or 8 numbers of 16 bits.
+# bits, or 8 numbers of 16 bits. The threads of a warp are two dimensions of the layouts, so that JAX loads a vector with one number
+# per row number by number, and not by `ldmatrix`, which needs multiples of 16 bytes.
 BYTES, WORDS = (
-    plgpu.Layout.TILED(plgpu.Tiling(((64, 64), (32, 32), (count,))), warp_dims=(-5, -4), lane_dims=(-3,), vector_dim=-1)
+    plgpu.Layout.TILED(plgpu.Tiling(((64, 64), (32, 32), (2, 32), (count,))), warp_dims=(-7, -6), lane_dims=(-5, -3), vector_dim=-1)
     for count in (16, 8)
 )
 # The same for tiles of 8 bits that become the first operand of a product in registers. In KEY_BYTES a thread has 32 columns of each

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from ejk_ragged_schedule import cdiv, Line
 
 from ._jax import OF_COLUMNS, plgpu, TILE, when
-from ._tiles import BLOCK_SEQUENCES, Tiles
+from ._tiles import begins_at, BLOCK_SEQUENCES, Tiles
 
 
 class Piece(NamedTuple):
@@ -81,7 +81,7 @@ class Ranges:
         number = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=OF_COLUMNS) + first
         lengths = lambda ref: plgpu.load(ref.at[pl.ds(first, count)], layout=OF_COLUMNS, optimized=False)
         start, end = (None if ref is None else lengths(ref) for ref in self.lengths)
-        rounds = self._rounds(*self.plan.schedule.clipped(number, start, end))
+        rounds = self._rounds(*self._clipped(number, start, end))
         square = BLOCK_SEQUENCES, rounds.size
         this, other = (plgpu.broadcasted_iota(jnp.int32, square, axis, layout=TILE) for axis in (0, 1))
         rounds = jnp.where(other < (this + 1) * self.step, lax.broadcast_in_dim(rounds, square, [1]), 0)
@@ -144,7 +144,16 @@ class Ranges:
         return (self.plan.schedule.batch - 1) // self.step
 
     def _range(self, b):
-        return self.plan.schedule.clipped(b, *(None if ref is None else ref[b] for ref in self.lengths))
+        return self._clipped(b, *(None if ref is None else ref[b] for ref in self.lengths))
+
+    def _clipped(self, b, start, end):
+        """Ranges of sequences, clipped to the cache. If rows lie end to end, ranges count from where each sequence `begins_at`."""
+        start, end = self.plan.schedule.clipped(b, start, end)
+        if self.plan.end_to_end:
+            seq_len = self.plan.schedule.seq_len
+            _, early = begins_at(b, seq_len)
+            start, end = jnp.minimum(start, seq_len) + early, end + early  # no start wraps
+        return start, end
 
     def _total(self, b):
         """The rounds of the line on which a sequence lies."""

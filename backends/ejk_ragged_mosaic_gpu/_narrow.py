@@ -204,8 +204,8 @@ def _products(program, piece, slot, row, query, unit):
 def _logits(program, piece, slot, part, x):
     """The logits of a part of a tile, from its products."""
     if program.by_row("k"):
-        heads = range(program.shared.k_scale.shape[1])
-        return program.logits(x * _of_weights(program, [load_of_rows(program.shared.k_scale.at[slot, i, part]) for i in heads], x))
+        refs = [program.copied_scales(piece, "k", slot, part, i) for i in range(program.shared.k_scale.shape[1])]
+        return program.logits(x * _of_weights(program, [load_of_rows(ref) for ref in refs], x))
     scale = program.scale_of(piece, "k")
     return program.logits(x if scale is None else x * _over_rows(scale, x))
 
@@ -222,7 +222,7 @@ def _value_scales(program, piece, slot, row, unit):
         return [None] * len(parts), unit
     scales, units = [], []
     for i, before in enumerate(unit):
-        refs = [(program.shared.v_scale.at[slot, i, part], row + part.start) for part in parts]
+        refs = [(program.copied_scales(piece, "v", slot, part, i), row + part.start) for part in parts]
         exponents = [largest_exponent(load_scales(piece, *of_part), program.interpreted) for of_part in refs]
         units.append(jnp.maximum(before, jnp.minimum(functools.reduce(jnp.maximum, exponents), bits_of(MOST_UNIT))))
         factor = float_of(inverse(units[i], REFERENCE_WEIGHT), program.interpreted)

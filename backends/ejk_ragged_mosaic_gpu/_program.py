@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from ._jax import LOWEST, OF_COLUMNS, OF_ROWS, plgpu, TILE
 from ._line import Piece, Ranges
-from ._tiles import Tiles
+from ._tiles import SCALES_AT_ONCE, Tiles
 
 
 LOG2_E = math.log2(math.e)
@@ -40,9 +40,10 @@ class Program:
         number: which program of the line it is.
         head: the kv head.
         query_block: which block of the head's query rows.
-        query: ref [B, T, Hkv, G, D], D padded; `plan` says which T and G.
+        query: ref [B, T, Hkv, G, D]; `plan` says which T, G and D.
         cache: refs of key and value.
-        scales: refs of the scales of "k" and "v", as in `ejk_ragged.Cache`, or None each.
+        scales: refs of the scales of "k" and "v", as in `ejk_ragged.Cache`, or None each. Where the rows of all sequences lie end
+            to end, those by row do so too [B * Hkv or 1 * S].
         page_table: ref of the page table, or None.
         ranges: where the pieces are.
         query_bounds: refs of first rows and ends, as for `split`.
@@ -181,9 +182,21 @@ class Program:
         return self.of_query_rows([ref[piece.sequence if ref.shape[0] > 1 else 0, head, 0] for head in self.scale_heads(ref)])
 
     def scale_heads(self, ref):
-        """The kv heads whose scales the program needs, of those that an array [.., kv heads or 1, ..] of scales has."""
+        """The kv heads whose scales the program needs, of those that an array of scales has."""
         first = self.head * self.plan.joined
-        return [first + i for i in range(self.plan.joined)] if ref.shape[1] > 1 else [0]
+        return [first + i for i in range(self.plan.joined)] if heads_of(ref, self.problem) > 1 else [0]
+
+    def first_scale(self, piece: Piece, name, i):
+        """Where scales that lie end to end have that of row 0, for the kv head with number `i` of those of `scale_heads`."""
+        ref = self.scales[name]
+        return (piece.sequence * (heads_of(ref, self.problem) - 1) + self.scale_heads(ref)[i]) * self.problem.seq_len
+
+    def copied_scales(self, piece: Piece, name, slot, part, i=0):
+        """Ref of the scales [rows] of a part of a tile, as copies leave them. Where scales lie end to end, those before the tile's
+        first one are copied too if they share its 16 bytes."""
+        ref = getattr(self.shared, f"{'narrow_' if self.plan.wide_stages else ''}{name}_scale").at[slot]
+        first = part.start + (self.first_scale(piece, name, i) & (SCALES_AT_ONCE - 1) if self.plan.end_to_end else 0)
+        return (ref.at[i] if self.plan.in_registers else ref).at[pl.ds(first, part.size)]
 
     def of_heads(self, values, shape, axis, layout=TILE):
         """What belongs to each query row, from `values`, one for each joined kv head: an array whose `axis` is that of the query
@@ -204,7 +217,7 @@ class Program:
 
     def by_row(self, name) -> bool:
         """Whether "k" or "v" has a scale per row."""
-        return self.scales[name] is not None and self.scales[name].shape[2] > 1
+        return self.scales[name] is not None and self.scales[name].shape[-1] > 1
 
     def clear(self, piece: Piece, row, values):
         """Sets rows of a tile of values, read at `row`, to zero where they lie outside the range: 0 times what such a row holds may
@@ -237,6 +250,11 @@ class Program:
         for name in filter(self.plan.is_freed, names):
             for place in range(self.plan.places[name]):
                 plgpu.barrier_wait(self.barriers(name)[1].at[place])
+
+
+def heads_of(scale, problem) -> int:
+    """How many kv heads have scales of their own."""
+    return scale.shape[1] if len(scale.shape) == 3 else scale.shape[0] // (problem.batch * problem.seq_len)
 
 
 def tile_of(shape, value, dtype=jnp.float32):

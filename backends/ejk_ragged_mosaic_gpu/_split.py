@@ -13,7 +13,7 @@ from . import _few, _many, _narrow, _pair
 from ._copy import copy
 from ._jax import launch, plgpu, when
 from ._line import Ranges
-from ._program import Program, TILED, tiling
+from ._program import heads_of, Program, TILED, tiling
 from ._tiles import table_entries, Tiles
 from ._widen import widen, widen_parts
 
@@ -121,19 +121,21 @@ def _rings(problem, plan, cache):
     parts = keys // plan.part_rows
     # How many scales each row of "k" and "v" has in a program.
     given = ("k", cache.key_scale), ("v", cache.value_scale)
-    scales = {name: min(scale.shape[1], plan.joined) for name, scale in given if scale is not None and scale.shape[2] > 1}
+    by_row = [(name, scale) for name, scale in given if scale is not None and scale.shape[-1] > 1]
+    scales = {name: min(heads_of(scale, problem), plan.joined) for name, scale in by_row}
+    of_scales = len(plan.scale_copies) if plan.end_to_end else parts  # copies for each of them
     arrivals: dict[str, Any] = {"q": (plan.block_rows // plan.copy_rows, plan.warpgroups)}
     shared: dict[str, Any] = {"q": ((plan.row_groups, plan.warpgroup_rows, plan.query_dim), problem.dtype)}
     for name, (source, _, columns) in plan.rings.items():
         if plan.in_registers:  # each place is always read by the same warpgroup
             shared[name] = (keys, columns), problem.cache_dtype
-            arrivals[name] = parts * (1 + scales.get(name, 0)), 1
+            arrivals[name] = parts + of_scales * scales.get(name, 0), 1
         else:
             shared[name] = (keys, columns), plan.value_dtype(problem) if source else problem.dtype
             arrivals[name] = 1 if plan.wide_stages else parts, 1 if plan.pair else plan.warpgroups
         if plan.wide_stages:
             shared[f"narrow_{name}"] = (keys, columns), problem.cache_dtype
-            arrivals[f"narrow_{name}"] = parts * (len(plan.rings) + len(scales)), 1
+            arrivals[f"narrow_{name}"] = parts * len(plan.rings) + of_scales * len(scales), 1
     rings: dict[str, Any] = {}
     for name, (shape, dtype) in shared.items():
         if name == "q":
@@ -146,9 +148,9 @@ def _rings(problem, plan, cache):
                 rings[f"{name}_{state}"] = plgpu.Barrier(num_arrivals=count, num_barriers=plan.places[name])
     for name, count in scales.items():
         if plan.wide_stages:
-            rings[f"narrow_{name}_scale"] = plgpu.SMEM((plan.stages, keys), jnp.float32)
-        places = (plan.stages, count) if plan.in_registers else (plan.wide_stages or plan.stages,)
-        rings[f"{name}_scale"] = plgpu.SMEM((*places, keys), jnp.float32)
+            rings[f"narrow_{name}_scale"] = plgpu.SMEM((plan.stages, plan.scales_copied), jnp.float32)
+        places = (plan.stages, count, plan.scales_copied) if plan.in_registers else (plan.wide_stages or plan.stages, keys)
+        rings[f"{name}_scale"] = plgpu.SMEM(places, jnp.float32)
     if plan.many and "v" in scales:
         rings["v_unit"] = plgpu.SMEM((plan.wide_stages,), jnp.float32)
     return rings

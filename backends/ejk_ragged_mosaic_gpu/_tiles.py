@@ -23,6 +23,9 @@ MOST_TERMS = 2
 ITEMSIZE = 2
 BARRIERS = 1024  # bytes
 OPERAND_DIM = 128  # divides the head dimensions of tiles that are widened in registers, as their layouts have it
+# Scales that one copy takes, at least and at most, and what divides the number of the first one: a copy begins at a multiple of 16
+# bytes, and takes a multiple of 128 bytes.
+LEAST_SCALES, MOST_SCALES, SCALES_AT_ONCE = 32, 256, 4
 BLOCK_SEQUENCES = 64  # sequences that a program sums up at once for its table
 
 
@@ -129,6 +132,17 @@ class Tiles:
     def place_rows(self) -> int:
         """Rows of a place in shared memory."""
         return self.schedule.block_keys // self.halves
+
+    @property
+    def scales_copied(self) -> int:
+        """Scales that are copied for the rows of a place. If rows lie end to end, the first may be those of rows before the place,
+        because a copy begins at a multiple of 16 bytes."""
+        return self.place_rows + (LEAST_SCALES if self.end_to_end else 0)
+
+    @property
+    def scale_copies(self) -> list[tuple[int, int]]:
+        """The copies that take these scales, if rows lie end to end: the first scale of each copy, and their number."""
+        return [(first, min(MOST_SCALES, self.scales_copied - first)) for first in range(0, self.scales_copied, MOST_SCALES)]
 
     @property
     def line(self) -> int:
@@ -278,11 +292,11 @@ class Tiles:
         """Bytes of shared memory that a program needs, each array beginning at a multiple of 1024."""
         keys, rows, dim = self.place_rows, self.block_rows, self.block_dim
         tiles = keys * sum(ring.columns for ring in self.rings.values()) * (1 if self.in_registers else ITEMSIZE)
-        narrow = [tiles // ITEMSIZE * self.stages, *[keys * 4 * places for places in (self.stages, self.wide_stages) * 2]]
+        narrow = [tiles // ITEMSIZE * self.stages, *[self.scales_copied * 4 * self.stages, keys * 4 * self.wide_stages] * 2]
         weights = self.terms if self.pair else 0 if self.many else MOST_TERMS
         arrays = narrow if self.wide_stages else []
         if self.in_registers:  # scales, queries, numbers that pass between warps, and results of the second warpgroup
-            arrays += [self.joined * keys * 4 * self.stages] * 2
+            arrays += [self.joined * self.scales_copied * 4 * self.stages] * 2
             arrays += [self.warpgroups * rows * size for size in (dim * ITEMSIZE, 128)]
             arrays += [rows * size for size in (self.value_dim * 4, 2 * 4)]
             weights *= self.warpgroups

@@ -10,7 +10,17 @@ from ejk_ragged_schedule.devices import multiprocessors
 from ejk_ragged_schedule.sizes import most_bytes
 
 from ._joined import joined
-from ._tiles import BLOCK_SEQUENCES, ITEMSIZE, MOST_TERMS, OPERAND_DIM, round_up, table_entries, Tiles, WIDENING_REGISTERS
+from ._tiles import (
+    BLOCK_SEQUENCES,
+    ITEMSIZE,
+    LEAST_SCALES,
+    MOST_TERMS,
+    OPERAND_DIM,
+    round_up,
+    table_entries,
+    Tiles,
+    WIDENING_REGISTERS,
+)
 
 
 # The defaults, as measured on an H100. docs/developers has the log.
@@ -39,7 +49,6 @@ PART_BYTES = 72 * 1024, 48 * 1024  # of narrow parts, for up to 16 query rows an
 # widened in shared memory, whose rounds take longer. It is 0 where a program waits for memory, and changes meanwhile.
 CHANGE, CHANGE_OF_LONG = 2, 1
 WIDE, WIDE_IN_REGISTERS = 256, 512  # head dimensions of one warpgroup, at most; the second where it widens tiles of 8 bits
-LEAST_SCALES = 32  # per copy of scales: 128 bytes, the least that a copy takes
 LEAST_COLUMNS = 16  # per line of a tile: 32 bytes, the least that copies and products take
 # The second kernel.
 MERGE_ROWS = 1, 2, 4, 8, 16, 32  # query rows that a program may merge at once
@@ -214,7 +223,8 @@ def _end_to_end(problem: Problem) -> bool:
     """Whether 8 divides the rows of all sequences together, but not those of one. Tiles of a sequence then begin at rows that
     depend on its place in the batch. If `num_key_splits` is given, bits must not depend on that place."""
     rows = problem.batch * problem.seq_len
-    whole = problem.seq_len % 8 != 0 and rows % 8 == 0 and rows < 1 << 31  # row numbers are int32
+    numbers = rows * problem.num_kv_heads if problem.quantised else rows  # of scales or rows, which are int32
+    whole = problem.seq_len % 8 != 0 and rows % 8 == 0 and numbers < 1 << 31
     return whole and not (problem.paged or problem.fwd_params.num_key_splits)
 
 
@@ -314,9 +324,6 @@ def _tiles(problem, keys, rows, stages, target, heads) -> Tiles:
     long = pair or (many and problem.quantised)
     change = CHANGE_OF_LONG if long else CHANGE if many or in_registers else 0
     schedule = Schedule.of(problem, multiprocessors(target) // (problem.num_kv_heads * row_blocks), keys, change)
-    end_to_end = is_direct(problem) and _end_to_end(problem)
-    if end_to_end:  # rows of a sequence count from up to 7 rows early
-        schedule = dataclasses.replace(schedule, seq_len=problem.seq_len + 7)
     alone = schedule.by_sequence or problem.batch == 1
     own_dim = problem.head_dim // heads
     key_dim, value_dim = (round_up(dim, 64) for dim in copied_dims(problem))
@@ -356,7 +363,7 @@ def _tiles(problem, keys, rows, stages, target, heads) -> Tiles:
         narrow_line=_narrow_line(problem),
         part_dim=_part_dim(problem),
         direct=is_direct(problem),
-        end_to_end=end_to_end,
+        end_to_end=is_direct(problem) and _end_to_end(problem),
         common_dim=_common_dim(problem) if is_direct(problem) else 64,
         table=0 if alone else max(round_up(problem.batch, 8), BLOCK_SEQUENCES),
         table_step=1 if alone or not pair else step_of_table(problem.batch),

@@ -7,6 +7,7 @@ value lies in the key's rows, value scales are for the weights.
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from ._bits import bits_of, float_of, inverse, largest_exponent, widened
 from ._jax import BYTES, IN_EACH_WARP, plgpu, store, when, WORDS
@@ -32,7 +33,8 @@ def widen(program: Program):
         keys, values = (plgpu.load(ref.at[slot], layout=BYTES) for ref in (shared.narrow_k, shared.narrow_v))
         if "v" in scales:
             if plan.scales_values:
-                value_scale = plgpu.load(shared.narrow_v_scale.at[slot], layout=WORDS.reduce(1), optimized=False)
+                ref = program.copied_scales(piece, "v", slot, pl.ds(0, plan.place_rows))
+                value_scale = plgpu.load(ref, layout=WORDS.reduce(1), optimized=False)
             unit = jnp.maximum(unit, jnp.minimum(largest_exponent(scales["v"], interpreted), bits_of(MOST_UNIT)))
             shared.v_unit[place] = float_of(unit, interpreted)
             if value_scale is not None:
@@ -105,7 +107,7 @@ def _all_tiles(program, tile, before):
 
 def _scales(program, piece, slot, row):
     """Scales of "k" and "v" of a narrow tile that was read at `row`, where they differ by row."""
-    of = lambda name: load_scales(piece, getattr(program.shared, f"narrow_{name}_scale").at[slot], row)
+    of = lambda name: load_scales(piece, program.copied_scales(piece, name, slot, pl.ds(0, program.plan.place_rows)), row)
     return {name: of(name) for name in "kv" if program.by_row(name)}
 
 
