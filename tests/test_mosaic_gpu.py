@@ -27,7 +27,7 @@ import ejk_ragged_mosaic_gpu
 from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Target
 from ejk_ragged._registry import registry
 from ejk_ragged.testing import Case, oracle, relative_error
-from ejk_ragged_mosaic_gpu import MosaicGpuBackend
+from ejk_ragged_mosaic_gpu import _tuning, MosaicGpuBackend
 from ejk_ragged_mosaic_gpu._tuning import merging, resolve, tiles
 from ejk_ragged_pallas_triton import PallasTritonBackend
 
@@ -567,6 +567,13 @@ def test_says_what_it_cannot_do(changes, device, reason):
         assert MosaicGpuBackend().supports(problem(**taken), Target("cuda")) is None
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_when_the_second_kernel_is_launched(monkeypatch, fast):
+    monkeypatch.setattr(_tuning, "has_fast_memory", lambda _: fast)
+    first, second = kernels(*CALLS["plain"])
+    assert ("griddepcontrol" in first) == ("griddepcontrol" in second) == (not fast)
+
+
 HOPPER = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
 FAST = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H200")
 LONG = {"num_q_heads": 16, "seq_len": 8192}
@@ -646,8 +653,21 @@ OF_80 = "query rows per kv head of 80 dimensions"
         (OF_64 | {"seq_len": 1024, "batch": 16}, HOPPER, ""),
         (OF_80_IN_8_BITS, FAST, "up to 8 query rows per kv head of an 8-bit cache"),
         (OF_80_IN_8_BITS, HOPPER, ""),
-        (OF_80_IN_8_BITS | {"seq_len": 4501}, FAST, ""),
-        (OF_80_IN_8_BITS | {"head_dim": 64, "value_dim": 64}, FAST, ""),
+        (OF_80_IN_8_BITS | {"seq_len": 4501}, FAST, "up to 8 query rows per kv head of an 8-bit cache"),
+        (OF_80_IN_8_BITS | {"seq_len": 4501, "num_tokens": 2}, FAST, ""),
+        (
+            OF_80_IN_8_BITS | {"head_dim": 64, "value_dim": 64},
+            FAST,
+            "few query rows of an 8-bit cache whose kv heads are joined",
+        ),
+        (OF_80_IN_8_BITS | {"head_dim": 64, "value_dim": 64}, HOPPER, ""),
+        (
+            {"cache_dtype": INT8, "num_q_heads": 8, "batch": 8, "seq_len": 501},
+            FAST,
+            "up to 8 query rows per kv head of an 8-bit cache",
+        ),
+        ({"cache_dtype": INT8, "num_q_heads": 8, "batch": 8, "seq_len": 501, "num_tokens": 2}, FAST, ""),
+        (OF_512 | {"seq_len": 2046}, FAST, ""),
         (OF_512, FAST, OF_WIDE),
         (OF_512 | {"head_dim": 320, "value_dim": 320, "batch": 8}, FAST, OF_WIDE),
         (OF_512 | {"num_tokens": 2}, FAST, OF_WIDE),
@@ -691,6 +711,9 @@ OF_80 = "query rows per kv head of 80 dimensions"
         (LATENT | {"cache_dtype": INT8}, HOPPER, "values in wide rows of the key, in 8 bits"),
         (LATENT | {"cache_dtype": INT8, "most_keys": 256}, HOPPER, ""),
         (LATENT | {"cache_dtype": INT8, "batch": 8, "seq_len": 1001}, HOPPER, ""),
+        (LATENT | {"cache_dtype": INT8, "batch": 8, "seq_len": 1001}, FAST, "values in wide rows of the key, in 8 bits"),
+        (LATENT | {"cache_dtype": INT8, "batch": 8, "seq_len": 1001, "num_tokens": 2, "num_q_heads": 64}, FAST, ""),
+        (LATENT | {"cache_dtype": INT8, "batch": 8, "seq_len": 901}, FAST, ""),
         (LATENT | {"cache_dtype": INT8, "seq_len": 8001}, HOPPER, "values in wide rows of the key, in 8 bits"),
         (LATENT | {"junk_between_tokens": True}, HOPPER, ""),
         (LATENT | {"head_dim": 256, "value_dim": 128, "row_dim": 256, "value_columns": (0, 128)}, HOPPER, ""),

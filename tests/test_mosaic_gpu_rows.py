@@ -185,6 +185,17 @@ def test_pages_and_widths(interpreted, name):
     assert_right(interpreted(programs=programs), case.draw(poison=True), gradients=False)
 
 
+def test_pages_that_are_looked_up_without_waiting(interpreted, monkeypatch):
+    """Where the memory is fast, and query rows are many, entries for small pages are used as late as where query rows are few.
+    Entries may lie outside the pool."""
+    case = paged(40, 1, page_size=8, sliding_window=(70, 0), value_dim=128)
+    assert plan(case, 2).waits_for_pages
+    monkeypatch.setattr(_tuning, "has_fast_memory", lambda _: True)
+    assert not plan(case, 2).waits_for_pages
+    assert plan(paged(40, 1, page_size=24), 2).waits_for_pages
+    assert_right(interpreted(programs=2), case.draw(poison=True), gradients=False)
+
+
 def test_bits_do_not_depend_on_the_place_in_the_batch():
     """Rows of all sequences are not copied end to end if `num_key_splits` is given."""
     case = Case("", 8, 101, 4, 1, 64, "bfloat16")

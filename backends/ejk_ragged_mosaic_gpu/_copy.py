@@ -50,7 +50,7 @@ def copy(program: Program):
 
         def tile(i, places):
             following = places_of(piece, i + 1)  # looks up the next tile's entries, so that they are there in time
-            places = places if plan.many else [(in_pool(page), row) for page, row in places]
+            places = places if plan.waits_for_pages else [(in_pool(page), row) for page, row in places]
             for half in range(plan.halves):
                 for part in range(plan.parts):
                     slot = plan.place(piece.tiles_before + i, half, part)
@@ -95,8 +95,8 @@ def copy(program: Program):
     def places_of(piece, i):
         """Where tile i of the piece is, part by part: the page, or the sequence of a padded cache, and the row in it.
 
-        In the first form, pages are entries as they are: to compute with an entry is to wait for it. The second form was not timed
-        without this wait.
+        To compute with an entry of the page table is to wait for it. So pages are entries as they are, unless
+        `plan.waits_for_pages`.
         """
         row = program.row_of(piece, program.first_key(piece, i))
         rows = [row + part for part in range(0, schedule.block_keys, plan.part_rows)]
@@ -108,7 +108,10 @@ def copy(program: Program):
         page_size = program.problem.page_size
         last = lax.div(jnp.maximum(piece.end - 1, 0), page_size)  # the last entry in use: later entries may be junk
         pages = [program.page_table[piece.sequence, jnp.minimum(lax.div(row, page_size), last)] for row in rows]
-        return [(in_pool(page) if plan.many else page, lax.rem(row, page_size)) for page, row in zip(pages, rows, strict=True)]
+        return [
+            (in_pool(page) if plan.waits_for_pages else page, lax.rem(row, page_size))
+            for page, row in zip(pages, rows, strict=True)
+        ]
 
     def in_pool(page):
         return page if program.page_table is None else jnp.clip(page, 0, program.problem.num_pages - 1)

@@ -57,8 +57,6 @@ def of_parts(rows, columns):
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # used in place of -inf if -inf - -inf would give NaN
 
-# The second kernel is launched while the first one runs, and waits for its end on the device.
-OVERLAPPED = True
 # Whether all threads wait before and after every store into shared memory and every copy into shared memory. These kernels need no
 # such barriers. All threads wait for the commit of a store before one of them reads what was stored. What is overwritten was read
 # before a barrier: that of `refer`, of a sum or maximum over keys, or of a ring, at which each thread arrives.
@@ -84,15 +82,18 @@ def when(condition):
     return lambda work: jax.lax.switch(jnp.where(condition, 1, 0), (lambda: None, work))
 
 
-def launch(kernel, name, results, grid, *, follows, interpret, detect_races, updates=0, reduction_bytes=2048, **options):
+def launch(
+    kernel, name, results, grid, *, follows, overlapped, interpret, detect_races, updates=0, reduction_bytes=2048, **options
+):
     """A function of operands: `kernel` over a grid, {name of an axis: size}, with `results` of these shapes and dtypes.
 
     `follows` says whether the kernel works on what the kernel before it leaves. The kernel is then given a function `wait`, which
-    returns when all of these operands are there. The kernel may read its other operands before.
+    returns when all of these operands are there. The kernel may read its other operands before. If `overlapped`, the device
+    launches such a kernel while the one before runs, and else when the one before has ended.
 
     The last `updates` operands are written in place, and are returned in place of results.
     """
-    overlapped = OVERLAPPED and not interpret
+    overlapped = overlapped and not interpret
     if interpret:
         _check_threads(options.get("num_threads", 1))
 

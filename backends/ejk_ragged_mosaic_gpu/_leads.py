@@ -36,6 +36,9 @@ LEAST_ROWS = 8
 # are also faster wherever kv heads of HALF_LINE are joined, and for up to WIDE_FEW query rows of head dimensions above WIDE in a
 # cache that has MUCH_IN_PART bytes.
 HALF_LINE, LONG_IN_HALF, MUCH_IN_PART = 64, 4096, 24 << 20
+# Where 8 divides only the rows of all sequences, an H100 timed 8-bit caches that have MUCH bytes. On an H200 one token is faster in
+# others too with head dimensions of up to WIDE, and with values in wide rows of the key where they have MUCH_END_TO_END bytes.
+MUCH_END_TO_END = 16 << 20
 # Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, and from
 # FAST_LEADING_ROWS query rows on, which both backends multiply as 64. Several tokens with more than FEW_OF_16_BITS query rows are
 # also faster with head dimensions of HALF_LINE, and in pages with those of OPERAND_DIM. Without a window, and with head dimensions
@@ -62,8 +65,8 @@ def leads(problem: Problem, target: Target) -> str:
         if problem.value_columns is None or tile_dim(problem) <= WIDE or not laid_out:
             return ""
         if problem.quantised:
-            copied = problem.seq_len % 8 == 0 or much  # or XLA copies scales
-            return "values in wide rows of the key, in 8 bits" if keys > SHORT and copied else ""
+            much = much or (fast and problem.num_tokens == 1 and most_bytes(problem) >= MUCH_END_TO_END)
+            return "values in wide rows of the key, in 8 bits" if keys > SHORT and (problem.seq_len % 8 == 0 or much) else ""
         few = wide_few(problem)
         if rows > few:
             return f"more than {few} query rows, and values in wide rows of the key"
@@ -99,7 +102,8 @@ def leads(problem: Problem, target: Target) -> str:
 def _leads_in_8_bits(problem: Problem, target: Target, rows: int, much: bool) -> str:
     """The same for 8-bit caches that are not wide. `much` says whether a full cache has many bytes."""
     dims, are_joined = (problem.head_dim, problem.value_dim), joined_heads(problem, target)[1] > 1
-    if problem.seq_len % 8 and not (much or (are_joined and dims[0] > HALF_LINE)):  # XLA copies scales
+    timed = (are_joined and dims[0] > HALF_LINE) or (has_fast_memory(target) and problem.num_tokens == 1 and max(dims) <= WIDE)
+    if problem.seq_len % 8 and not (much or timed):
         return ""
     narrow = copied_dims(problem) == (OPERAND_DIM, OPERAND_DIM) and min(dims) > HALF_LINE
     if narrow and min(dims) < OPERAND_DIM:

@@ -1,4 +1,4 @@
-"""The kernel that merges the pieces of each sequence. It is launched while the first kernel runs, and waits for its end."""
+"""The kernel that merges the pieces of each sequence. It may be launched while the first kernel runs, and waits for its end."""
 
 import functools
 import math

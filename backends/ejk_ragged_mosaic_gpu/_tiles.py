@@ -65,6 +65,8 @@ class Tiles:
         tile_dim: columns of a tile of the key's rows: those of the key and, if they are there, those of the value.
         value_start: the first column of the value in the key's rows, or None.
         paged: whether the cache is a pool of pages.
+        waits_for_pages: whether the copying warpgroup waits for the entries of the page table where it looks them up, a tile early.
+            Else it waits when their tile's turn comes.
         part_rows: rows of a tile that one copy takes: all, or those that lie in one page.
         stages: places for tiles of keys that a program holds as they are copied, and for tiles of values. A pair has one place per
             half of a tile. A tile of 8 bits has one place per part.
@@ -99,6 +101,7 @@ class Tiles:
     tile_dim: int
     value_start: int | None
     paged: bool
+    waits_for_pages: bool
     part_rows: int
     stages: int
     wide_stages: int

@@ -6,7 +6,7 @@ import math
 
 from ejk_ragged import FwdParams, Problem, Target
 from ejk_ragged_schedule import Schedule
-from ejk_ragged_schedule.devices import multiprocessors
+from ejk_ragged_schedule.devices import has_fast_memory, multiprocessors
 from ejk_ragged_schedule.sizes import most_bytes
 
 from ._joined import joined
@@ -49,6 +49,9 @@ PART_BYTES = 72 * 1024, 48 * 1024  # of narrow parts, for up to 16 query rows an
 # widened in shared memory, whose rounds take longer. It is 0 where a program waits for memory, and changes meanwhile.
 CHANGE, CHANGE_OF_LONG = 2, 1
 WIDE, WIDE_IN_REGISTERS = 256, 512  # head dimensions of one warpgroup, at most; the second where it widens tiles of 8 bits
+# Where query rows are many, entries of the page table are looked up without waiting for pages of up to so many rows, as measured on
+# an H200. For larger pages that is faster in some calls, and slower in others.
+EARLY_PAGE = 16
 LEAST_COLUMNS = 16  # per line of a tile: 32 bytes, the least that copies and products take
 # The second kernel.
 MERGE_ROWS = 1, 2, 4, 8, 16, 32  # query rows that a program may merge at once
@@ -355,6 +358,7 @@ def _tiles(problem, keys, rows, stages, target, heads) -> Tiles:
         tile_dim=tile_dim(problem),
         value_start=None if problem.value_columns is None else problem.value_columns[0],
         paged=problem.paged,
+        waits_for_pages=many and problem.paged and not (has_fast_memory(target) and problem.page_size <= EARLY_PAGE),
         part_rows=_part_rows(problem, keys) if problem.paged or not pair else keys // 2,
         stages=stages,
         wide_stages=wide_stages,
@@ -378,6 +382,12 @@ def step_of_table(batch: int) -> int:
     """Sequences per entry of the table of a pair, whose tiles leave room for MOST_ENTRIES."""
     fits = (step for step in (1, 2, 4) if table_entries(round_up(batch, 8), step) <= MOST_ENTRIES)
     return next(fits, 8)
+
+
+def overlapped(target: Target) -> bool:
+    """Whether the second kernel is launched while the first one runs. That is faster on an H100, and slower on an H200, as
+    measured."""
+    return not has_fast_memory(target)
 
 
 def merging(problem: Problem, target: Target, plan: Tiles) -> tuple[tuple[int, int], int, int]:
