@@ -522,6 +522,7 @@ def test_parts_that_are_merged_at_once(tokens, group):
         ({"cache_dtype": INT8, "head_dim": 72}, None, "where 64 divides the head dimensions, or 16 divides one below 128"),
         ({"cache_dtype": INT8, "value_dim": 144}, None, "where 64 divides the head dimensions, or 16 divides one below 128"),
         ({"cache_dtype": INT8, "seq_len": 1001}, None, "8 the rows"),
+        ({"cache_dtype": INT8, "batch": 8, "seq_len": (1 << 26) + 1}, None, "8 the rows"),  # more scales than numbers of int32
         (PAGED | {"page_size": 20}, None, "do not divide pages of 20"),
         (PAGED | {"cache_dtype": INT8}, None, "copies 32 at once, which do not divide pages of 16"),
         (PAGED | {"cache_dtype": INT8, "page_size": 32, "head_dim": 144}, None, "or 16 divides one below 128"),
@@ -560,6 +561,7 @@ def test_says_what_it_cannot_do(changes, device, reason):
         {"cache_dtype": INT8},
         {"cache_dtype": INT8, "head_dim": 80, "value_dim": 16},
         {"cache_dtype": INT8, "batch": 8, "seq_len": 1001},
+        {"cache_dtype": INT8, "batch": 8, "seq_len": (1 << 26) - 1},
         PAGED | {"cache_dtype": INT8, "page_size": 32, "value_dim": 64},
         PAGED | {"head_dim": 80, "value_dim": 48},
         LATENT | {"batch": 8, "seq_len": 1001},
@@ -567,6 +569,20 @@ def test_says_what_it_cannot_do(changes, device, reason):
         assert MosaicGpuBackend().supports(problem(**taken), Target("cuda")) is None
 
 
+@has_mosaic_gpu
+@pytest.mark.parametrize("heads", [4, 128])
+def test_scales_end_to_end_are_loaded_one_by_one(heads):
+    """`ldmatrix` loads 16 bytes at once, and such scales may begin within 16 bytes. Tiles are widened in registers for few
+    query rows, and in shared memory for many."""
+    args = arrays(held="int8", seq_len=1002, group=heads // 4)
+    counts = []
+    for shape in ((4, 4, 1002), ()):
+        scales = dict.fromkeys(("key_scale", "value_scale"), jax.ShapeDtypeStruct(shape, "float32"))
+        counts.append(kernels(args, scales)[0].count("ldmatrix"))
+    assert counts[0] == counts[1]
+
+
+@has_mosaic_gpu
 @pytest.mark.parametrize("fast", [True, False])
 def test_when_the_second_kernel_is_launched(monkeypatch, fast):
     monkeypatch.setattr(_tuning, "has_fast_memory", lambda _: fast)
