@@ -37,7 +37,8 @@ def forward(problem, target, queries, cache, **how):
 
 
 def _laid_end_to_end(problem, lengths, cache):
-    """Lengths and cache with the rows of all sequences laid end to end, and their scales. Nothing is copied.
+    """Lengths and cache with the rows of all sequences laid end to end, and their scales. XLA copies nothing, unless
+    sequences share scales by row.
 
     Ranges of tokens count from where their sequence `begins_at`. The kernels do the same with ranges of sequences.
     """

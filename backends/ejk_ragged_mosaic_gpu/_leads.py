@@ -36,8 +36,9 @@ LEAST_ROWS = 8
 # are also faster wherever kv heads of HALF_LINE are joined, and for up to WIDE_FEW query rows of head dimensions above WIDE in a
 # cache that has MUCH_IN_PART bytes.
 HALF_LINE, LONG_IN_HALF, MUCH_IN_PART = 64, 4096, 24 << 20
-# Where 8 divides only the rows of all sequences, an H100 timed 8-bit caches that have MUCH bytes. On an H200 one token is faster in
-# others too with head dimensions of up to WIDE, and with values in wide rows of the key where they have MUCH_END_TO_END bytes.
+# Where 8 divides only the rows of all sequences, an H100 timed 8-bit caches that have MUCH bytes. On an H200 others are faster too:
+# one token with head dimensions of up to WIDE, one token with values in wide rows of the key of a cache that has MUCH_END_TO_END
+# bytes, and joined kv heads with head dimensions above HALF_LINE.
 MUCH_END_TO_END = 16 << 20
 # Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, and from
 # FAST_LEADING_ROWS query rows on, which both backends multiply as 64. Several tokens with more than FEW_OF_16_BITS query rows are
@@ -102,15 +103,16 @@ def leads(problem: Problem, target: Target) -> str:
 def _leads_in_8_bits(problem: Problem, target: Target, rows: int, much: bool) -> str:
     """The same for 8-bit caches that are not wide. `much` says whether a full cache has many bytes."""
     dims, are_joined = (problem.head_dim, problem.value_dim), joined_heads(problem, target)[1] > 1
-    timed = (are_joined and dims[0] > HALF_LINE) or (has_fast_memory(target) and problem.num_tokens == 1 and max(dims) <= WIDE)
-    if problem.seq_len % 8 and not (much or timed):
+    fast = has_fast_memory(target)
+    end_to_end = much or (are_joined and dims[0] > HALF_LINE) or (fast and problem.num_tokens == 1 and max(dims) <= WIDE)
+    if problem.seq_len % 8 and not end_to_end:
         return ""
     narrow = copied_dims(problem) == (OPERAND_DIM, OPERAND_DIM) and min(dims) > HALF_LINE
     if narrow and min(dims) < OPERAND_DIM:
         much = most_bytes(problem) >= MUCH_IN_PART
     in_registers = widens_in_registers(problem, rows)
     if max(dims) > WIDE:
-        timed = has_fast_memory(target) and min(dims) > WIDE and most_bytes(problem) >= MUCH_IN_PART
+        timed = fast and min(dims) > WIDE and most_bytes(problem) >= MUCH_IN_PART
         few = timed and in_registers and rows <= WIDE_FEW
         return f"up to {WIDE_FEW} query rows per kv head of more than {WIDE} dimensions of an 8-bit cache" if few else ""
     if in_registers and rows <= LEAST_ROWS and min(dims) > HALF_LINE and (narrow or problem.num_tokens == 1):

@@ -22,10 +22,11 @@ def split(problem, plan: Tiles, query, cache, lengths, query_bounds, sink, **how
     """Partial results of all pieces.
 
     Args:
-        query: [B, T, Hkv, G, D], D padded; `plan` says which T and G.
+        query: [B, T, Hkv, G, D]; `plan` says which T, G and D.
         lengths: (start, end), int32 [B] or None.
         query_bounds: (start, end), None where all query rows see the same rows. int32 [B, query rows of all blocks], or [B, T]
-            where query rows are many, or tiles are widened in registers.
+            where query rows are many, or tiles are widened in registers. They count from where each sequence `begins_at` if the
+            rows of all sequences lie end to end. `lengths` do not.
         sink: float32 [B or 1, Hkv, query rows of all blocks], or None; looked at where output is written.
 
     Returns, by name:

@@ -50,7 +50,7 @@ PART_BYTES = 72 * 1024, 48 * 1024  # of narrow parts, for up to 16 query rows an
 CHANGE, CHANGE_OF_LONG = 2, 1
 WIDE, WIDE_IN_REGISTERS = 256, 512  # head dimensions of one warpgroup, at most; the second where it widens tiles of 8 bits
 # Where query rows are many, entries of the page table are looked up without waiting for pages of up to so many rows, as measured on
-# an H200. For larger pages that is faster in some calls, and slower in others.
+# an H200. For larger pages a look-up without waiting is faster in some calls, and slower in others.
 EARLY_PAGE = 16
 LEAST_COLUMNS = 16  # per line of a tile: 32 bytes, the least that copies and products take
 # The second kernel.
@@ -385,8 +385,8 @@ def step_of_table(batch: int) -> int:
 
 
 def overlapped(target: Target) -> bool:
-    """Whether the second kernel is launched while the first one runs. That is faster on an H100, and slower on an H200, as
-    measured."""
+    """Whether the second kernel is launched while the first one runs. As measured, an early launch is faster on an H100, and slower
+    on an H200."""
     return not has_fast_memory(target)
 
 
