@@ -92,6 +92,9 @@ def mosaic_gpu() -> str | Backend:
     return "mosaic_gpu" if capability.startswith("9.") else MosaicGpuBackend(interpret=True, detect_races=True)
 
 
+# Sequences of 101 rows begin at every number of rows after a multiple of 8. Ranges begin or end with their sequence, or lie within.
+END_TO_END = ("ranges", (3, 101), (0, 101), (7, 7), (0, 5), (60, 70), (90, 101), (1, 64), (0, 101))
+
 # Backends that need settings. `subject` names the other backends and runs them as they are.
 HAS_MOSAIC_GPU = MosaicGpuBackend().unavailable() is None
 has_mosaic_gpu = pytest.mark.skipif(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import array, assert_right, expected, has_mosaic_gpu
+from support import array, assert_right, END_TO_END, expected, has_mosaic_gpu
 
 from ejk_ragged import FwdParams, Problem, ragged_decode_attention, Target
 from ejk_ragged.testing import Case, relative_error
@@ -101,7 +101,6 @@ def eight_bits(batch, seq_len, num_q_heads, num_kv_heads, head_dim, lengths=("ra
     return Case("", batch, seq_len, num_q_heads, num_kv_heads, head_dim, "bfloat16", lengths, **given)
 
 
-END_TO_END = ("ranges", (3, 101), (0, 101), (7, 7), (0, 5), (60, 70), (90, 101), (1, 64), (0, 101))
 JOINED = {
     "64, tokens, sinks": eight_bits(2, 96, 16, 4, 64, num_tokens=2, query_lengths=(2, 1), sinks=("query", 1)),
     "80, in pages": eight_bits(3, 128, 16, 8, 80, lengths=("ranges", (3, 66), (0, 9), (20, 128)), page_size=32),

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import array, assert_right, expected, has_mosaic_gpu
+from support import array, assert_right, END_TO_END, expected, has_mosaic_gpu
 
 import ejk_ragged_schedule
 from ejk_ragged import Cache, explain, FwdParams, Problem, Queries, Target
@@ -29,10 +29,6 @@ pytestmark = has_mosaic_gpu
 RANGES = ("ranges", (57, 183), (7, 7), (1, 250))
 # Both sequences are one piece if there is one program.
 TWO = ("ranges", (3, 119), (60, 70))
-
-
-# Sequences of 101 rows begin at every number of rows after a multiple of 8. Ranges begin or end with their sequence, or lie within.
-END_TO_END = ("ranges", (3, 101), (0, 101), (7, 7), (0, 5), (60, 70), (90, 101), (1, 64), (0, 101))
 
 
 def plan(case, programs, hints=None) -> Tiles:
@@ -474,24 +470,26 @@ def test_quantised(interpreted, name):
 
 
 @pytest.mark.parametrize("shapes", [((8, 1, 101), (1, 2, 101)), ((1, 1, 101), (8, 2, 101)), ((8, 2, 1), (1, 1, 101))], ids=str)
-def test_shared_scales_end_to_end(interpreted, shapes):
-    """Scales by row that sequences or kv heads share, as mapped calls have them, where the rows of all sequences lie end to end."""
+def test_shared_scales_end_to_end(capfd, shapes):
+    """Scales by row that sequences or kv heads share, where the rows of all sequences lie end to end. Only `Backend.forward` takes
+    such scales."""
     rng = np.random.default_rng(0)
     scales = {name: rng.uniform(0.5, 1.5, shape).astype(np.float32) for name, shape in zip(("key", "value"), shapes, strict=True)}
     case = Case("", 8, 101, 4, 2, 128, "bfloat16", END_TO_END, cache_dtype="int8", scales="row")
     arguments = case.draw()
     arguments |= {f"{name}_scale": array(np.broadcast_to(scale, (8, 2, 101))) for name, scale in scales.items()}
-    # The mapped call has a batch of one, so the backend is called as it would be with shared scales.
     shared = {f"{name}_scale": array(scale) for name, scale in scales.items()}
     start, end = (arguments[f"sequence_{name}"][:, None] for name in ("start", "end"))
     queries = Queries(arguments["query"][:, None], start, end)
     cache = Cache(arguments["key"], arguments["value"], **shared)
     problem = Problem.of(queries, cache, Settings(softmax_scale=128**-0.5))
-    backend, target = MosaicGpuBackend(interpret=True, programs=2), Target("cpu", types.SimpleNamespace(core_count=2))
+    backend = MosaicGpuBackend(interpret=True, detect_races=True, programs=2)
+    target = Target("cpu", types.SimpleNamespace(core_count=2))
     problem = dataclasses.replace(problem, fwd_params=resolve(problem, target))
     assert tiles(problem, target).end_to_end
     out, _ = backend.forward(problem, target, queries, cache)
     assert relative_error(out[:, 0], expected(arguments)) < 2.5e-3
+    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 def test_ranges_end_to_end_at_the_ends_of_their_type(interpreted):

@@ -37,9 +37,9 @@ LEAST_ROWS = 8
 # cache that has MUCH_IN_PART bytes.
 HALF_LINE, LONG_IN_HALF, MUCH_IN_PART = 64, 4096, 24 << 20
 # Where 8 divides only the rows of all sequences, an H100 timed 8-bit caches that have MUCH bytes. On an H200 others are faster too:
-# one token with head dimensions of up to WIDE, one token with values in wide rows of the key of a cache that has MUCH_END_TO_END
-# bytes, and joined kv heads with head dimensions above HALF_LINE.
-MUCH_END_TO_END = 16 << 20
+# one token with head dimensions of up to WIDE, one token with values in wide rows of the key of at least MANY_END_TO_END sequences
+# and MUCH_END_TO_END bytes, and joined kv heads with head dimensions above HALF_LINE.
+MANY_END_TO_END, MUCH_END_TO_END = 16, 16 << 20
 # Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, and from
 # FAST_LEADING_ROWS query rows on, which both backends multiply as 64. Several tokens with more than FEW_OF_16_BITS query rows are
 # also faster with head dimensions of HALF_LINE, and in pages with those of OPERAND_DIM. Without a window, and with head dimensions
@@ -66,8 +66,9 @@ def leads(problem: Problem, target: Target) -> str:
         if problem.value_columns is None or tile_dim(problem) <= WIDE or not laid_out:
             return ""
         if problem.quantised:
-            much = much or (fast and problem.num_tokens == 1 and most_bytes(problem) >= MUCH_END_TO_END)
-            return "values in wide rows of the key, in 8 bits" if keys > SHORT and (problem.seq_len % 8 == 0 or much) else ""
+            many = problem.batch >= MANY_END_TO_END and most_bytes(problem) >= MUCH_END_TO_END
+            timed = problem.seq_len % 8 == 0 or much or (fast and problem.num_tokens == 1 and many)
+            return "values in wide rows of the key, in 8 bits" if keys > SHORT and timed else ""
         few = wide_few(problem)
         if rows > few:
             return f"more than {few} query rows, and values in wide rows of the key"
