@@ -14,13 +14,13 @@ from ejk_ragged_schedule.joined import joined_cache
 from ._merge import combine
 from ._split import split
 from ._tiles import begins_at
-from ._tuning import joined_heads, overlapped, tiles
+from ._tuning import joined_heads, launches_early, tiles
 
 
 def forward(problem, target, queries, cache, **how):
     """Output and log-sum-exp; shapes as in `ejk_ragged.Backend.forward`."""
     plan, (wide, _) = tiles(problem, target), joined_heads(problem, target)
-    how["overlapped"] = overlapped(target)
+    how["early"] = launches_early(target)
     lengths = length_arrays(problem, queries)
     if plan.end_to_end:
         lengths, cache = _laid_end_to_end(problem, lengths, cache)

@@ -83,24 +83,24 @@ def when(condition):
 
 
 def launch(
-    kernel, name, results, grid, *, follows, overlapped, interpret, detect_races, updates=0, reduction_bytes=2048, **options
+    kernel, name, results, grid, *, follows, early, interpret, detect_races, updates=0, reduction_bytes=2048, **options
 ):
     """A function of operands: `kernel` over a grid, {name of an axis: size}, with `results` of these shapes and dtypes.
 
     `follows` says whether the kernel works on what the kernel before it leaves. The kernel is then given a function `wait`, which
-    returns when all of these operands are there. The kernel may read its other operands before. If `overlapped`, the device
-    launches such a kernel while the one before runs, and else when the one before has ended.
+    returns when all of these operands are there. The kernel may read its other operands before. If `early`, the device launches
+    such a kernel as soon as all programs of the one before have begun, and else as soon as they have ended. Without such a wait
+    (programmatic dependent launch) the launch would begin after the end, and take a microsecond.
 
     The last `updates` operands are written in place, and are returned in place of results.
     """
-    overlapped = overlapped and not interpret
     if interpret:
         _check_threads(options.get("num_threads", 1))
 
     def body(*refs, **shared):
         if follows:
-            shared["wait"] = plgpu.griddepcontrol_wait if overlapped else lambda: None
-        elif overlapped:
+            shared["wait"] = (lambda: None) if interpret else plgpu.griddepcontrol_wait
+        elif early and not interpret:
             plgpu.griddepcontrol_launch_dependents()
         kernel(*refs, **shared)
 
