@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 
 from ._jax import plgpu, when
 from ._program import Program
-from ._tiles import begins_at, SCALES_AT_ONCE
+from ._tiles import begins_at, begins_in_line, OPERAND_DIM, SCALES_AT_ONCE
 
 
 def copy(program: Program):
@@ -60,19 +60,24 @@ def copy(program: Program):
         def copy_part(half, slot, part, places):
             for name in plan.order(half):
                 ring, copy_rows = plan.rings[name], into(prefix + name, slot)
-                ref = program.cache[ring.source]
-                # The slice has as many dimensions as products take, with zeros beyond the last one. JAX refuses such a slice if it
-                # knows the start, so the start is computed at run time.
-                first = ring.first + part * ring.columns
-                beyond = first + ring.columns > ref.shape[-1]
-                columns = pl.ds(first + piece.number * 0 if beyond else first, ring.columns)
                 for i, (page, row) in enumerate(places):
                     rows = pl.ds(pl.multiple_of(row, plan.align), plan.part_rows)
                     where = pl.ds(i * plan.part_rows, plan.part_rows)
-                    source = ref.at[page, rows, program.head]
-                    whole = ring.columns == ref.shape[-1]
-                    copy_rows(source if whole else source.at[:, columns], (where,) if len(places) > 1 else ())
+                    copy_rows(tile_in_cache(ring, part, page, rows), (where,) if len(places) > 1 else ())
                     copy_scales(name, slot, page, rows, where)
+
+        def tile_in_cache(ring, part, page, rows):
+            ref, first = program.cache[ring.source], ring.first + part * ring.columns
+            if plan.shares_lines:
+                first, _ = begins_in_line(program.head, program.problem.head_dim)
+                return ref.at[page, rows, pl.ds(pl.multiple_of(first, OPERAND_DIM), ring.columns)]
+            of_head = ref.at[page, rows, program.head]
+            if ring.columns == ref.shape[-1]:
+                return of_head
+            # The slice has as many dimensions as products take, with zeros beyond the last one. JAX refuses such a slice if it
+            # knows the start, so the start is computed at run time.
+            beyond = first + ring.columns > ref.shape[-1]
+            return of_head.at[:, pl.ds(first + piece.number * 0 if beyond else first, ring.columns)]
 
         def copy_scales(ring, slot, page, rows, where):
             for name in filter(program.by_row, plan.scales_with(ring)):

@@ -29,6 +29,8 @@ def forward(problem, target, queries, cache, **how):
     if not (plan.many or plan.in_registers):
         query_bounds = _of_rows(problem, plan, query_bounds[0], plan.schedule.seq_len), _of_rows(problem, plan, query_bounds[1], 0)
     cache = _scales_by_row(problem, joined_cache(cache, wide))
+    if plan.shares_lines:
+        cache = _in_whole_rows(cache)
     sink = _sink_of_rows(problem, plan, queries.sink) if plan.many else queries.sink
     partial = split(wide, plan, _by_kv_head(wide, plan, queries.query), cache, own, query_bounds, sink, **how)
     out, lse = combine(problem, target, plan, partial, own, sink, **how)
@@ -53,6 +55,12 @@ def _laid_end_to_end(problem, lengths, cache):
 
     scales = {name: scales_end_to_end(getattr(cache, name)) for name in ("key_scale", "value_scale")}
     return lengths | of_tokens, dataclasses.replace(cache, key=flat(cache.key), value=flat(cache.value), **scales)
+
+
+def _in_whole_rows(cache):
+    """A cache whose rows hold the columns of all kv heads, one kv head after another. Nothing is moved."""
+    whole = lambda x: x.reshape(*x.shape[:2], -1)
+    return dataclasses.replace(cache, key=whole(cache.key), value=whole(cache.value))
 
 
 def _by_kv_head(problem, plan, query):

@@ -14,7 +14,7 @@ from ejk_ragged_schedule import cdiv
 from ._jax import launch, LOWEST, of_parts, plgpu, store, when
 from ._line import Ranges
 from ._program import over
-from ._tiles import Tiles
+from ._tiles import begins_in_line, Tiles
 from ._tuning import merging
 
 
@@ -74,8 +74,10 @@ def _kernel(*refs, tree, problem, plan: Tiles, parts, wait, staging):
             return head, query_rows, columns
         token, first, other = lax.div(query_rows.start, group), lax.rem(query_rows.start, group), lax.rem(head, plan.joined)
         start = (token * plan.joined + other) * group + first
-        own_columns = pl.ds(pl.multiple_of(columns.start + other * value_dim, 16), size)
-        return lax.div(head, plan.joined), pl.ds(pl.multiple_of(start, rows), rows), own_columns
+        wide_head = lax.div(head, plan.joined)
+        _, before = begins_in_line(wide_head, plan.joined * value_dim) if plan.shares_lines else (0, 0)
+        own_columns = pl.ds(pl.multiple_of(columns.start + other * value_dim + before, 16), size)
+        return wide_head, pl.ds(pl.multiple_of(start, rows), rows), own_columns
 
     def merge_parts(b, place, column):
         first, count = ranges.slots(b)

@@ -30,6 +30,7 @@ from ._widen import LEAST_UNIT, load_scales, MOST_UNIT
 REFERENCE_WEIGHT = 14 - GROWTH
 PART_ROWS = 64  # rows of a tile that are widened at once
 KEYS_AT_ONCE = 128  # dimensions of wide keys that are widened at once, next to the sums of an output of as many dimensions
+VALUES_AT_ONCE = 384  # dimensions of values that are widened at once, at most. Of more, AT_ONCE are
 
 
 def shared(plan, dtype):
@@ -62,7 +63,8 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
     rows = plan.block_rows
     q_slot = lax.rem(piece.number, plan.query_slots)
     plgpu.barrier_wait(shared.q_full.at[q_slot])
-    query = query_of(shared.q.at[q_slot, 0], plan.block_dim, plan.joined, program.problem.group, program.interpreted)
+    early = program.columns_before
+    query = query_of(shared.q.at[q_slot, 0], plan.block_dim, plan.joined, program.problem.group, early, program.interpreted)
     store_in_order_of_keys(query, shared.query.at[warpgroup], program.interpreted)
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
@@ -76,8 +78,8 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
         row = program.row_of(piece, first)
 
         query = shared.query.at[warpgroup + unknown_zero(i)]
-        products, values, (value_scales, new_unit) = _products(program, piece, slot, row, query, unit)
-        x = [_logits(program, piece, slot, part, of_part) for part, of_part in zip(parts, products, strict=True)]
+        products, key_scales, values, (value_scales, new_unit) = _products(program, piece, slot, row, query, unit)
+        x = [_logits(program, piece, *of_part) for of_part in zip(products, key_scales, strict=True)]
         x = program.masked(piece, first, [row + part.start for part in parts], bounds, seen_by_all, x, 0)
 
         def shrink(fade, sums):
@@ -98,8 +100,8 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
             for place, term in zip(places, terms, strict=True):
                 shared.p.at[place, :, part].transpose((1, 0))[...] = term
         plgpu.commit_smem()  # which also orders the loads from this place before the next copy into it
-        for free in (shared.k_free, shared.v_free):
-            plgpu.barrier_arrive(free.at[slot])
+        if not plan.frees_early:
+            _free(shared, slot)
         weights = [[shared.p.at[place, :, part] for place in places] for part in parts]
         return _plus_products(program, piece, row, accs, values, weights), high, total, new_unit
 
@@ -109,7 +111,7 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
     over_keys = functools.partial(_reduced, scratch=shared.reduction.at[warpgroup], interpreted=program.interpreted)
     units = [jnp.int32(bits_of(LEAST_UNIT))] * (len(program.scale_heads(program.scales["v"])) if program.by_row("v") else 0)
     low = plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), OF_COLUMNS)
-    nothing = [tile_of((columns.size, rows), 0) for columns in _at_once(plan.value_dim)], low, tile_of((PART_ROWS, rows), 0), units
+    nothing = [tile_of((columns.size, rows), 0) for columns in _values_at_once(plan.value_dim)], low, tile_of((PART_ROWS, rows), 0), units
     accs, high, total, unit = lax.fori_loop(0, cdiv(piece.num_tiles - first_tile, plan.warpgroups), tile, nothing)
     weight = 2.0**-REFERENCE_WEIGHT  # before it meets `acc`, so that no product leaves the range
     scale = _floats(program, unit) if program.by_row("v") else program.scale_of(piece, "v")
@@ -119,10 +121,16 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
     when(warpgroup == 0)(lambda: _store(program, piece, *_merged(shared, accs, high, total)))
 
 
+def _free(shared, slot):
+    """Says that the tile in this slot is in registers, so that the next copy may begin."""
+    for free in (shared.k_free, shared.v_free):
+        plgpu.barrier_arrive(free.at[slot])
+
+
 def _pass_on(shared, accs, high, total):
     """Leaves the results of a piece in shared memory, for the first warpgroup."""
     plgpu.barrier_wait(shared.second_free)
-    for columns, acc in zip(_at_once(shared.second.shape[0]), accs, strict=True):
+    for columns, acc in zip(_values_at_once(shared.second.shape[0]), accs, strict=True):
         store(shared.second.at[columns], acc)
     for i, values in enumerate((high, total)):
         store(shared.second_stats.at[i], values)
@@ -133,7 +141,7 @@ def _pass_on(shared, accs, high, total):
 def _merged(shared, accs, high, total):
     """The results of a piece: those of this warpgroup, which is the first, and of the other."""
     plgpu.barrier_wait(shared.second_full)
-    others = [plgpu.load(shared.second.at[columns], layout=TILE, optimized=False) for columns in _at_once(shared.second.shape[0])]
+    others = [plgpu.load(shared.second.at[columns], layout=TILE, optimized=False) for columns in _values_at_once(shared.second.shape[0])]
     other_high, other_total = (plgpu.load(shared.second_stats.at[i], layout=OF_COLUMNS, optimized=False) for i in range(2))
     plgpu.barrier_arrive(shared.second_free)
     most = jnp.maximum(high, other_high)
@@ -143,7 +151,7 @@ def _merged(shared, accs, high, total):
 
 
 def _store(program, piece, accs, high, total):
-    for columns, acc in zip(_at_once(program.plan.value_dim), accs, strict=True):
+    for columns, acc in zip(_values_at_once(program.plan.value_dim), accs, strict=True):
         store_sums(program, piece, columns.start, sums_by_column(acc, program.interpreted))
     store_stats(program, piece, high, total)
 
@@ -153,10 +161,14 @@ def _parts_of(plan):
     return [pl.ds(first, PART_ROWS) for first in range(0, plan.schedule.block_keys, PART_ROWS)]
 
 
-def _at_once(dims, most=AT_ONCE) -> list[Any]:
-    """The parts of so many dimensions, of up to `most` dimensions, that are widened in registers at once: all up to `AT_ONCE`."""
-    most = AT_ONCE if dims <= AT_ONCE else most
+def _at_once(dims, whole, most) -> list[Any]:
+    """The parts of so many dimensions that are widened in registers at once: all up to `whole`, and else parts of up to `most`."""
+    most = whole if dims <= whole else most
     return [pl.ds(first, min(most, dims - first)) for first in range(0, dims, most)]
+
+
+def _values_at_once(dims) -> list[Any]:
+    return _at_once(dims, VALUES_AT_ONCE, AT_ONCE)
 
 
 def _products(program, piece, slot, row, query, unit):
@@ -166,20 +178,27 @@ def _products(program, piece, slot, row, query, unit):
     be enough registers for the keys of all parts and values. Values of other parts, and wide ones, stay as they are.
 
     Returns:
-        q . k [keys, query rows] of each part, the values of each part as `values_of` takes or gives them, and `_value_scales`.
+        q . k [keys, query rows] of each part, `_key_scales` of each part, the values of each part as `values_of` takes or gives
+        them, and `_value_scales`.
     """
     shared, interpreted, parts = program.shared, program.interpreted, _parts_of(program.plan)
-    dims = _at_once(query.shape[1], KEYS_AT_ONCE)
+    dims = _at_once(query.shape[1], AT_ONCE, KEYS_AT_ONCE)
     plgpu.barrier_wait(shared.k_full.at[slot])
     whole = program.plan.narrow_line == OPERAND_DIM  # lines of the layouts in registers
     keys = lambda part, columns: keys_of(shared.k.at[slot, part, columns], program.problem.dtype, interpreted, whole)
 
-    def first_values():
+    def the_rest():
+        key_scales = [_key_scales(program, piece, slot, part) for part in parts]
         plgpu.barrier_wait(shared.v_full.at[slot])
         v = bytes_of_values(shared.v.at[slot, parts[0]], whole)
         if max(query.shape[1], program.plan.value_dim) <= AT_ONCE:
             v = _values(program, piece, row, parts[0], v)
-        return v, _value_scales(program, piece, slot, row, unit)
+        values = [v, *[bytes_of_values(shared.v.at[slot, part], whole) for part in parts[1:]]]
+        value_scales = _value_scales(program, piece, slot, row, unit)
+        if program.plan.frees_early:
+            plgpu.commit_smem()
+            _free(shared, slot)
+        return key_scales, values, value_scales
 
     def multiply(*accs):
         for acc, part in zip(accs, parts, strict=True):
@@ -188,24 +207,30 @@ def _products(program, piece, slot, row, query, unit):
                     plgpu.wgmma_wait(0)  # until then, the registers of the dimensions before are in use
                 plgpu.wgmma(acc, keys(part, columns), query.at[:, columns].transpose((1, 0)))
         if len(parts) > 1:
-            return [acc[...] for acc in accs], first_values()
-        others = first_values()
-        return [acc[...] for acc in accs], others
+            return [acc[...] for acc in accs], the_rest()
+        rest = the_rest()
+        return [acc[...] for acc in accs], rest
 
     if interpreted:
         products = [sum(_interpreted(keys(part, columns), query.at[:, columns]) for columns in dims) for part in parts]
-        v, scales = first_values()
+        rest = the_rest()
     else:
         of_part = plgpu.ACC((PART_ROWS, query.shape[0]), jnp.float32)
-        products, (v, scales) = pl.run_scoped(multiply, *[of_part] * len(parts))
-    return products, [v, *[bytes_of_values(shared.v.at[slot, part], whole) for part in parts[1:]]], scales
+        products, rest = pl.run_scoped(multiply, *[of_part] * len(parts))
+    return products, *rest
 
 
-def _logits(program, piece, slot, part, x):
-    """The logits of a part of a tile, from its products."""
-    if program.by_row("k"):
-        refs = [program.copied_scales(piece, "k", slot, part, i) for i in range(program.shared.k_scale.shape[1])]
-        return program.logits(x * _of_weights(program, [load_of_rows(ref) for ref in refs], x))
+def _key_scales(program, piece, slot, part) -> list[Any]:
+    """The scales of the keys of a part of a tile, one number per row [keys] for each kv head that has scales of its own. None if
+    scales are not by row."""
+    heads = range(program.shared.k_scale.shape[1] if program.by_row("k") else 0)
+    return [load_of_rows(program.copied_scales(piece, "k", slot, part, i)) for i in heads]
+
+
+def _logits(program, piece, x, scales):
+    """The logits of a part of a tile, from its products and `_key_scales`."""
+    if scales:
+        return program.logits(x * _of_weights(program, scales, x))
     scale = program.scale_of(piece, "k")
     return program.logits(x if scale is None else x * _over_rows(scale, x))
 
@@ -285,7 +310,7 @@ def _plus_products(program, piece, row, accs, values, weights):
 
         return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
-    return [plus(*of_dims) for of_dims in zip(accs, _at_once(program.plan.value_dim), strict=True)]
+    return [plus(*of_dims) for of_dims in zip(accs, _values_at_once(program.plan.value_dim), strict=True)]
 
 
 def _reduced(operation, x, scratch, interpreted):

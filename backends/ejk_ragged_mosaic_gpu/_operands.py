@@ -16,11 +16,11 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 from jaxlib.mlir.dialects import llvm  # jax.extend.mlir does not have it
 
-from ._bits import of_float8, of_int8
+from ._bits import of_float8, of_int8, SCALAR
 from ._jax import KEY_BYTES, plgpu, QUERY_LOADED, QUERY_STORED, store, SUMS, TILE, VALUE_BYTES
 
 
-def query_of(ref, dims, heads, group, interpreted):
+def query_of(ref, dims, heads, group, before, interpreted):
     """A query [query rows, dims], laid out for `store_in_order_of_keys`.
 
     Args:
@@ -29,6 +29,7 @@ def query_of(ref, dims, heads, group, interpreted):
         dims: dimensions of all joined kv heads, and more if they do not fill lines.
         heads: how many kv heads are joined.
         group: query rows of a token.
+        before: how many columns of zeros come before those of the first kv head: int32.
         interpreted: whether Pallas' interpreter runs the kernel.
     """
     if ref.shape[1] == dims:
@@ -38,18 +39,20 @@ def query_of(ref, dims, heads, group, interpreted):
         row, column = (lax.broadcasted_iota(jnp.int32, (rows, dims), axis) for axis in (0, 1))
         head = lax.div(lax.rem(row, group), group // heads)
         again = jnp.tile(ref[...], (1, -(-dims // own_dims)))[:, :dims]
-        return jnp.where(lax.div(column, own_dims) == head, again, jnp.zeros_like(again))
+        return jnp.roll(jnp.where(lax.div(column, own_dims) == head, again, jnp.zeros_like(again)), before, 1)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((rows, dims), dtype, layout=QUERY_LOADED))
-    def among_zeros(_, query):
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), SCALAR), return_type=plgpu.ShapeDtypeStruct((rows, dims), dtype, layout=QUERY_LOADED)
+    )
+    def among_zeros(_, query, before):
         layout, element = QUERY_LOADED.to_mgpu(), ir.MemRefType(query.type).element_type
         eight, number = ir.VectorType.get((8,), element), lambda n: arith.constant(ir.IndexType.get(), n)
         zeros = arith.constant(eight, ir.DenseElementsAttr.get_splat(eight, ir.FloatAttr.get(element, 0.0)))
-        begin = mgpu.utils.memref_ptr(query)
+        begin, before = mgpu.utils.memref_ptr(query), arith.index_cast(ir.IndexType.get(), before.registers.item())
         registers = np.empty(layout.registers_shape((rows, dims)), object)
         for place, (row, column) in zip(np.ndindex(registers.shape), layout.thread_idxs((rows, dims)), strict=True):
             head = arith.divui(arith.remui(row, number(group)), number(group // heads))
-            column = arith.subi(column, arith.muli(head, number(own_dims)))
+            column = arith.subi(column, arith.addi(arith.muli(head, number(own_dims)), before))
             inside = arith.cmpi(arith.CmpIPredicate.ult, column, number(own_dims))  # what would be negative is large here
             offset = arith.addi(arith.muli(row, number(own_dims)), arith.select(inside, column, number(0)))
             offset = arith.index_cast(ir.IntegerType.get_signless(32), offset)
@@ -57,7 +60,7 @@ def query_of(ref, dims, heads, group, interpreted):
             registers[place] = arith.select(inside, numbers, zeros)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return among_zeros(ref)
+    return among_zeros(ref, before)
 
 
 def store_in_order_of_keys(x, target, interpreted):

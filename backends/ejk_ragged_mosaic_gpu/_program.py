@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from ._jax import LOWEST, OF_COLUMNS, OF_ROWS, plgpu, TILE
 from ._line import Piece, Ranges
-from ._tiles import SCALES_AT_ONCE, Tiles
+from ._tiles import begins_in_line, SCALES_AT_ONCE, Tiles
 
 
 LOG2_E = math.log2(math.e)
@@ -180,6 +180,11 @@ class Program:
         if ref is None or self.by_row(name):
             return None
         return self.of_query_rows([ref[piece.sequence if ref.shape[0] > 1 else 0, head, 0] for head in self.scale_heads(ref)])
+
+    @property
+    def columns_before(self):
+        """How many columns of a tile come before those of the joined kv head: int32."""
+        return begins_in_line(self.head, self.problem.head_dim)[1] if self.plan.shares_lines else jnp.int32(0)
 
     def scale_heads(self, ref):
         """The kv heads whose scales the program needs, of those that an array of scales has."""

@@ -72,6 +72,8 @@ class Tiles:
             half of a tile. A tile of 8 bits has one place per part.
         wide_stages: the same for widened tiles, or parts of tiles, of a cache of 8 bits; 0 where no warpgroup of its own widens.
         joined: how many kv heads are one, see `_joined`.
+        shares_lines: whether a joined kv head begins in the line of memory in which the one before ends. Tiles then begin where the
+            line begins, and hold whole lines. For this, a row of the cache has to be whole lines.
         in_registers: whether the warpgroups that multiply take tiles of 8 bits in turn, and widen them in registers.
         narrow_line: bytes of a line of tiles that are widened in registers.
         part_dim: columns of a part of a tile. A tile is one part but for wide tiles of 8 bits, which have columns of several parts.
@@ -106,6 +108,7 @@ class Tiles:
     stages: int
     wide_stages: int
     joined: int
+    shares_lines: bool
     in_registers: bool
     narrow_line: int
     part_dim: int
@@ -146,6 +149,13 @@ class Tiles:
     def scale_copies(self) -> list[tuple[int, int]]:
         """The copies that take these scales, if rows lie end to end: the first scale of each copy, and their number."""
         return [(first, min(MOST_SCALES, self.scales_copied - first)) for first in range(0, self.scales_copied, MOST_SCALES)]
+
+    @property
+    def frees_early(self) -> bool:
+        """Whether warpgroups that widen tiles in registers free a place as soon as its tile is in registers, before they compute
+        weights. Each warpgroup then has one place, so that the next copy waits for it. With more places, more bytes would be on
+        their way, which takes longer."""
+        return self.stages == self.warpgroups
 
     @property
     def line(self) -> int:
@@ -319,6 +329,13 @@ def begins_at(sequence, seq_len: int):
     early, up to 7, this row is. A copy can begin there."""
     first = sequence * seq_len
     return first & -8, first & 7
+
+
+def begins_in_line(head, columns: int):
+    """Where a joined kv head of so many columns of 8 bits begins in a row of the cache: the first column of its line, and how many
+    columns early this is."""
+    first = head * columns
+    return first & -OPERAND_DIM, first & (OPERAND_DIM - 1)
 
 
 def table_entries(sequences: int, step: int) -> int:

@@ -329,6 +329,8 @@ def _tiles(problem, keys, rows, stages, target, heads) -> Tiles:
     schedule = Schedule.of(problem, multiprocessors(target) // (problem.num_kv_heads * row_blocks), keys, change)
     alone = schedule.by_sequence or problem.batch == 1
     own_dim = problem.head_dim // heads
+    in_whole_lines = problem.num_kv_heads * problem.head_dim % OPERAND_DIM == 0
+    shares_lines = heads > 1 and problem.head_dim % OPERAND_DIM != 0 and in_whole_lines
     key_dim, value_dim = (round_up(dim, 64) for dim in copied_dims(problem))
     # Output is written by way of the query's place in shared memory, line by line.
     staged = problem.value_dim <= problem.head_dim if pair else problem.value_dim == problem.head_dim == key_dim
@@ -363,8 +365,9 @@ def _tiles(problem, keys, rows, stages, target, heads) -> Tiles:
         stages=stages,
         wide_stages=wide_stages,
         joined=heads,
+        shares_lines=shares_lines,
         in_registers=in_registers,
-        narrow_line=_narrow_line(problem),
+        narrow_line=OPERAND_DIM if shares_lines else _narrow_line(problem),
         part_dim=_part_dim(problem),
         direct=is_direct(problem),
         end_to_end=is_direct(problem) and _end_to_end(problem),
