@@ -88,6 +88,29 @@ def test_hints_that_are_resolved_join_as_many(head_dim, page_size, hints):
         assert resolve(resolved, TARGET) == resolved.fwd_params
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "num_kv_heads", "shares_lines", "frees_early"),
+    [
+        (64, 8, False, False),
+        (80, 8, True, True),
+        (80, 12, False, True),  # rows of 960 bytes, which are not whole lines
+        (96, 8, False, True),
+        (112, 8, True, True),
+        (112, 4, False, True),
+        (128, 8, False, False),
+        (320, 4, False, True),
+    ],
+)
+def test_lines_and_places(head_dim, num_kv_heads, shares_lines, frees_early):
+    """Copies take whole lines of 128 bytes where joined kv heads share them. A place that is the only one of its warpgroup is free
+    early."""
+    one = problem(head_dim=head_dim, num_kv_heads=num_kv_heads, num_q_heads=2 * num_kv_heads, batch=64)
+    plan = tiles(dataclasses.replace(one, fwd_params=resolve(one, TARGET)), TARGET)
+    assert (plan.shares_lines, plan.frees_early) == (shares_lines, frees_early)
+    wide = plan.joined * head_dim
+    assert plan.narrow_line == (64 if wide % 128 and not shares_lines else 128)
+
+
 @pytest.fixture
 def always(monkeypatch):
     """Joins kv heads of small problems, too, whatever the device."""
@@ -105,9 +128,12 @@ JOINED = {
     "64, tokens, sinks": eight_bits(2, 96, 16, 4, 64, num_tokens=2, query_lengths=(2, 1), sinks=("query", 1)),
     "80, in pages": eight_bits(3, 128, 16, 8, 80, lengths=("ranges", (3, 66), (0, 9), (20, 128)), page_size=32),
     "80, rows end to end": eight_bits(8, 101, 12, 4, 80, cache_dtype="float8_e5m2", lengths=END_TO_END),
+    "80, three": eight_bits(2, 96, 24, 12, 80, lengths=("ranges", (3, 66), (0, 90))),
+    "80, four share lines": eight_bits(2, 96, 16, 16, 80, num_tokens=2),
     "96, scales by head": eight_bits(2, 96, 4, 4, 96, scales="head", sinks=("kv", 2)),
     "96, one scale": eight_bits(2, 96, 8, 8, 96, scales="number", logits_soft_cap=20.0),
     "112, tokens": eight_bits(2, 96, 8, 4, 112, cache_dtype="float8_e4m3fn", num_tokens=2, sliding_window=(40, 0)),
+    "112, two share lines": eight_bits(2, 96, 8, 8, 112, num_tokens=2, query_lengths=(1, 2)),
 }
 
 
@@ -150,7 +176,7 @@ def test_nan_of_one_kv_head_stays_there(always, interpreted, name):
 
 
 @has_mosaic_gpu
-@pytest.mark.parametrize(("head_dim", "num_kv_heads"), [(64, 8), (112, 8), (80, 6)])
+@pytest.mark.parametrize(("head_dim", "num_kv_heads"), [(64, 8), (112, 8), (112, 12), (80, 4), (80, 16), (80, 6)])
 def test_the_query_is_not_moved(always, head_dim, num_kv_heads):
     """A kernel puts zeros into the query, in the columns of other kv heads and beyond the last one. Six kv heads of 80
     dimensions are not joined."""
@@ -182,6 +208,8 @@ def test_nothing_of_the_cache_is_moved(always, head_dim, heads, seq_len):
     assert text.count("mosaic_gpu_v2") == 2
     sizes = f"4x{seq_len}" if seq_len % 8 == 0 else f"1x{4 * seq_len}"
     assert f"{sizes}x{8 // heads}x{heads * head_dim}xi8" in text
+    # The copies of joined kv heads that share a line of 128 bytes begin with this line, and see rows of all kv heads.
+    assert (f"tensor<{sizes}x{8 * head_dim}xi8>" in text) == (heads * head_dim % 128 == 64 and heads > 1)
     moves = [line for line in text.splitlines() if "xi8>" in line.rpartition("->")[2] and "stablehlo" in line]
     assert all("stablehlo.reshape" in line for line in moves)
     operations = collections.Counter(re.findall(r"stablehlo\.(\w+)", text))
@@ -189,3 +217,15 @@ def test_nothing_of_the_cache_is_moved(always, head_dim, heads, seq_len):
     # Three arrays get an axis of tokens, and the lse is brought into the order of heads. A query of 320 dimensions gets zeros.
     zeros = {"pad": 1, "constant": 1, "convert": 1} if head_dim == 320 else {}
     assert operations == {"broadcast_in_dim": 3, "custom_call": 2, "transpose": 1} | zeros
+
+
+@has_mosaic_gpu
+@pytest.mark.parametrize(("head_dim", "heads"), [(64, 2), (112, 4), (128, 1)])
+def test_columns_of_other_kv_heads_are_not_stored(always, head_dim, heads):
+    """A thread stores four sums at once, if they are of the query row's own kv head. Kv heads that are apart have no others."""
+    shape = jax.ShapeDtypeStruct
+    cache, scale = shape((4, 1024, 8, head_dim), "int8"), shape((4, 8, 1024), "float32")
+    call = functools.partial(ragged_decode_attention, backend="mosaic_gpu")
+    traced = jax.jit(call).trace(shape((4, 32, head_dim), "bfloat16"), cache, cache, key_scale=scale, value_scale=scale)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("st.global.v4.f32" in text) == (heads > 1)

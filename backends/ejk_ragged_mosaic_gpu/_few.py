@@ -155,10 +155,13 @@ def _laid_out(program, name, slot, part, sees=None, at_an_end=False):
 
 def store_sums(program, piece, first, acc):
     """Writes sums of values [dims, query rows], from the dimension `first` on, from registers to memory. No thread waits for it."""
-    plan = program.plan
-    slot = plan.schedule.slot(program.number, piece.sequence)
-    parts = program.results.parts.at[slot, program.head, program.query_rows(), pl.ds(first, acc.shape[0])]
-    store(parts.transpose((1, 0)), acc)
+    store(sums_of(program, piece).at[:, pl.ds(first, acc.shape[0])].transpose((1, 0)), acc)
+
+
+def sums_of(program, piece):
+    """Ref of the sums of values of a piece [query rows, dims]."""
+    slot = program.plan.schedule.slot(program.number, piece.sequence)
+    return program.results.parts.at[slot, program.head, program.query_rows()]
 
 
 def store_stats(program, piece, high, total):

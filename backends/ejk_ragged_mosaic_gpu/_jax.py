@@ -82,9 +82,7 @@ def when(condition):
     return lambda work: jax.lax.switch(jnp.where(condition, 1, 0), (lambda: None, work))
 
 
-def launch(
-    kernel, name, results, grid, *, follows, early, interpret, detect_races, updates=0, reduction_bytes=2048, **options
-):
+def launch(kernel, name, results, grid, *, follows, early, interpret, detect_races, updates=0, reduction_bytes=2048, **options):
     """A function of operands: `kernel` over a grid, {name of an axis: size}, with `results` of these shapes and dtypes.
 
     `follows` says whether the kernel works on what the kernel before it leaves. The kernel is then given a function `wait`, which

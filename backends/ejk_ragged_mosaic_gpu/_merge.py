@@ -1,4 +1,4 @@
-"""The kernel that merges the pieces of each sequence. It waits for the end of the first kernel, while which it may be launched."""
+"""The kernel that merges the pieces of each sequence. It may be launched while the first kernel runs, and waits for its end."""
 
 import functools
 import math

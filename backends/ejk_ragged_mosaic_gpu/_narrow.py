@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 from ejk_ragged_schedule import cdiv
 
 from ._bits import bits_of, float_of, inverse, largest_exponent
-from ._few import store_stats, store_sums
+from ._few import store_stats, store_sums, sums_of
 from ._jax import LOWEST, OF_COLUMNS, OF_ROWS, plgpu, store, TILE, when
 from ._line import Piece
-from ._operands import bytes_of_values, keys_of, query_of, store_in_order_of_keys, sums_by_column, values_of
+from ._operands import bytes_of_values, keys_of, query_of, store_in_order_of_keys, store_own_sums, sums_by_column, values_of
 from ._program import AT_ONCE, load_of_rows, over, over_rows, Program, tile_of, tiling, unknown_zero
 from ._reference import GROWTH, refer
 from ._tiles import OPERAND_DIM
@@ -111,7 +111,8 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
     over_keys = functools.partial(_reduced, scratch=shared.reduction.at[warpgroup], interpreted=program.interpreted)
     units = [jnp.int32(bits_of(LEAST_UNIT))] * (len(program.scale_heads(program.scales["v"])) if program.by_row("v") else 0)
     low = plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), OF_COLUMNS)
-    nothing = [tile_of((columns.size, rows), 0) for columns in _values_at_once(plan.value_dim)], low, tile_of((PART_ROWS, rows), 0), units
+    sums = [tile_of((columns.size, rows), 0) for columns in _values_at_once(plan.value_dim)]
+    nothing = sums, low, tile_of((PART_ROWS, rows), 0), units
     accs, high, total, unit = lax.fori_loop(0, cdiv(piece.num_tiles - first_tile, plan.warpgroups), tile, nothing)
     weight = 2.0**-REFERENCE_WEIGHT  # before it meets `acc`, so that no product leaves the range
     scale = _floats(program, unit) if program.by_row("v") else program.scale_of(piece, "v")
@@ -140,8 +141,9 @@ def _pass_on(shared, accs, high, total):
 
 def _merged(shared, accs, high, total):
     """The results of a piece: those of this warpgroup, which is the first, and of the other."""
+    parts = _values_at_once(shared.second.shape[0])
     plgpu.barrier_wait(shared.second_full)
-    others = [plgpu.load(shared.second.at[columns], layout=TILE, optimized=False) for columns in _values_at_once(shared.second.shape[0])]
+    others = [plgpu.load(shared.second.at[columns], layout=TILE, optimized=False) for columns in parts]
     other_high, other_total = (plgpu.load(shared.second_stats.at[i], layout=OF_COLUMNS, optimized=False) for i in range(2))
     plgpu.barrier_arrive(shared.second_free)
     most = jnp.maximum(high, other_high)
@@ -151,8 +153,14 @@ def _merged(shared, accs, high, total):
 
 
 def _store(program, piece, accs, high, total):
+    joined = program.plan.joined
     for columns, acc in zip(_values_at_once(program.plan.value_dim), accs, strict=True):
-        store_sums(program, piece, columns.start, sums_by_column(acc, program.interpreted))
+        sums = sums_by_column(acc, program.interpreted)
+        if joined == 1 or program.interpreted:
+            store_sums(program, piece, columns.start, sums)
+        else:
+            own_dims, group = program.problem.value_dim // joined, program.problem.group
+            store_own_sums(sums_of(program, piece), sums, columns.start, own_dims, joined, group, program.columns_before)
     store_stats(program, piece, high, total)
 
 
@@ -168,6 +176,7 @@ def _at_once(dims, whole, most) -> list[Any]:
 
 
 def _values_at_once(dims) -> list[Any]:
+    """The parts of so many dimensions of values, and of the output."""
     return _at_once(dims, VALUES_AT_ONCE, AT_ONCE)
 
 

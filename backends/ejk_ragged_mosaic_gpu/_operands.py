@@ -51,13 +51,11 @@ def query_of(ref, dims, heads, group, before, interpreted):
         begin, before = mgpu.utils.memref_ptr(query), arith.index_cast(ir.IndexType.get(), before.registers.item())
         registers = np.empty(layout.registers_shape((rows, dims)), object)
         for place, (row, column) in zip(np.ndindex(registers.shape), layout.thread_idxs((rows, dims)), strict=True):
-            head = arith.divui(arith.remui(row, number(group)), number(group // heads))
-            column = arith.subi(column, arith.addi(arith.muli(head, number(own_dims)), before))
-            inside = arith.cmpi(arith.CmpIPredicate.ult, column, number(own_dims))  # what would be negative is large here
-            offset = arith.addi(arith.muli(row, number(own_dims)), arith.select(inside, column, number(0)))
+            column, own = _own_column(row, column, own_dims, heads, group, before)
+            offset = arith.addi(arith.muli(row, number(own_dims)), arith.select(own, column, number(0)))
             offset = arith.index_cast(ir.IntegerType.get_signless(32), offset)
             numbers = llvm.load(eight, mgpu.utils.getelementptr(begin, [offset], element))
-            registers[place] = arith.select(inside, numbers, zeros)
+            registers[place] = arith.select(own, numbers, zeros)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return among_zeros(ref, before)
@@ -149,6 +147,45 @@ def sums_by_column(acc, interpreted):
         return mgpu.FragmentedArray(_registers=registers, _layout=SUMS.to_mgpu(), _is_signed=None)
 
     return relaid(acc)
+
+
+def store_own_sums(ref, sums, first, own_dims, heads, group, before):
+    """Stores what `sums_by_column` gives into memory [query rows, dims], from dimension `first` on. Of each query row only the
+    dimensions of its own kv head are stored, because the second kernel reads no others.
+
+    Args:
+        own_dims: dimensions of one kv head.
+        heads, group, before: as in `query_of`.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SUMS, SCALAR))
+    def stored(_, target, matrix, before):
+        number = lambda n: arith.constant(ir.IndexType.get(), n)
+        begin, element = mgpu.utils.memref_ptr(target), ir.F32Type.get()
+        (stride, _), _ = ir.MemRefType(target.type).get_strides_and_offset()
+        before = arith.index_cast(ir.IndexType.get(), before.registers.item())
+        # Without a zero that the compiler does not know, it computes all places before the tiles, and has no registers for them.
+        word = ir.IntegerType.get_signless(32)
+        unknown: Any = llvm.inline_asm(word, [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
+        zero = arith.index_cast(ir.IndexType.get(), unknown)
+        for numbers, (dim, row) in zip(matrix.registers.flat, SUMS.to_mgpu().thread_idxs(sums.shape), strict=True):
+            dim, row = arith.addi(dim, number(first)), arith.addi(row, zero)
+            _, own = _own_column(row, dim, own_dims, heads, group, before)
+            offset = arith.index_cast(word, arith.addi(arith.muli(row, number(stride)), dim))
+            place = mgpu.utils.getelementptr(begin, [offset], element)
+            four = [vector.extract(numbers, [], [i]) for i in range(4)]
+            asm = "@$5 st.global.v4.f32 [$0], {$1, $2, $3, $4};"
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), [place, *four, own], asm, "l,f,f,f,f,b", has_side_effects=True)
+
+    stored(ref, sums, before)
+
+
+def _own_column(row, column, own_dims, heads, group, before):
+    """A column of a joined kv head, counted from the first column of the query row's own kv head, and whether that head has it."""
+    number = lambda n: arith.constant(ir.IndexType.get(), n)
+    head = arith.divui(arith.remui(row, number(group)), number(group // heads))
+    column = arith.subi(column, arith.addi(arith.muli(head, number(own_dims)), before))
+    return column, arith.cmpi(arith.CmpIPredicate.ult, column, number(own_dims))  # what would be negative is large here
 
 
 def _words(numbers, count):
