@@ -598,6 +598,7 @@ LARGE = {"batch": 64, "seq_len": 8192, "num_q_heads": 256}
 OF_64 = {"cache_dtype": INT8, "num_kv_heads": 8, "num_q_heads": 64, "head_dim": 64, "value_dim": 64}
 OF_80_IN_8_BITS = OF_64 | {"num_q_heads": 32, "batch": 8, "seq_len": 5001, "head_dim": 80, "value_dim": 80}
 OF_512 = {"cache_dtype": INT8, "num_q_heads": 32, "batch": 4, "seq_len": 2048, "head_dim": 512, "value_dim": 512}
+SMALL_LATENT = LATENT | {"cache_dtype": INT8, "num_kv_heads": 1, "num_q_heads": 16, "batch": 8, "seq_len": 1000}
 OF_WIDE = "up to 16 query rows per kv head of more than 256 dimensions of an 8-bit cache"
 SEVERAL = "several tokens with more than 16 query rows per kv head"
 ONE_TOKEN = {"num_q_heads": 16, "seq_len": 4096}
@@ -734,6 +735,15 @@ OF_80 = "query rows per kv head of 80 dimensions"
         (LATENT | {"cache_dtype": INT8, "batch": 16, "seq_len": 451}, FAST, ""),
         (LATENT | {"cache_dtype": INT8, "batch": 8, "seq_len": 1001}, FAST, ""),
         (LATENT | {"cache_dtype": INT8, "seq_len": 8001}, HOPPER, "values in wide rows of the key, in 8 bits"),
+        (SMALL_LATENT, FAST, ""),
+        (SMALL_LATENT, HOPPER, "values in wide rows of the key, in 8 bits"),
+        (SMALL_LATENT | {"seq_len": 2000}, FAST, "values in wide rows of the key, in 8 bits"),
+        (SMALL_LATENT | {"num_q_heads": 32}, FAST, "values in wide rows of the key, in 8 bits"),
+        (SMALL_LATENT | {"num_q_heads": 32, "seq_len": 504}, FAST, ""),
+        (SMALL_LATENT | {"num_q_heads": 128, "seq_len": 304}, FAST, "values in wide rows of the key, in 8 bits"),
+        (SMALL_LATENT | {"num_q_heads": 15}, FAST, "values in wide rows of the key, in 8 bits"),
+        (SMALL_LATENT | {"num_tokens": 2, "seq_len": 496}, FAST, "values in wide rows of the key, in 8 bits"),
+        (SMALL_LATENT | {"num_pages": 200, "page_size": 64}, FAST, "values in wide rows of the key, in 8 bits"),
         (LATENT | {"junk_between_tokens": True}, HOPPER, ""),
         (LATENT | {"head_dim": 256, "value_dim": 128, "row_dim": 256, "value_columns": (0, 128)}, HOPPER, ""),
         ({"head_dim": 512}, HOPPER, ""),

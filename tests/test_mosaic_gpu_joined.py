@@ -17,6 +17,7 @@ from support import array, assert_right, END_TO_END, expected, has_mosaic_gpu
 from ejk_ragged import FwdParams, Problem, ragged_decode_attention, Target
 from ejk_ragged.testing import Case, relative_error
 from ejk_ragged_mosaic_gpu import _joined
+from ejk_ragged_mosaic_gpu._tiles import begins_in_line
 from ejk_ragged_mosaic_gpu._tuning import joined_heads, resolve, tiles
 
 
@@ -98,17 +99,24 @@ def test_hints_that_are_resolved_join_as_many(head_dim, page_size, hints):
         (112, 8, True, True),
         (112, 4, False, True),
         (128, 8, False, False),
-        (320, 4, False, True),
+        (320, 4, False, False),
     ],
 )
 def test_lines_and_places(head_dim, num_kv_heads, shares_lines, frees_early):
-    """Copies take whole lines of 128 bytes where joined kv heads share them. A place that is the only one of its warpgroup is free
-    early."""
+    """Copies take whole lines of 128 bytes where joined kv heads share them. Joined kv heads free a place early that is the
+    only one of its warpgroup."""
     one = problem(head_dim=head_dim, num_kv_heads=num_kv_heads, num_q_heads=2 * num_kv_heads, batch=64)
     plan = tiles(dataclasses.replace(one, fwd_params=resolve(one, TARGET)), TARGET)
     assert (plan.shares_lines, plan.frees_early) == (shares_lines, frees_early)
     wide = plan.joined * head_dim
     assert plan.narrow_line == (64 if wide % 128 and not shares_lines else 128)
+
+
+@pytest.mark.parametrize(
+    ("head", "columns", "place"), [(0, 320, (0, 0)), (1, 320, (256, 64)), (2, 320, (640, 0)), (3, 448, (1280, 64))]
+)
+def test_where_the_line_of_a_joined_kv_head_begins(head, columns, place):
+    assert begins_in_line(head, columns) == place
 
 
 @pytest.fixture

@@ -40,6 +40,9 @@ HALF_LINE, LONG_IN_HALF, MUCH_IN_PART = 64, 4096, 24 << 20
 # one token with head dimensions of up to WIDE, one token with values in wide rows of the key of at least MANY_END_TO_END sequences
 # and MUCH_END_TO_END bytes, and joined kv heads with head dimensions above HALF_LINE.
 MANY_END_TO_END, MUCH_END_TO_END = 16, 16 << 20
+# As measured on an H200, pallas_triton is faster for one token with values in wide rows of a padded key of 8 bits if a full cache
+# has fewer than LITTLE_WIDE bytes for WIDE_FEW query rows, half as many for twice the query rows, and so on.
+LITTLE_WIDE = 8 << 20
 # Where the memory is fast, as measured on an H200, they are faster for padded caches that have MUCH_WIDE bytes, and from
 # FAST_LEADING_ROWS query rows on, which both backends multiply as 64. Several tokens with more than FEW_OF_16_BITS query rows are
 # also faster with head dimensions of HALF_LINE, and in pages with those of OPERAND_DIM. Without a window, and with head dimensions
@@ -68,7 +71,9 @@ def leads(problem: Problem, target: Target) -> str:
         if problem.quantised:
             many = problem.batch >= MANY_END_TO_END and most_bytes(problem) >= MUCH_END_TO_END
             timed = problem.seq_len % 8 == 0 or much or (fast and problem.num_tokens == 1 and many)
-            return "values in wide rows of the key, in 8 bits" if keys > SHORT and timed else ""
+            padded = fast and problem.num_tokens == 1 and not problem.paged and rows >= WIDE_FEW
+            little = padded and most_bytes(problem) * rows < LITTLE_WIDE * WIDE_FEW
+            return "values in wide rows of the key, in 8 bits" if keys > SHORT and timed and not little else ""
         few = wide_few(problem)
         if rows > few:
             return f"more than {few} query rows, and values in wide rows of the key"
