@@ -63,8 +63,8 @@ def _compute_piece(program: Program, piece: Piece, warpgroup):
     rows = plan.block_rows
     q_slot = lax.rem(piece.number, plan.query_slots)
     plgpu.barrier_wait(shared.q_full.at[q_slot])
-    early = program.columns_before
-    query = query_of(shared.q.at[q_slot, 0], plan.block_dim, plan.joined, program.problem.group, early, program.interpreted)
+    group, before = program.problem.group, program.columns_before
+    query = query_of(shared.q.at[q_slot, 0], plan.block_dim, plan.joined, group, before, program.interpreted)
     store_in_order_of_keys(query, shared.query.at[warpgroup], program.interpreted)
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared.q_free.at[q_slot])
@@ -205,7 +205,7 @@ def _products(program, piece, slot, row, query, unit):
         values = [v, *[bytes_of_values(shared.v.at[slot, part], whole) for part in parts[1:]]]
         value_scales = _value_scales(program, piece, slot, row, unit)
         if program.plan.frees_early:
-            plgpu.commit_smem()
+            plgpu.commit_smem()  # between the loads from this place and the next copy into it
             _free(shared, slot)
         return key_scales, values, value_scales
 
@@ -230,7 +230,7 @@ def _products(program, piece, slot, row, query, unit):
 
 
 def _key_scales(program, piece, slot, part) -> list[Any]:
-    """The scales of the keys of a part of a tile, one number per row [keys] for each kv head that has scales of its own. None if
+    """The scales of the keys of a part of a tile, one number per row [keys] for each kv head that has scales of its own. Empty if
     scales are not by row."""
     heads = range(program.shared.k_scale.shape[1] if program.by_row("k") else 0)
     return [load_of_rows(program.copied_scales(piece, "k", slot, part, i)) for i in heads]
