@@ -31,7 +31,7 @@ CONSTRAINTS = {"3.12": ["jax==0.11.2"]}
 # What another release may break, marks and files. The newest, which users have: the waist, kernels lowered, the shared suite on
 # XLA, and its backend compiled as users have it. The one between, with which GPUs are measured: kernels lowered, and Mosaic GPU's
 # interpreted, which needs JAX 0.11. `nox -s pythons -- tests` runs all.
-KERNELS = ("schedule", "pallas_triton", "mosaic_gpu")
+KERNELS = ("schedule", "pallas_triton", "mosaic_gpu", "mosaic_gpu_lowered")
 INTERPRETED = ("mosaic_gpu_joined", "mosaic_gpu_rows", "accuracy")
 WAIST = ("jit", "vmap", "grad", "loops", "export", "devices", "module", "sharding")
 BETWEEN = ("not once and (mosaic_gpu or not (xla or pallas_triton))", "semantics", "jit", "export", *KERNELS, *INTERPRETED)

@@ -13,7 +13,7 @@ from support import subject
 
 from ejk_ragged import ragged_decode_attention, tuned_hints
 from ejk_ragged._registry import registry
-from ejk_ragged_mosaic_gpu import MosaicGpuBackend
+from ejk_ragged_mosaic_gpu import _joined, MosaicGpuBackend
 
 
 # For the tests of many devices, and for the threads of Mosaic GPU's interpreter. The other tests are as fast with them.
@@ -133,6 +133,14 @@ def install(monkeypatch):
 
     yield install
     registry.clear()
+
+
+@pytest.fixture
+def joins_always(monkeypatch):
+    """Lets mosaic_gpu join kv heads of small problems, too, whatever the device."""
+    monkeypatch.setattr(_joined, "has_fast_memory", lambda _: True)
+    monkeypatch.setattr(_joined, "SHORT", 0)
+    monkeypatch.setattr(_joined, "JOINED", {dim: how._replace(least_bytes=0) for dim, how in _joined.JOINED.items()})
 
 
 @pytest.fixture

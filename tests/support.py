@@ -4,6 +4,7 @@ assertions."""
 import dataclasses
 import functools
 import itertools
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.mlir import ir
 
 from ejk_ragged import Backend, explain, FwdParams, ragged_decode_attention
 from ejk_ragged.testing import Case, oracle, verify
@@ -192,6 +194,29 @@ def weights(x):
 
 def _bits(x):
     return np.atleast_1d(x).view(np.uint8)
+
+
+def kernels_of(lowered) -> list[str]:
+    """The kernels of a lowered call of mosaic_gpu, as Mosaic GPU gets them."""
+    module: Any = lowered.compiler_ir()
+    found = []
+
+    def visit(operation):
+        if "mhlo.backend_config" in operation.attributes:
+            config = ir.DictAttr(operation.attributes["mhlo.backend_config"])
+            found.append(ir.StringAttr(config["module"]).value_bytes)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
+    module.context.allow_unregistered_dialects = True
+    with module.context:
+        return [str(ir.Module.parse(kernel)) for kernel in found]
+
+
+def unsigned_lines(kernel) -> list[str]:
+    """The lines of a kernel that take numbers as if they had no sign."""
+    unsigned = re.compile(r"arith\.(maxui|minui|cmpi\W.*predicate = [6-9]).*i32")
+    return [line for line in kernel.splitlines() if unsigned.search(line)]
 
 
 def planned(lowered) -> Any:

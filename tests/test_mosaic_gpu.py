@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.mlir import ir
-from support import array, assert_right, has_mosaic_gpu
+from support import array, assert_right, has_mosaic_gpu, kernels_of, unsigned_lines
 
 import ejk_ragged_mosaic_gpu
 from ejk_ragged import explain, FwdParams, Problem, ragged_decode_attention, Target
@@ -180,20 +179,7 @@ def lowered(args, **options):
 
 
 def kernels(args, options):
-    """The kernels of a call, as Mosaic GPU gets them."""
-    module: Any = lowering(args, options).compiler_ir()
-    found = []
-
-    def visit(operation):
-        if "mhlo.backend_config" in operation.attributes:
-            config = ir.DictAttr(operation.attributes["mhlo.backend_config"])
-            found.append(ir.StringAttr(config["module"]).value_bytes)
-        return ir.WalkResult.ADVANCE
-
-    module.operation.walk(visit)
-    module.context.allow_unregistered_dialects = True
-    with module.context:
-        return [str(ir.Module.parse(kernel)) for kernel in found]
+    return kernels_of(lowering(args, options))
 
 
 CALLS = {
@@ -262,10 +248,9 @@ CALLS = {
 def test_lowers_for_cuda_anywhere(name):
     """There are two kernels, and their numbers have signs. Lengths may be negative. If JAX selects a single number, it compares the
     number as if it had no sign. The interpreter does not show this mistake."""
-    unsigned = re.compile(r"arith\.(maxui|minui|cmpi\W.*predicate = [6-9]).*i32")
     text = kernels(*CALLS[name])
     assert len(text) == 2
-    assert [line for kernel in text for line in kernel.splitlines() if unsigned.search(line)] == []
+    assert [line for kernel in text for line in unsigned_lines(kernel)] == []
 
 
 @has_mosaic_gpu

@@ -1,22 +1,17 @@
 """Kv heads of 8-bit caches that Mosaic GPU joins, where the memory is fast: how many, and that the answer is that of kv heads
 apart. The kernels run in the interpreter, which also looks for races."""
 
-import collections
 import dataclasses
-import functools
-import re
 import types
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import array, assert_right, END_TO_END, expected, has_mosaic_gpu
 
-from ejk_ragged import FwdParams, Problem, ragged_decode_attention, Target
+from ejk_ragged import FwdParams, Problem, Target
 from ejk_ragged.testing import Case, relative_error
-from ejk_ragged_mosaic_gpu import _joined
 from ejk_ragged_mosaic_gpu._tiles import begins_in_line
 from ejk_ragged_mosaic_gpu._tuning import joined_heads, resolve, tiles
 
@@ -119,14 +114,6 @@ def test_where_the_line_of_a_joined_kv_head_begins(head, columns, place):
     assert begins_in_line(head, columns) == place
 
 
-@pytest.fixture
-def always(monkeypatch):
-    """Joins kv heads of small problems, too, whatever the device."""
-    monkeypatch.setattr(_joined, "has_fast_memory", lambda _: True)
-    monkeypatch.setattr(_joined, "SHORT", 0)
-    monkeypatch.setattr(_joined, "JOINED", {dim: how._replace(least_bytes=0) for dim, how in _joined.JOINED.items()})
-
-
 def eight_bits(batch, seq_len, num_q_heads, num_kv_heads, head_dim, lengths=("ranges", (3, 66), (0, 90)), **more):
     given: dict[str, Any] = {"cache_dtype": "int8", "scales": "row"} | more
     return Case("", batch, seq_len, num_q_heads, num_kv_heads, head_dim, "bfloat16", lengths, **given)
@@ -147,14 +134,14 @@ JOINED = {
 
 @has_mosaic_gpu
 @pytest.mark.parametrize("name", JOINED)
-def test_answers(always, interpreted, name):
+def test_answers(joins_always, interpreted, name):
     """Rows and scales that nobody sees are junk. Gradients, which another backend has, take an output that is not rounded."""
     assert_right(interpreted(programs=3), JOINED[name].draw(poison=True))
 
 
 @has_mosaic_gpu
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-def test_each_kv_head_has_its_own_scales(always, interpreted, dtype):
+def test_each_kv_head_has_its_own_scales(joins_always, interpreted, dtype):
     """Values times scales stay in the range of float16 because they are in units of their largest scale. Each joined kv head has a
     unit of its own. It grows from tile to tile for one that is not the first, and stays for others."""
     arguments = Case("", 1, 256, 16, 4, 80, "bfloat16", cache_dtype=dtype, scales="row").draw()
@@ -170,7 +157,7 @@ def test_each_kv_head_has_its_own_scales(always, interpreted, dtype):
 
 @has_mosaic_gpu
 @pytest.mark.parametrize("name", ["value", "value_scale", "key_scale"])
-def test_nan_of_one_kv_head_stays_there(always, interpreted, name):
+def test_nan_of_one_kv_head_stays_there(joins_always, interpreted, name):
     """Such a number in a row that tokens see is for query heads of its own kv head only."""
     case = Case("", 1, 128, 8, 4, 80, "bfloat16", cache_dtype="float8_e4m3fn", scales="row")
     arguments = case.draw()
@@ -181,59 +168,3 @@ def test_nan_of_one_kv_head_stays_there(always, interpreted, name):
     assert np.isnan(out[:, 2:4]).all()
     others = np.r_[0:2, 4:8]
     assert relative_error(out[:, others], want[:, others]) < 2.5e-3
-
-
-@has_mosaic_gpu
-@pytest.mark.parametrize(("head_dim", "num_kv_heads"), [(64, 8), (112, 8), (112, 12), (80, 4), (80, 16), (80, 6)])
-def test_the_query_is_not_moved(always, head_dim, num_kv_heads):
-    """A kernel puts zeros into the query, in the columns of other kv heads and beyond the last one. Six kv heads of 80
-    dimensions are not joined."""
-    shape = jax.ShapeDtypeStruct
-    cache, scale = shape((4, 1024, num_kv_heads, head_dim), "int8"), shape((4, num_kv_heads, 1024), "float32")
-    call = functools.partial(ragged_decode_attention, backend="mosaic_gpu")
-    query = shape((4, 4 * num_kv_heads, head_dim), "bfloat16")
-    traced = jax.jit(call).trace(query, cache, cache, key_scale=scale, value_scale=scale)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    moves = [line for line in text.splitlines() if "bf16>" in line.rpartition("->")[2] and "stablehlo" in line]
-    operations = {line.partition("stablehlo.")[2].split()[0] for line in moves}
-    assert operations == {"broadcast_in_dim", "reshape", "custom_call"}  # the first one gives the query an axis of tokens
-
-
-@has_mosaic_gpu
-@pytest.mark.parametrize(
-    ("head_dim", "heads", "seq_len"),
-    [(64, 2, 1024), (80, 4, 1024), (96, 4, 1024), (112, 4, 1024), (320, 1, 1024), (512, 1, 1024), (80, 4, 1002), (128, 1, 1002)],
-)
-def test_nothing_of_the_cache_is_moved(always, head_dim, heads, seq_len):
-    """The joined cache is the cache, and so is one whose rows are copied end to end, with its scales. Two kernels read it. On a
-    machine without a GPU the call is lowered for cuda."""
-    shape = jax.ShapeDtypeStruct
-    cache, scale, lengths = shape((4, seq_len, 8, head_dim), "int8"), shape((4, 8, seq_len), "float32"), shape((4,), "int32")
-    arguments = {"key_scale": scale, "value_scale": scale, "sequence_start": lengths, "sequence_end": lengths}
-    call = functools.partial(ragged_decode_attention, backend="mosaic_gpu")
-    traced = jax.jit(call).trace(shape((4, 32, head_dim), "bfloat16"), cache, cache, **arguments)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu_v2") == 2
-    sizes = f"4x{seq_len}" if seq_len % 8 == 0 else f"1x{4 * seq_len}"
-    assert f"{sizes}x{8 // heads}x{heads * head_dim}xi8" in text
-    # The copies of joined kv heads that share a line of 128 bytes begin with this line, and see rows of all kv heads.
-    assert (f"tensor<{sizes}x{8 * head_dim}xi8>" in text) == (heads * head_dim % 128 == 64 and heads > 1)
-    moves = [line for line in text.splitlines() if "xi8>" in line.rpartition("->")[2] and "stablehlo" in line]
-    assert all("stablehlo.reshape" in line for line in moves)
-    operations = collections.Counter(re.findall(r"stablehlo\.(\w+)", text))
-    del operations["reshape"]
-    # Three arrays get an axis of tokens, and the lse is brought into the order of heads. A query of 320 dimensions gets zeros.
-    zeros = {"pad": 1, "constant": 1, "convert": 1} if head_dim == 320 else {}
-    assert operations == {"broadcast_in_dim": 3, "custom_call": 2, "transpose": 1} | zeros
-
-
-@has_mosaic_gpu
-@pytest.mark.parametrize(("head_dim", "heads"), [(64, 2), (112, 4), (128, 1)])
-def test_columns_of_other_kv_heads_are_not_stored(always, head_dim, heads):
-    """A thread stores four sums at once, if they are of the query row's own kv head. Kv heads that are apart have no others."""
-    shape = jax.ShapeDtypeStruct
-    cache, scale = shape((4, 1024, 8, head_dim), "int8"), shape((4, 8, 1024), "float32")
-    call = functools.partial(ragged_decode_attention, backend="mosaic_gpu")
-    traced = jax.jit(call).trace(shape((4, 32, head_dim), "bfloat16"), cache, cache, key_scale=scale, value_scale=scale)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert ("st.global.v4.f32" in text) == (heads > 1)

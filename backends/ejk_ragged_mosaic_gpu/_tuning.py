@@ -389,7 +389,8 @@ def step_of_table(batch: int) -> int:
 
 def launches_early(target: Target) -> bool:
     """Whether the second kernel is launched when the programs of the first one have begun, and not when they have ended. As
-    measured, an early launch is slower on an H200. On an H100 the late one has not been timed."""
+    measured, an early launch is slower on an H200. On an H100 it was faster than a late launch that left a gap. One without a gap
+    has not been timed there."""
     return not has_fast_memory(target)
 
 
