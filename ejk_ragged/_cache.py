@@ -142,9 +142,10 @@ class KVCache(eqx.Module):
         optional = {"value_dim": value_dim, "row_dim": row_dim, "page_size": page_size, "num_pages": num_pages}
         for name, size in (sizes | {name: size for name, size in optional.items() if size is not None}).items():
             positive(name, size)
+        given = None if dtype is None else jnp.dtype(dtype).name  # NumPy takes None for float64
+        if given not in CACHE_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(CACHE_DTYPES)}; got {given}.")
         dtype = jnp.dtype(dtype)
-        if dtype.name not in CACHE_DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(CACHE_DTYPES)}; got {dtype.name}.")
         if value_columns is not None and value_dim is not None:
             raise ValueError(
                 f"value_dim must be None if value_columns is given, got {value_dim} and {value_columns!r}. value_columns says how "

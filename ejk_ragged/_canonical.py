@@ -30,9 +30,11 @@ def checked(
     """Checks all arguments of `ragged_decode_attention`. Returns the traced arguments and the static request."""
     columns = check_arrays(arrays, value_columns, softmax_scale)
     hints, left = check_fwd_params(fwd_params), check_window(sliding_window)
+    query, default = arrays["query"], arrays["query"].shape[-1] ** -0.5
+    accum = jax.dtypes.canonicalize_dtype(accum_dtype(query.dtype))
     settings = Settings(
-        softmax_scale=arrays["query"].shape[-1] ** -0.5 if softmax_scale is None else check_number("softmax_scale", softmax_scale),
-        logits_soft_cap=None if logits_soft_cap is None else check_number("logits_soft_cap", logits_soft_cap, positive=True),
+        softmax_scale=default if softmax_scale is None else check_number("softmax_scale", softmax_scale, dtype=accum),
+        logits_soft_cap=None if logits_soft_cap is None else _cap(logits_soft_cap, accum),
         value_columns=columns,
         precision=precision_of(jax.config.jax_default_matmul_precision),  # pyright: ignore[reportAttributeAccessIssue]
         fwd_params=hints,
@@ -40,7 +42,19 @@ def checked(
     )
     tuned = _hints.current() if hints == FwdParams() else None
     request = Request(settings, registry.resolve(backend), tuned)
-    return Arguments(**arrays, window_left=None if left is None else _beside(arrays["query"], left)), request
+    return Arguments(**arrays, window_left=None if left is None else _beside(query, left)), request
+
+
+def _cap(given, accum) -> float | None:
+    """A soft cap by which logits in the accumulation dtype can be divided.
+
+    The quotient of a logit and the cap must be a normal number, unless the logit is next to 0. So a cap above `eps / tiny` becomes
+    None. In float32 that is 1e31. Such a cap changes logits of up to 1e27 by less than their rounding errors. A cap below
+    `tiny / eps` becomes that number, which leaves all logits next to 0.
+    """
+    cap, limits = check_number("logits_soft_cap", given, positive=True), jnp.finfo(accum)
+    least = float(limits.tiny) / float(limits.eps)
+    return None if cap * least > 1 else max(cap, least)
 
 
 def _beside(query, left: int) -> Any:
@@ -60,7 +74,8 @@ def _beside(query, left: int) -> Any:
 
 @functools.lru_cache(maxsize=64, typed=True)
 def _placed(number, sharding):
-    return jax.device_put(number, sharding)
+    with jax.ensure_compile_time_eval():  # a function that is traced may close over its query, and a tracer must not be kept
+        return jax.device_put(number, sharding)
 
 
 def canonical(arguments: Arguments) -> tuple[Queries, Cache]:

@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -161,7 +162,7 @@ def _check_dtype(name, array, accepted):
 
 def check_integers(name, array, shape, accepted):
     """Checks that an array is integers of a shape. `accepted` is what the error says of it."""
-    if array.shape != shape or 0 in shape or not np.issubdtype(array.dtype, np.integer):
+    if array.shape != shape or 0 in shape or not jnp.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{name} must be {accepted} got {shown(array)}.")
 
 
@@ -226,17 +227,21 @@ def check_sinks(aux, num_q_heads, num_kv_heads):
         )
 
 
-def check_number(name: str, given: Any, positive: bool = False) -> float:
-    """A number that is known while tracing, as a finite float."""
+def check_number(name: str, given: Any, positive: bool = False, dtype: Any = None) -> float:
+    """A number that is known while tracing, as a finite float. It must be finite in `dtype`, too, if that is given."""
     try:
         number = None if isinstance(given, str | bool) else float(given)
     except TypeError:  # JAX raises one for a traced value, too
         number = None
+    except OverflowError:  # an integer beyond any float
+        number = math.inf
     if number is None:
         raise TypeError(f"{name} must be a number known while tracing, or None; got {shown(given)} of type {type(given).__name__}.")
     if not math.isfinite(number) or (positive and number <= 0):
         accepted = "positive and finite, or None;" if positive else "finite or None,"
         raise ValueError(f"{name} must be {accepted} got {shown(given)}.")
+    if dtype is not None and abs(number) > float(jnp.finfo(dtype).max):
+        raise ValueError(f"{name} must be finite in {np.dtype(dtype).name}, the dtype of logits, or None; got {shown(given)}.")
     return number
 
 

@@ -23,13 +23,13 @@ def quantize(x: Float[Array, "*rows head_dim"], dtype=jnp.int8) -> tuple[Shaped[
         the last axis. A row of zeros gives zeros and a positive scale.
 
     Raises:
-        ValueError: `x` is not floats or has no axis, or `dtype` is another dtype.
+        ValueError: `x` is not floats, or has no axis or no column, or `dtype` is another dtype.
     """
     refuse_ref("x", x)
     x, dtype = jnp.asarray(x), jnp.dtype(dtype)
     if dtype.name not in QUANTISED:
         raise ValueError(f"dtype must be one of {', '.join(QUANTISED)}; got {dtype.name}.")
-    if x.dtype.name not in FLOATING_DTYPES or x.ndim == 0:
+    if x.dtype.name not in FLOATING_DTYPES or x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must be rows [..., head_dim] of {', '.join(FLOATING_DTYPES)}; got {x.dtype.name} of shape {x.shape}.")
     x = x.astype(jnp.float32)
     kind = QUANTISED[dtype.name]

@@ -15,6 +15,11 @@ MAKE = {
     "size": ({"batch": 0}, ValueError, "batch must be a positive integer, got 0."),
     "size of a wrong type": ({"seq_len": 4.0}, TypeError, "seq_len must be a positive integer, got 4.0 of type float."),
     "page size": ({"page_size": -1}, ValueError, "page_size must be a positive integer, got -1."),
+    "no dtype": (
+        {"dtype": None},
+        ValueError,
+        "dtype must be one of float16, bfloat16, float32, float64, int8, float8_e4m3fn, float8_e5m2; got None.",
+    ),
     "dtype": ({"dtype": "int4"}, ValueError, "dtype must be one of float16, bfloat16, float32, float64, int8, "),
     "value_dim": (
         {"value_columns": (0, 4), "value_dim": 8},

@@ -210,6 +210,12 @@ ERRORS = {
     "sink number": ({"softmax_aux": 1.0}, TypeError, "softmax_aux must be an array, got 1.0 of type float."),
     # scale, cap, window, hints
     "scale infinite": ({"softmax_scale": np.inf}, ValueError, "softmax_scale must be finite or None, got inf."),
+    "scale beyond float32": (
+        {"softmax_scale": 1e39},
+        ValueError,
+        "softmax_scale must be finite in float32, the dtype of logits, or None; got 1e+39.",
+    ),
+    "scale beyond floats": ({"softmax_scale": 10**400}, ValueError, "softmax_scale must be finite or None, got 1000"),
     "scale text": (
         {"softmax_scale": "1"},
         TypeError,
@@ -219,6 +225,7 @@ ERRORS = {
     "cap zero": ({"logits_soft_cap": 0.0}, ValueError, "logits_soft_cap must be positive and finite, or None; got 0.0."),
     "cap negative": ({"logits_soft_cap": -1}, ValueError, "logits_soft_cap must be positive and finite, or None; got -1."),
     "cap infinite": ({"logits_soft_cap": float("inf")}, ValueError, "must be positive and finite, or None; got inf."),
+    "cap beyond floats": ({"logits_soft_cap": 10**400}, ValueError, "must be positive and finite, or None; got 1000"),
     "cap NaN": ({"logits_soft_cap": float("nan")}, ValueError, "must be positive and finite, or None; got nan."),
     "cap list": ({"logits_soft_cap": [1.0]}, TypeError, "got [1.0] of type list."),
     "window number": (

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from support import assert_close, draw
 
 from ejk_ragged import _op, Cache, FwdParams, Queries, ragged_decode_attention
@@ -23,6 +24,27 @@ def test_jit_equals_eager(subject, case):
     arrays, _ = draw(case)
     call = functools.partial(subject.call, sliding_window=(9, 0), logits_soft_cap=2.0, return_lse=True)
     assert_close(jax.jit(call)(**arrays), call(**arrays))
+
+
+TRACED = {
+    "jit": lambda call, key: jax.jit(call)(key),
+    "scan": lambda call, key: jax.lax.scan(lambda carry, _: (carry, call(key)), 0, length=2),
+    "eval_shape": jax.eval_shape,
+    "checkpoint": lambda call, key: jax.grad(lambda key: jax.checkpoint(call)(key).sum())(key),
+}
+
+
+@pytest.mark.parametrize("placed", ["a device", "a mesh"])
+@pytest.mark.parametrize("name", TRACED)
+def test_a_function_that_closes_over_its_query(name, placed, auto):
+    """Such a query is concrete while a function is traced. Nothing of the trace may be left in later calls with the same window."""
+    where = jax.devices()[0] if placed == "a device" else NamedSharding(auto, PartitionSpec())
+    query, rows = jax.device_put((jnp.ones((1, 4, 8)), jnp.ones((1, 16, 2, 8))), where)
+    window = 3 + 4 * list(TRACED).index(name) + 2 * (placed == "a mesh"), 0  # not that of an earlier call
+    attend = lambda query, rows: ragged_decode_attention(query, rows, rows, sliding_window=window)
+    TRACED[name](lambda rows: attend(query, rows), rows)
+    assert_close(attend(query, rows), query)
+    assert_close(jax.jit(lambda rows: 2 * attend(query, rows))(rows), 2 * query)
 
 
 def test_settings_as_static_arguments():

@@ -69,9 +69,10 @@ def test_constants(dtype, value):
     [
         (np.ones((2, 8), np.int32), "int8", "x must be rows [..., head_dim] of float16, bfloat16, float32, float64; got int32"),
         (np.float32(1), "int8", "got float32 of shape ()."),
+        (np.ones((2, 0), np.float32), "int8", "got float32 of shape (2, 0)."),
         (np.ones((2, 8), np.float32), "int4", "dtype must be one of int8, float8_e4m3fn, float8_e5m2; got int4."),
     ],
-    ids=["integers", "no axis", "int4"],
+    ids=["integers", "no axis", "no column", "int4"],
 )
 def test_errors(x, dtype, message):
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -209,6 +209,25 @@ def test_cap_far_above_the_logits(subject):
         np.testing.assert_array_less(np.abs(lse[:, head] - want), 2e-6 * np.maximum(1, want))
 
 
+@pytest.mark.parametrize("cap", [1e31, 1e38])
+def test_cap_that_no_logit_reaches(subject, cap):
+    """Logits are what they are without a cap, also where a logit divided by the cap is next to the smallest float32, or below."""
+    arguments = dataclasses.replace(CASES["scale"], dtype=subject.dtypes[0], head_dim=64).draw()
+    assert_right(functools.partial(subject.call, logits_soft_cap=cap), arguments)
+    got, want = (subject.call(**arguments, logits_soft_cap=x, return_lse=True)[1] for x in (cap, None))
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("cap", [1e-31, 1e-300])
+def test_cap_next_to_nothing(subject, cap):
+    """All logits are next to 0, also that of a key that is 0. The cap, or a logit divided by it, may be beyond float32."""
+    arguments = counting(subject, 2)
+    arguments["query"], arguments["key"] = arguments["query"] + 1, arguments["key"].at[:, ::2].set(0)
+    out, lse = subject.call(**arguments, logits_soft_cap=cap, return_lse=True)
+    np.testing.assert_allclose(lse, np.full((2, 2), np.log(40)), rtol=2e-6)
+    np.testing.assert_allclose(np.asarray(out, np.float64), 19.5, rtol=1e-2)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.5])
 def test_scale_need_not_be_positive(subject, scale):
     assert_right(subject.call, CASES["scale"].draw() | {"softmax_scale": scale})
@@ -282,6 +301,14 @@ def test_dtypes_of_lengths(subject, dtype):
         start, end = np.array([3, 0], dtype), np.array([100, np.iinfo(dtype).max], dtype)
         _, lse = subject.call(**arguments, sequence_start=start, sequence_end=end, return_lse=True)
         np.testing.assert_allclose(np.exp(lse[:, 0]), [97, min(300, np.iinfo(dtype).max)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4"])
+def test_lengths_of_4_bits(dtype):
+    start, end = jnp.array([2, 0], dtype), jnp.array([7, jnp.iinfo(dtype).min], dtype)
+    query, rows = jnp.zeros((2, 2, 8)), jnp.zeros((2, 40, 1, 8))
+    _, lse = ragged_decode_attention(query, rows, rows, start, end, return_lse=True, backend=TextbookBackend())
+    np.testing.assert_allclose(np.exp(lse[:, 0]), [5, 0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
