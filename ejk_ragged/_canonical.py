@@ -30,10 +30,11 @@ def checked(
     """Checks all arguments of `ragged_decode_attention`. Returns the traced arguments and the static request."""
     columns = check_arrays(arrays, value_columns, softmax_scale)
     hints, left = check_fwd_params(fwd_params), check_window(sliding_window)
-    query, default = arrays["query"], arrays["query"].shape[-1] ** -0.5
+    query = arrays["query"]
     accum = jax.dtypes.canonicalize_dtype(accum_dtype(query.dtype))
+    scale = query.shape[-1] ** -0.5 if softmax_scale is None else check_number("softmax_scale", softmax_scale, dtype=accum)
     settings = Settings(
-        softmax_scale=default if softmax_scale is None else check_number("softmax_scale", softmax_scale, dtype=accum),
+        softmax_scale=scale,
         logits_soft_cap=None if logits_soft_cap is None else _cap(logits_soft_cap, accum),
         value_columns=columns,
         precision=precision_of(jax.config.jax_default_matmul_precision),  # pyright: ignore[reportAttributeAccessIssue]
@@ -49,8 +50,8 @@ def _cap(given, accum) -> float | None:
     """A soft cap by which logits in the accumulation dtype can be divided.
 
     The quotient of a logit and the cap must be a normal number, unless the logit is next to 0. So a cap above `eps / tiny` becomes
-    None. In float32 that is 1e31. Such a cap changes logits of up to 1e27 by less than their rounding errors. A cap below
-    `tiny / eps` becomes that number, which leaves all logits next to 0.
+    None. In float32, `eps / tiny` is 1e31, and such a cap changes logits of up to 1e27 by less than their rounding errors. A cap
+    below `tiny / eps` becomes `tiny / eps`: all logits are next to 0 either way.
     """
     cap, limits = check_number("logits_soft_cap", given, positive=True), jnp.finfo(accum)
     least = float(limits.tiny) / float(limits.eps)
